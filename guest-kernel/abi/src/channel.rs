@@ -1,0 +1,217 @@
+//! The testbed channel: one control page and one event ring per vCPU, shared with the host.
+//!
+//! The guest needs nothing from the host to be correct, and the host trusts nothing it reads here:
+//! ring indices are taken modulo the ring's length, unknown kinds are shown as such.
+
+use core::sync::atomic::{AtomicU32, AtomicU64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Records in a vCPU's ring.
+pub const RING_RECORDS: usize =
+    (crate::layout::CHANNEL_STRIDE - crate::layout::PAGE_SIZE) as usize / size_of::<Event>();
+/// Longest text of a [`Doorbell::Panic`], in bytes.
+pub const MAX_MESSAGE: usize = 512;
+
+/// Why the guest rang the doorbell: the value of the `out` to [`crate::port::DOORBELL`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Doorbell {
+    /// A scheduling point's budget ran out, or the point is trapped: [`Control::point`] names it.
+    Point = 1,
+    /// The event ring is full and the host asked not to overwrite.
+    RingFull = 2,
+    /// The kernel panicked: [`Control::message`] says why.
+    Panic = 3,
+    /// A user program found a wrong value: [`Control::report`].
+    Report = 4,
+    /// The kernel is about to enter CPL 3 for the first time (once per machine).
+    FirstUser = 5,
+}
+
+impl Doorbell {
+    /// The reason with number `value`.
+    #[must_use]
+    pub fn from_u32(value: u32) -> Option<Self> {
+        match value {
+            1 => Some(Self::Point),
+            2 => Some(Self::RingFull),
+            3 => Some(Self::Panic),
+            4 => Some(Self::Report),
+            5 => Some(Self::FirstUser),
+            _ => None,
+        }
+    }
+}
+
+/// What a user program reports through the testbed-only system call
+/// [`crate::syscall::nr::TESTBED_REPORT`].
+#[repr(C)]
+#[derive(Debug, Default, FromBytes, IntoBytes, KnownLayout)]
+pub struct Report {
+    /// A [`ReportKind`].
+    pub kind: AtomicU64,
+    /// Address that was read or written.
+    pub gva: AtomicU64,
+    /// What the program had to find there.
+    pub expected: AtomicU64,
+    /// What it found.
+    pub found: AtomicU64,
+    /// Task that found it.
+    pub task: AtomicU64,
+}
+
+/// Kinds of [`Report`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum ReportKind {
+    /// A read returned what was never written to this page: a frame that is no longer its own.
+    ForeignFrame = 1,
+    /// A value that should have stayed the same changed (a lost copy-on-write).
+    ChangedUnderneath = 2,
+    /// A write that should have faulted went through, or one that should not fault did.
+    WrongPermission = 3,
+    /// A system call returned what it must not.
+    WrongResult = 4,
+}
+
+impl ReportKind {
+    /// The kind with number `value`.
+    #[must_use]
+    pub fn from_u64(value: u64) -> Option<Self> {
+        match value {
+            1 => Some(Self::ForeignFrame),
+            2 => Some(Self::ChangedUnderneath),
+            3 => Some(Self::WrongPermission),
+            4 => Some(Self::WrongResult),
+            _ => None,
+        }
+    }
+    /// What it means, for a person.
+    #[must_use]
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::ForeignFrame => "the read hit a frame that is no longer this page's own",
+            Self::ChangedUnderneath => "a private value changed underneath its owner",
+            Self::WrongPermission => {
+                "an access was permitted or refused against the VMA's protection"
+            }
+            Self::WrongResult => "a system call returned a wrong result",
+        }
+    }
+}
+
+/// The control page of one vCPU's channel.
+#[repr(C, align(4096))]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct Control {
+    /// Points left before the next exit; decremented at each. `u64::MAX` at boot: never.
+    /// Written by the host, counted down by the guest.
+    pub budget: AtomicU64,
+    /// Bit `p % 64` of word `p / 64`: point `p` always exits. Written by the host.
+    pub trap: [AtomicU64; 4],
+    /// Bit `k`: events of kind `k` are recorded. Written by the host.
+    pub event_mask: AtomicU64,
+    /// 1: a full ring exits ([`Doorbell::RingFull`]) before it overwrites; 0: the ring is a flight
+    /// recorder of the last [`RING_RECORDS`] events. Written by the host.
+    pub ring_exits: AtomicU64,
+    /// Records that the host has consumed. Written by the host.
+    pub ring_tail: AtomicU64,
+    /// Records ever written; the next one goes to `ring_head % RING_RECORDS`. Written by the guest.
+    pub ring_head: AtomicU64,
+    /// Point of the current [`Doorbell::Point`], and its two arguments. Written by the guest.
+    pub point: AtomicU64,
+    /// Arguments of the point (addresses, ids; by point).
+    pub point_args: [AtomicU64; 2],
+    /// System calls, faults, interrupts and context switches so far: the watchdog's sign of life.
+    pub progress: AtomicU64,
+    /// Points passed so far.
+    pub points_passed: AtomicU64,
+    /// Argument of the current [`Doorbell::Report`].
+    pub report: Report,
+    /// Used bytes of `message`.
+    pub message_len: AtomicU64,
+    /// Text of the current [`Doorbell::Panic`], UTF-8, eight bytes a word, little-endian.
+    pub message: [AtomicU64; MAX_MESSAGE / 8],
+    /// Armed failpoints: entry `f` counts down per passage of failpoint `f`; the passage that takes
+    /// it from 1 to 0 fails. 0: not armed. Written by the host.
+    pub fail: [AtomicU32; 16],
+    /// Reserved, zero.
+    pub reserved: [u64; 420],
+}
+
+const _: () = assert!(size_of::<Control>() == crate::layout::PAGE_SIZE as usize);
+
+/// One record of the event ring.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
+pub struct Event {
+    /// Time stamp counter at the event.
+    pub tsc: u64,
+    /// [`EventKind`].
+    pub kind: u32,
+    /// Task that was running, 0 for none.
+    pub task: u32,
+    /// By kind, see [`EventKind`].
+    pub args: [u64; 5],
+    /// Position in this vCPU's stream, from 0: tells the host a torn or overwritten record.
+    pub sequence: u64,
+}
+
+macro_rules! events {
+    ($($variant:ident = $id:literal, $name:literal, [$($arg:literal),*];)+) => {
+        /// What happened, and what the arguments of its record are.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum EventKind { $(#[doc = concat!($name, $(" ", $arg),*)] $variant = $id,)+ }
+        impl EventKind {
+            /// Every kind, in order of its number.
+            pub const ALL: &'static [EventKind] = &[$(EventKind::$variant,)+];
+            /// The name in reports.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(EventKind::$variant => $name,)+ }
+            }
+            /// Names of the arguments that are used.
+            #[must_use]
+            pub const fn arg_names(self) -> &'static [&'static str] {
+                match self { $(EventKind::$variant => &[$($arg),*],)+ }
+            }
+            /// The kind with number `id`.
+            #[must_use]
+            pub fn from_id(id: u32) -> Option<Self> {
+                match id { $($id => Some(EventKind::$variant),)+ _ => None }
+            }
+        }
+    };
+}
+
+events! {
+    SyscallEnter = 0, "syscall-enter", ["nr", "a0", "a1", "a2", "a3"];
+    SyscallExit = 1, "syscall-exit", ["nr", "result"];
+    FaultEnter = 2, "fault-enter", ["gva", "error", "rip"];
+    FaultExit = 3, "fault-exit", ["gva", "result"];
+    PteChange = 4, "pte-change", ["mm", "gva", "level", "old", "new"];
+    Cr3Load = 5, "cr3-load", ["cr3", "mm"];
+    FlushLocal = 6, "flush-local", ["mm", "start", "end"];
+    FlushAll = 7, "flush-all", ["mm"];
+    ShootdownBegin = 8, "shootdown-begin", ["mm", "start", "end", "targets"];
+    ShootdownEnd = 9, "shootdown-end", ["mm", "targets"];
+    IpiSend = 10, "ipi-send", ["vector", "targets"];
+    IpiReceive = 11, "ipi-receive", ["vector"];
+    IpiAck = 12, "ipi-ack", ["from"];
+    FrameAlloc = 13, "frame-alloc", ["frame", "order", "kind"];
+    FrameFree = 14, "frame-free", ["frame", "order", "kind"];
+    MapcountChange = 15, "mapcount", ["frame", "new"];
+    RefcountChange = 16, "refcount", ["frame", "new"];
+    VmaAttach = 17, "vma-attach", ["mm", "vma", "start", "end", "flags"];
+    VmaDetach = 18, "vma-detach", ["mm", "vma", "start", "end"];
+    LockAcquire = 19, "lock-acquire", ["lock", "class"];
+    LockRelease = 20, "lock-release", ["lock", "class"];
+    Switch = 21, "switch", ["from", "to"];
+    MmCreate = 22, "mm-create", ["mm", "pgd"];
+    MmDestroy = 23, "mm-destroy", ["mm"];
+    TaskCreate = 24, "task-create", ["task", "mm"];
+    TaskExit = 25, "task-exit", ["task", "status"];
+}

@@ -1,0 +1,52 @@
+//! A hash of every layout that the host reads, so that a kernel and a host built from different
+//! sources refuse each other instead of misreading.
+
+use core::mem::offset_of;
+
+use crate::objects::{AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Slab, Task, Vma, VmaNode};
+use crate::{boot::BootInfo, channel, point::Point};
+
+const fn mix(hash: u64, value: usize) -> u64 {
+    // FNV-1a over the value's bytes.
+    let bytes = (value as u64).to_le_bytes();
+    let mut hash = hash;
+    let mut i = 0;
+    while i < bytes.len() {
+        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x100_0000_01b3);
+        i += 1;
+    }
+    hash
+}
+
+macro_rules! hash_layouts {
+    ($($type:ty { $($field:ident),+ $(,)? })+) => {{
+        let mut hash = 0xcbf2_9ce4_8422_2325;
+        $(
+            hash = mix(hash, size_of::<$type>());
+            $(hash = mix(hash, offset_of!($type, $field));)+
+        )+
+        hash
+    }};
+}
+
+/// Hash of the sizes and field offsets of every shared structure, and of how many points and event
+/// kinds there are.
+#[must_use]
+pub const fn layout_hash() -> u64 {
+    let hash = hash_layouts! {
+        BootInfo { segments, kernel_root, cmdline }
+        channel::Control { trap, event_mask, ring_head, point, report, message, fail }
+        channel::Event { tsc, kind, task, args, sequence }
+        KernelRoot { folios, nr_frames, buddy, slabs, mms, tasks, online, cpus }
+        Folio { kind, order, flags, refcount, mapcount, generation, owner, index, next, lock, used }
+        Vma { start, end, flags, pgoff, mm, attached, generation, anon_vma, chains }
+        VmaNode { level, count, slots }
+        Mm { id, pgd, users, count, cpumask, tlb_gen, mmap_lock, vmas, map_count, rss, tables, brk, next }
+        AnonVma { root, parent, chains, refcount, degree }
+        AnonVmaChain { vma, anon_vma, next_of_vma, next_of_anon }
+        Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame }
+        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush }
+        Slab { object_bytes, used, frames, free }
+    };
+    mix(mix(hash, Point::ALL.len()), channel::EventKind::ALL.len())
+}

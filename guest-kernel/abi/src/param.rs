@@ -1,0 +1,134 @@
+//! The kernel command line: `key=value` parameters, typed, each with a default and a help text.
+//! The kernel parses its command line with [`Config::parse`]; the host checks `--param` with the
+//! same function and lists the table ([`PARAMS`]).
+
+use crate::bug::{Bug, BugSet};
+
+/// What a parameter's value looks like, for help texts.
+#[derive(Clone, Copy, Debug)]
+pub struct Param {
+    /// The key.
+    pub name: &'static str,
+    /// The form of the value: `on|off`, `NUMBER`, …
+    pub form: &'static str,
+    /// The value where none is given.
+    pub default: &'static str,
+    /// What it chooses.
+    pub help: &'static str,
+}
+
+/// Why a command line is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParamError<'a> {
+    /// A word that is not `key=value`.
+    NotAnAssignment(&'a str),
+    /// No parameter has this name.
+    UnknownName(&'a str),
+    /// The value does not have the parameter's form.
+    BadValue {
+        /// The parameter.
+        name: &'static str,
+        /// What was given.
+        value: &'a str,
+        /// What would be accepted.
+        form: &'static str,
+    },
+}
+
+trait Value: Sized {
+    fn parse(text: &str) -> Option<Self>;
+}
+
+impl Value for bool {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "on" => Some(true),
+            "off" => Some(false),
+            _ => None,
+        }
+    }
+}
+
+impl Value for u64 {
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+macro_rules! params {
+    ($($name:ident: $type:ty = $default:literal, $form:literal, $help:literal;)+) => {
+        /// The kernel's configuration: one field a parameter.
+        #[derive(Clone, Copy, Debug)]
+        pub struct Config {
+            $(#[doc = $help] pub $name: $type,)+
+            /// Seeded bugs that are switched on (`bug=NAME`, repeatable).
+            pub bugs: BugSet,
+        }
+
+        /// Every parameter, in the order of the help text.
+        pub const PARAMS: &[Param] = &[
+            $(Param { name: stringify!($name), form: $form, default: $default, help: $help },)+
+            Param { name: "bug", form: "NAME", default: "none",
+                help: "switches a seeded bug on; may be given several times" },
+        ];
+
+        impl Default for Config {
+            fn default() -> Self {
+                Self {
+                    $($name: <$type as Value>::parse($default).expect("defaults parse"),)+
+                    bugs: BugSet::default(),
+                }
+            }
+        }
+
+        impl Config {
+            /// Sets one parameter.
+            ///
+            /// # Errors
+            /// An unknown name or a value of the wrong form.
+            pub fn set<'a>(&mut self, name: &'a str, value: &'a str) -> Result<(), ParamError<'a>> {
+                match name {
+                    $(stringify!($name) => {
+                        self.$name = <$type as Value>::parse(value).ok_or(ParamError::BadValue {
+                            name: stringify!($name), value, form: $form })?;
+                    })+
+                    "bug" => self.bugs.insert(value.parse::<Bug>().map_err(|()| {
+                        ParamError::BadValue { name: "bug", value, form: "the name of a seeded bug" }
+                    })?),
+                    _ => return Err(ParamError::UnknownName(name)),
+                }
+                Ok(())
+            }
+        }
+    };
+}
+
+params! {
+    flush_ceiling: u64 = "33", "PAGES",
+        "ranges of more pages are flushed as a whole address space (Linux's tlb_single_page_flush_ceiling)";
+    gather_batch: u64 = "128", "FRAMES",
+        "frames that munmap collects before it must flush and free them (at most 128)";
+    pcp_batch: u64 = "16", "FRAMES",
+        "frames that a CPU's list takes from or gives back to the buddy allocator at once (0: no per-CPU lists)";
+    poison: bool = "on", "on|off",
+        "freed user frames are filled with a pattern, so that a use after free is seen";
+    fault_around: u64 = "1", "PAGES",
+        "pages that one read or write fault of an anonymous VMA maps at once, power of two up to 16";
+}
+
+impl Config {
+    /// Parses a whole command line: words separated by blanks.
+    ///
+    /// # Errors
+    /// The first word that is not a known, well-formed parameter.
+    pub fn parse(line: &str) -> Result<Self, ParamError<'_>> {
+        let mut config = Self::default();
+        for word in line.split_ascii_whitespace() {
+            let (name, value) = word
+                .split_once('=')
+                .ok_or(ParamError::NotAnAssignment(word))?;
+            config.set(name, value)?;
+        }
+        Ok(config)
+    }
+}

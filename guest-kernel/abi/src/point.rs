@@ -1,0 +1,72 @@
+//! Scheduling points: named places in the kernel where the host may stop a vCPU.
+
+macro_rules! points {
+    ($($variant:ident = $id:literal, $name:literal, $help:literal;)+) => {
+        /// One scheduling point.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[repr(u8)]
+        pub enum Point { $(#[doc = $help] $variant = $id,)+ }
+        impl Point {
+            /// Every point, in order of its number.
+            pub const ALL: &'static [Point] = &[$(Point::$variant,)+];
+            /// The name on the command line and in reports.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Point::$variant => $name,)+ }
+            }
+            /// Where it lies.
+            #[must_use]
+            pub const fn help(self) -> &'static str {
+                match self { $(Point::$variant => $help,)+ }
+            }
+            /// The point with number `id`.
+            #[must_use]
+            pub fn from_id(id: u64) -> Option<Point> {
+                match id { $($id => Some(Point::$variant),)+ _ => None }
+            }
+        }
+    };
+}
+
+points! {
+    SyscallEnter = 0, "syscall-enter", "a system call was decoded and is about to run";
+    SyscallExit = 1, "syscall-exit", "a system call has its result and returns to CPL 3";
+    FaultEnter = 2, "fault-enter", "a page fault from CPL 3 is about to be handled";
+    FaultExit = 3, "fault-exit", "a page fault was handled and returns to CPL 3";
+    PteInstall = 4, "pte-install", "a fault or fork has written a present leaf entry";
+    PteClear = 5, "pte-clear", "an unmap has cleared a leaf entry; nothing is flushed yet";
+    PteProtect = 6, "pte-protect", "permissions of a leaf entry were reduced; nothing is flushed yet";
+    FlushIssue = 7, "flush-issue", "a shootdown is about to choose the CPUs it must reach";
+    FlushDispatch = 8, "flush-dispatch", "the shootdown's IPIs were sent";
+    FlushSync = 9, "flush-sync", "every CPU of the shootdown has acknowledged";
+    FlushWait = 10, "flush-wait", "spinning until the CPUs of a shootdown acknowledge";
+    IpiReceive = 11, "ipi-receive", "an IPI handler was entered";
+    IpiAck = 12, "ipi-ack", "an IPI handler has flushed and acknowledged";
+    FrameFree = 13, "frame-free", "a user frame is about to go back to the allocator";
+    FrameAlloc = 14, "frame-alloc", "a frame was taken from the allocator";
+    TableFree = 15, "table-free", "a page-table page is about to be freed";
+    VmaAttach = 16, "vma-attach", "a VMA was linked into its mm";
+    VmaDetach = 17, "vma-detach", "a VMA was removed from its mm";
+    LockWait = 18, "lock-wait", "spinning on a lock that another CPU holds";
+    LockAcquire = 19, "lock-acquire", "a lock was taken";
+    LockRelease = 20, "lock-release", "a lock is about to be released";
+    ForkCopy = 21, "fork-copy", "fork has copied the entries of one VMA";
+    ForkFlush = 22, "fork-flush", "fork has write-protected the parent and is about to flush";
+    CowCopy = 23, "cow-copy", "a write fault has copied a shared frame and not yet replaced the entry";
+    MapcountChange = 24, "mapcount-change", "a folio's mapcount is about to change";
+    Switch = 25, "switch", "the scheduler has chosen another task";
+    Cr3Load = 26, "cr3-load", "a CR3 load is about to run";
+    MmExit = 27, "mm-exit", "the last user of an mm is gone; it is about to be torn down";
+    IdleEnter = 28, "idle", "a CPU found nothing to run";
+}
+
+impl core::str::FromStr for Point {
+    type Err = ();
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Point::ALL
+            .iter()
+            .copied()
+            .find(|point| point.name() == name)
+            .ok_or(())
+    }
+}

@@ -1,0 +1,182 @@
+//! System calls: Linux's numbers, flags and errno for x86-64, and the testbed's own in a range that
+//! Linux does not use.
+
+/// System call numbers.
+#[allow(missing_docs)] // Linux's own names; see man 2.
+pub mod nr {
+    pub const WRITE: u64 = 1;
+    pub const MMAP: u64 = 9;
+    pub const MPROTECT: u64 = 10;
+    pub const MUNMAP: u64 = 11;
+    pub const BRK: u64 = 12;
+    pub const SCHED_YIELD: u64 = 24;
+    pub const MREMAP: u64 = 25;
+    pub const MADVISE: u64 = 28;
+    pub const GETPID: u64 = 39;
+    pub const CLONE: u64 = 56;
+    pub const FORK: u64 = 57;
+    pub const EXIT: u64 = 60;
+    pub const WAIT4: u64 = 61;
+    pub const GETTID: u64 = 186;
+    pub const FUTEX: u64 = 202;
+    pub const SCHED_SETAFFINITY: u64 = 203;
+    pub const SCHED_GETAFFINITY: u64 = 204;
+    pub const EXIT_GROUP: u64 = 231;
+    pub const GETCPU: u64 = 309;
+
+    /// First of the testbed's own calls.
+    pub const TESTBED_BASE: u64 = 0x5354_0000;
+    /// `report(kind, gva, expected, found)`: tells the host of a wrong value
+    /// ([`crate::channel::ReportKind`]). Returns 0.
+    pub const TESTBED_REPORT: u64 = TESTBED_BASE;
+    /// `fault_fixup(start, end, fixup)`: for the calling process, a fault that would kill a task whose
+    /// instruction pointer lies in `start..end` continues at `fixup` with `rax` = -EFAULT instead.
+    pub const TESTBED_FAULT_FIXUP: u64 = TESTBED_BASE + 1;
+    /// `nr_cpus()`: CPUs of this machine.
+    pub const TESTBED_NR_CPUS: u64 = TESTBED_BASE + 2;
+}
+
+macro_rules! errnos {
+    ($($name:ident = $value:literal;)+) => {
+        /// An error number (Linux's `errno-base.h`), positive; a call returns it negated.
+        #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+        pub struct Errno(pub i64);
+
+        #[allow(missing_docs)]
+        impl Errno {
+            $(pub const $name: Errno = Errno($value);)+
+
+            /// The symbolic name, where the kernel knows it.
+            #[must_use]
+            pub const fn name(self) -> Option<&'static str> {
+                match self.0 { $($value => Some(stringify!($name)),)+ _ => None }
+            }
+        }
+    };
+}
+
+errnos! {
+    EPERM = 1;
+    ESRCH = 3;
+    EINTR = 4;
+    EBADF = 9;
+    ECHILD = 10;
+    EAGAIN = 11;
+    ENOMEM = 12;
+    EACCES = 13;
+    EFAULT = 14;
+    EEXIST = 17;
+    EINVAL = 22;
+    ENOSYS = 38;
+    ETIMEDOUT = 110;
+}
+
+impl core::fmt::Debug for Errno {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "errno {}", self.0),
+        }
+    }
+}
+
+impl core::fmt::Display for Errno {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        core::fmt::Debug::fmt(self, f)
+    }
+}
+
+/// The register value of a system call's result.
+#[must_use]
+pub const fn encode(result: Result<u64, Errno>) -> u64 {
+    match result {
+        Ok(value) => value,
+        Err(errno) => (-errno.0).cast_unsigned(),
+    }
+}
+
+/// The result that a register value encodes.
+///
+/// # Errors
+/// The errno of a value in Linux's error range, -4095 to -1.
+pub const fn decode(value: u64) -> Result<u64, Errno> {
+    let signed = value.cast_signed();
+    if signed < 0 && signed >= -4095 {
+        Err(Errno(-signed))
+    } else {
+        Ok(value)
+    }
+}
+
+/// Protection bits of mmap and mprotect.
+#[allow(missing_docs)]
+pub mod prot {
+    pub const NONE: u64 = 0;
+    pub const READ: u64 = 1;
+    pub const WRITE: u64 = 2;
+    pub const EXEC: u64 = 4;
+}
+
+/// Flags of mmap.
+#[allow(missing_docs)]
+pub mod map {
+    pub const SHARED: u64 = 0x01;
+    pub const PRIVATE: u64 = 0x02;
+    pub const TYPE: u64 = 0x0f;
+    pub const FIXED: u64 = 0x10;
+    pub const ANONYMOUS: u64 = 0x20;
+    pub const GROWSDOWN: u64 = 0x100;
+    pub const DENYWRITE: u64 = 0x800;
+    pub const EXECUTABLE: u64 = 0x1000;
+    pub const LOCKED: u64 = 0x2000;
+    pub const NORESERVE: u64 = 0x4000;
+    pub const POPULATE: u64 = 0x8000;
+    pub const NONBLOCK: u64 = 0x1_0000;
+    pub const STACK: u64 = 0x2_0000;
+    pub const HUGETLB: u64 = 0x4_0000;
+    pub const FIXED_NOREPLACE: u64 = 0x10_0000;
+}
+
+/// Advice of madvise.
+#[allow(missing_docs)]
+pub mod advice {
+    pub const NORMAL: u64 = 0;
+    pub const RANDOM: u64 = 1;
+    pub const SEQUENTIAL: u64 = 2;
+    pub const WILLNEED: u64 = 3;
+    pub const DONTNEED: u64 = 4;
+}
+
+/// Flags of clone that the kernel understands.
+#[allow(missing_docs)]
+pub mod clone {
+    pub const VM: u64 = 0x100;
+    pub const FS: u64 = 0x200;
+    pub const FILES: u64 = 0x400;
+    pub const SIGHAND: u64 = 0x800;
+    pub const THREAD: u64 = 0x1_0000;
+    pub const SYSVSEM: u64 = 0x4_0000;
+    pub const SETTLS: u64 = 0x8_0000;
+    pub const PARENT_SETTID: u64 = 0x10_0000;
+    pub const CHILD_CLEARTID: u64 = 0x20_0000;
+    pub const CHILD_SETTID: u64 = 0x100_0000;
+}
+
+/// Operations of futex.
+#[allow(missing_docs)]
+pub mod futex {
+    pub const WAIT: u64 = 0;
+    pub const WAKE: u64 = 1;
+    pub const PRIVATE_FLAG: u64 = 128;
+}
+
+/// Signals that appear in wait statuses.
+#[allow(missing_docs)]
+pub mod signal {
+    pub const SIGILL: u64 = 4;
+    pub const SIGTRAP: u64 = 5;
+    pub const SIGFPE: u64 = 8;
+    pub const SIGKILL: u64 = 9;
+    pub const SIGSEGV: u64 = 11;
+    pub const SIGCHLD: u64 = 17;
+}

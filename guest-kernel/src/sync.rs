@@ -1,0 +1,144 @@
+//! Locks over words in shared objects: a spin lock and a reader-writer lock that prefers writers.
+//!
+//! Both spin with [`Arch::relax`], so a CPU that waits still takes IPIs: a shootdown never deadlocks
+//! with a lock. Neither may be taken from an IPI handler. Lock words live in `abi` objects so that the
+//! host can see who holds what.
+//!
+//! Lock order (Linux's `Documentation/mm/process_addrs.rst`, the part that exists here):
+//! `mmap_lock` -> anon_vma root -> page-table lock -> buddy/slab/mms/sched locks. Two mmap_locks:
+//! parent before child (fork; nobody else can know the child).
+
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use abi::channel::EventKind;
+use abi::objects::RwLockWord;
+use abi::point::Point;
+
+use crate::Kernel;
+use crate::arch::Arch;
+
+/// What a lock protects, for events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+#[allow(missing_docs)] // named after what they protect
+pub enum LockClass {
+    MmapRead = 1,
+    MmapWrite = 2,
+    AnonVma = 3,
+    PageTable = 4,
+    Buddy = 5,
+    Slab = 6,
+    MmList = 7,
+    Sched = 8,
+    Futex = 9,
+}
+
+/// A held lock; dropping it releases.
+#[must_use = "the lock is released at once"]
+pub struct Guard<'k, A: Arch> {
+    kernel: &'k Kernel<A>,
+    word: &'k AtomicU64,
+    class: LockClass,
+}
+
+/// A spin lock word is the holder's CPU plus one, 0 while free.
+impl<A: Arch> Kernel<A> {
+    /// Takes the spin lock `word`.
+    ///
+    /// # Panics
+    /// Where this CPU holds it already.
+    pub fn lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
+        let me = self.arch.cpu() as u64 + 1;
+        // Acquire: what the last holder wrote is visible from here on.
+        while let Err(holder) = word.compare_exchange_weak(0, me, Acquire, Relaxed) {
+            assert!(holder != me, "{class:?} lock taken twice by CPU {}", me - 1);
+            self.wait(word, class);
+        }
+        self.acquired(word, class)
+    }
+
+    /// Takes the reader-writer lock `word` for reading: shared with other readers.
+    pub fn read_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
+        loop {
+            let value = word.load(Relaxed);
+            if value & (RwLockWord::WRITER | RwLockWord::WAITING) == 0
+                && word
+                    .compare_exchange_weak(value, value + 1, Acquire, Relaxed)
+                    .is_ok()
+            {
+                return self.acquired(word, class);
+            }
+            self.wait(word, class);
+        }
+    }
+
+    /// Takes the reader-writer lock `word` for writing: alone.
+    pub fn write_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
+        loop {
+            let value = word.load(Relaxed);
+            if value & (RwLockWord::WRITER | RwLockWord::READERS) == 0 {
+                if word
+                    .compare_exchange_weak(value, RwLockWord::WRITER, Acquire, Relaxed)
+                    .is_ok()
+                {
+                    return self.acquired(word, class);
+                }
+            } else {
+                // Another waiting writer's claim is cleared by whoever wins and set again here.
+                word.fetch_or(RwLockWord::WAITING, Relaxed);
+                self.wait(word, class);
+            }
+        }
+    }
+
+    #[cold]
+    fn wait(&self, word: &AtomicU64, class: LockClass) {
+        self.point(Point::LockWait, [self.lock_id(word), class as u64]);
+        self.arch.relax();
+    }
+
+    fn acquired<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
+        self.event(
+            EventKind::LockAcquire,
+            [self.lock_id(word), class as u64, 0, 0, 0],
+        );
+        self.point(Point::LockAcquire, [self.lock_id(word), class as u64]);
+        Guard {
+            kernel: self,
+            word,
+            class,
+        }
+    }
+
+    /// Guest physical address of a lock word: its name in events, the same on every engine.
+    fn lock_id(&self, word: &AtomicU64) -> u64 {
+        (core::ptr::from_ref(word) as u64).wrapping_sub(self.arch.phys_to_virt(0) as u64)
+    }
+}
+
+impl<A: Arch> Drop for Guard<'_, A> {
+    fn drop(&mut self) {
+        let Self {
+            kernel,
+            word,
+            class,
+        } = self;
+        kernel.point(Point::LockRelease, [kernel.lock_id(word), *class as u64]);
+        kernel.event(
+            EventKind::LockRelease,
+            [kernel.lock_id(word), *class as u64, 0, 0, 0],
+        );
+        // Release: the next holder sees everything written under the lock.
+        match class {
+            LockClass::MmapRead => {
+                word.fetch_sub(1, Release);
+            }
+            // WAITING stays if somebody still waits.
+            LockClass::MmapWrite => {
+                word.fetch_and(!RwLockWord::WRITER, Release);
+            }
+            _ => word.store(0, Release),
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Processes, threads, the scheduler and the system-call table.

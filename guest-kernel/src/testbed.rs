@@ -1,0 +1,112 @@
+//! The testbed channel, kernel side: events, scheduling points, failpoints.
+//!
+//! Built without the feature `testbed` all of it is empty and vanishes from the code.
+
+use abi::channel::EventKind;
+use abi::point::Point;
+
+use crate::Kernel;
+use crate::arch::Arch;
+
+impl<A: Arch> Kernel<A> {
+    /// Records what happened, if the host asked for events of this kind.
+    #[inline]
+    pub fn event(&self, kind: EventKind, args: [u64; 5]) {
+        #[cfg(feature = "testbed")]
+        imp::event(self, kind, args);
+        #[cfg(not(feature = "testbed"))]
+        let _ = (kind, args);
+    }
+
+    /// A place where the host may stop this vCPU.
+    #[inline]
+    pub fn point(&self, point: Point, args: [u64; 2]) {
+        #[cfg(feature = "testbed")]
+        imp::point(self, point, args);
+        #[cfg(not(feature = "testbed"))]
+        let _ = (point, args);
+    }
+
+    /// A sign of life for the host's watchdog: a system call, a fault, an interrupt, a switch.
+    #[inline]
+    pub fn progress(&self) {
+        #[cfg(feature = "testbed")]
+        imp::progress(self);
+    }
+}
+
+#[cfg(feature = "testbed")]
+mod imp {
+    use core::sync::atomic::Ordering::{Relaxed, Release};
+
+    use abi::channel::{Doorbell, Event, EventKind, RING_RECORDS};
+    use abi::point::Point;
+
+    use crate::Kernel;
+    use crate::arch::Arch;
+
+    #[inline]
+    pub(super) fn event<A: Arch>(kernel: &Kernel<A>, kind: EventKind, args: [u64; 5]) {
+        let channel = kernel.arch.channel();
+        if channel.event_mask.load(Relaxed) & (1 << kind as u32) != 0 {
+            record(kernel, kind, args);
+        }
+    }
+
+    #[cold]
+    fn record<A: Arch>(kernel: &Kernel<A>, kind: EventKind, args: [u64; 5]) {
+        let channel = kernel.arch.channel();
+        let head = channel.ring_head.load(Relaxed);
+        if channel.ring_exits.load(Relaxed) != 0
+            && head - channel.ring_tail.load(Relaxed).min(head) >= RING_RECORDS as u64
+        {
+            kernel.arch.doorbell(Doorbell::RingFull);
+        }
+        let task = kernel.this_cpu().current.get();
+        let task = if task.is_null() {
+            0
+        } else {
+            kernel.obj(task).id.load(Relaxed)
+        };
+        let event = Event {
+            tsc: kernel.arch.tsc(),
+            kind: kind as u32,
+            task,
+            args,
+            sequence: head,
+        };
+        kernel
+            .arch
+            .write_event(head as usize % RING_RECORDS, &event);
+        // Release: a host that sees the new head sees the record.
+        channel.ring_head.store(head + 1, Release);
+    }
+
+    #[inline]
+    pub(super) fn point<A: Arch>(kernel: &Kernel<A>, point: Point, args: [u64; 2]) {
+        let channel = kernel.arch.channel();
+        let id = point as usize;
+        let passed = channel.points_passed.load(Relaxed);
+        channel.points_passed.store(passed + 1, Relaxed);
+        let budget = channel.budget.load(Relaxed).wrapping_sub(1);
+        channel.budget.store(budget, Relaxed);
+        if budget == 0 || channel.trap[id / 64].load(Relaxed) & (1 << (id % 64)) != 0 {
+            stop(kernel, point, args);
+        }
+    }
+
+    #[cold]
+    fn stop<A: Arch>(kernel: &Kernel<A>, point: Point, args: [u64; 2]) {
+        let channel = kernel.arch.channel();
+        channel.point.store(point as u64, Relaxed);
+        channel.point_args[0].store(args[0], Relaxed);
+        channel.point_args[1].store(args[1], Relaxed);
+        kernel.arch.doorbell(Doorbell::Point);
+    }
+
+    #[inline]
+    pub(super) fn progress<A: Arch>(kernel: &Kernel<A>) {
+        let progress = &kernel.arch.channel().progress;
+        progress.store(progress.load(Relaxed) + 1, Relaxed);
+    }
+}

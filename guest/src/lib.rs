@@ -1,0 +1,2 @@
+//! User programs that drive the kernel.
+#![no_std]

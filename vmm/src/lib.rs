@@ -1,0 +1,13 @@
+//! Stalemate on the host: the machine, its control, what is read from it and what is judged.
+//!
+//! Dependencies between the rooms point down this list; `cli` is the only one that prints.
+
+pub mod boot;
+pub mod check;
+pub mod cli;
+pub mod control;
+pub mod inspect;
+pub mod kvm;
+pub mod memory;
+pub mod report;
+pub mod scenario;

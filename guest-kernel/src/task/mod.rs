@@ -27,3 +27,6 @@ mod syscall;
 mod testbed;
 mod user;
 mod wait;
+
+#[cfg(test)]
+mod tests;

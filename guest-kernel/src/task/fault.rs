@@ -62,13 +62,13 @@ impl<A: Arch> Kernel<A> {
     /// An interrupt, at any CPL: in user mode, in [`Arch::relax`] or in [`Arch::wait_for_interrupt`].
     pub fn interrupt(&self, vector: u8) {
         self.progress();
-        self.event(EventKind::IpiReceive, [vector.into(), 0, 0, 0, 0]);
-        self.point(Point::IpiReceive, [vector.into(), 0]);
+        if vector == Ipi::Shootdown as u8 {
+            return self.handle_shootdown();
+        }
         // Reschedule needs no more than the interrupt: the idle loop looks at its queue, and
         // `return_to_user` at what the task was asked to do.
-        if vector == Ipi::Shootdown as u8 {
-            self.handle_shootdown();
-        }
+        self.event(EventKind::IpiReceive, [vector.into(), 0, 0, 0, 0]);
+        self.point(Point::IpiReceive, [vector.into(), 0]);
     }
 
     /// Last thing before every return to CPL 3, with interrupts off from here to there: a request

@@ -221,16 +221,15 @@ impl<A: Arch> Kernel<A> {
         self.finish_switch();
     }
 
-    /// First thing on the new side of a switch: loads the address space, lets the others schedule,
+    /// First thing on the new side of a switch: lets the others schedule, loads the address space,
     /// frees the stack of a task that will never run again.
+    ///
+    /// Until the address space is loaded this CPU still has the last task's, which may be gone: the
+    /// CPU's own reference to what it has loaded keeps it.
     fn finish_switch(&self) {
         // Not the old side's: this stack may have come from another CPU.
         let cpu = self.this_cpu();
         let lock = self.adopt_lock(&self.root().sched_lock, LockClass::Sched);
-        match cpu.current.get().some() {
-            Some(task) => self.switch_mm(self.obj(task).mm.get()),
-            None => self.enter_lazy(),
-        }
         let dead = cpu.dead.get();
         cpu.dead.set(Pa::NULL);
         // A zombie may be waited for, and its slot reused, as soon as the lock is released.
@@ -243,6 +242,10 @@ impl<A: Arch> Kernel<A> {
             (stack, (!leader).then_some(task))
         });
         drop(lock);
+        match cpu.current.get().some() {
+            Some(task) => self.switch_mm(self.obj(task).mm.get()),
+            None => self.enter_lazy(),
+        }
         if let Some((stack, slot)) = remains {
             self.free_stack(stack);
             if let Some(slot) = slot {

@@ -66,6 +66,7 @@ errnos! {
     EACCES = 13;
     EFAULT = 14;
     EEXIST = 17;
+    ENODEV = 19;
     EINVAL = 22;
     ENOSYS = 38;
     ETIMEDOUT = 110;

@@ -93,7 +93,6 @@ impl<A: Arch> Kernel<A> {
 /// What mmap checks before it looks at the address space: there are no files to map. Descriptors 0 to
 /// 2 are the console, which cannot be mapped.
 fn check_mmap(flags: u64, fd: u64, offset: u64) -> Result<(), Errno> {
-    const ENODEV: Errno = Errno(19);
     if !offset.is_multiple_of(PAGE_SIZE) {
         return Err(Errno::EINVAL);
     }
@@ -101,7 +100,7 @@ fn check_mmap(flags: u64, fd: u64, offset: u64) -> Result<(), Errno> {
         return Ok(());
     }
     Err(match fd as u32 {
-        0..=2 => ENODEV,
+        0..=2 => Errno::ENODEV,
         _ => Errno::EBADF,
     })
 }
@@ -118,7 +117,7 @@ mod tests {
         assert_eq!(check_mmap(private, u64::MAX, 0), Err(Errno::EBADF));
         assert_eq!(check_mmap(private, 0xffff_ffff, 0), Err(Errno::EBADF));
         assert_eq!(check_mmap(private, 9, 0), Err(Errno::EBADF));
-        assert_eq!(check_mmap(private, 1, 0), Err(Errno(19)));
+        assert_eq!(check_mmap(private, 1, 0), Err(Errno::ENODEV));
         assert_eq!(
             check_mmap(private | map::ANONYMOUS, u64::MAX, 0x800),
             Err(Errno::EINVAL)

@@ -1,6 +1,7 @@
 //! Whole kernels on several CPUs: programs start, wait for each other, fork, fault and end.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::boot::{BootInfo, MAX_CMDLINE, MAX_SEGMENTS, Segment};
@@ -9,6 +10,7 @@ use abi::layout::CHANNEL_GPA;
 use abi::objects::{Pa, SlabId, TaskState};
 use abi::param::Config;
 use abi::syscall::{Errno, clone, futex, map, nr, prot, signal, wait};
+use proptest::prelude::*;
 
 use super::machine::{MEMORY, Machine, Outcome, Program, User, run};
 use crate::Kernel;
@@ -461,4 +463,101 @@ fn a_report_reaches_the_host() {
     let outcome = machine(1, vec![program(body)]);
     assert_eq!(outcome.status, 1);
     assert_eq!(outcome.doorbells, [Doorbell::FirstUser, Doorbell::Report]);
+}
+
+/// What a thread of the storm does before it ends or is ended.
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Yield,
+    Move { affinity: u32 },
+    Sleep { word: u64 },
+    Wake { word: u64 },
+    Thread,
+    Fork,
+    Reap,
+    Fault,
+    Exit,
+    ExitGroup,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        4 => Just(Act::Yield),
+        2 => (1u32..16).prop_map(|affinity| Act::Move { affinity }),
+        2 => (0..3u64).prop_map(|word| Act::Sleep { word: WORDS + 0x800 + 4 * word }),
+        2 => (0..3u64).prop_map(|word| Act::Wake { word: WORDS + 0x800 + 4 * word }),
+        3 => Just(Act::Thread),
+        2 => Just(Act::Fork),
+        1 => Just(Act::Reap),
+        1 => Just(Act::Fault),
+        1 => Just(Act::Exit),
+        1 => Just(Act::ExitGroup),
+    ]
+}
+
+/// Each task of the storm plays its own part of `acts`. A process always ends, because its leader
+/// never sleeps and ends the others; the first process waits for all.
+fn storm(acts: Vec<Act>) -> Vec<Program> {
+    const MOST_TASKS: usize = 24;
+    let started = AtomicUsize::new(0);
+    let part = move |user: &mut User<'_>| {
+        let number = started.fetch_add(1, Relaxed);
+        let own_word = WORDS + 0x1000 + 8 * number as u64;
+        let leads = user.call(nr::GETPID, [0; 4]) == user.call(nr::GETTID, [0; 4]);
+        let may_start = || started.load(Relaxed) < MOST_TASKS;
+        for act in acts.iter().cycle().skip(number * 5).take(8) {
+            let call = match *act {
+                Act::Move { affinity } => {
+                    user.store(own_word, affinity);
+                    (nr::SCHED_SETAFFINITY, [0, 8, own_word, 0])
+                }
+                Act::Sleep { word } if !leads => (nr::FUTEX, [word, WAIT, 0, 0]),
+                Act::Wake { word } => (nr::FUTEX, [word, WAKE, 2, 0]),
+                Act::Thread if may_start() => {
+                    let flags = THREAD | clone::CHILD_CLEARTID | clone::CHILD_SETTID;
+                    let _ = user.clone(flags, own_word, 1);
+                    continue;
+                }
+                Act::Fork if may_start() => {
+                    let _ = user.clone(signal::SIGCHLD, 0, 1);
+                    continue;
+                }
+                Act::Reap => (nr::WAIT4, [u64::MAX, 0, wait::WNOHANG, 0]),
+                Act::Fault => {
+                    user.load(0xdead_0000);
+                    unreachable!("the load kills");
+                }
+                Act::Exit if !leads => return 1,
+                Act::ExitGroup => (nr::EXIT_GROUP, [2, 0, 0, 0]),
+                _ => (nr::SCHED_YIELD, [0; 4]),
+            };
+            let _ = user.call(call.0, call.1);
+        }
+        let _ = user.call(nr::EXIT_GROUP, [3, 0, 0, 0]);
+        unreachable!("exit_group does not return");
+    };
+    let first = |user: &mut User<'_>| {
+        map_words(user);
+        for _ in 0..3 {
+            user.clone(signal::SIGCHLD, 0, 1).expect("a child");
+        }
+        let mut ended = 0;
+        while user.call(nr::WAIT4, [u64::MAX, 0, 0, 0]).is_ok() {
+            ended += 1;
+        }
+        ended
+    };
+    vec![program(first), program(part)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn a_storm_of_tasks_ends_and_leaves_nothing_behind(
+        acts in prop::collection::vec(act(), 7..60),
+        cpus in 1usize..=4,
+    ) {
+        let outcome = machine(cpus, storm(acts));
+        prop_assert!((3..=24 + 3).contains(&outcome.status), "{} children", outcome.status);
+    }
 }

@@ -1,12 +1,13 @@
 //! sched_setaffinity, sched_getaffinity and getcpu. A mask is one word: there are at most 16 CPUs.
 
-use core::sync::atomic::Ordering::{Relaxed, Release};
+use core::sync::atomic::Ordering::Release;
 
 use abi::objects::{Pa, Task, TaskState};
 use abi::syscall::Errno;
 
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::mm::Field;
 
 const MASK_BYTES: u64 = 8;
 
@@ -35,7 +36,7 @@ impl<A: Arch> Kernel<A> {
         }
         let lock = self.sched_lock();
         let task = self.find_task(tid)?;
-        let allowed = self.obj(task).affinity.load(Relaxed);
+        let allowed = self.obj(task).affinity.get();
         drop(lock);
         self.copy_out(mask, &allowed.to_le_bytes())?;
         Ok(MASK_BYTES)
@@ -56,11 +57,11 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn restrict(&self, task: Pa<Task>, allowed: u64) {
         let object = self.obj(task);
         object.affinity.store(allowed, Release);
-        let cpu = object.cpu.load(Relaxed);
+        let cpu = object.cpu.get();
         if allowed & (1 << cpu) != 0 {
             return;
         }
-        match TaskState::from_u32(object.state.load(Relaxed)) {
+        match TaskState::from_u32(object.state.get()) {
             Some(TaskState::Ready) => {
                 self.dequeue(task);
                 self.make_ready(task);
@@ -78,8 +79,7 @@ impl<A: Arch> Kernel<A> {
         self.tasks()
             .find(|task| {
                 let task = self.obj(*task);
-                task.id.load(Relaxed) == tid as u32
-                    && task.state.load(Relaxed) != TaskState::Zombie as u32
+                task.id.get() == tid as u32 && task.state.get() != TaskState::Zombie as u32
             })
             .ok_or(Errno::ESRCH)
     }

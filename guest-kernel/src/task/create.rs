@@ -1,7 +1,7 @@
 //! How tasks begin: the first process, fork, threads.
 
 use core::mem::offset_of;
-use core::sync::atomic::Ordering::{Relaxed, Release};
+use core::sync::atomic::Ordering::Relaxed;
 
 use abi::boot::BootInfo;
 use abi::channel::{Doorbell, EventKind};
@@ -9,11 +9,12 @@ use abi::layout::{
     BOOT_INFO_GPA, PAGE_SIZE, USER_ARGS_GVA, USER_DATA_GVA, USER_END, USER_STACK_BYTES,
     USER_STACK_TOP,
 };
-use abi::objects::{FrameKind, Mm, Pa, Task, TaskState, UserFrame, task_flags};
+use abi::objects::{FrameKind, Mm, Pa, Task, UserFrame, task_flags};
 use abi::syscall::{Errno, clone, signal};
 
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::mm::Field;
 
 /// Number of the first process and of its first task.
 pub(super) const FIRST_TASK: u32 = 1;
@@ -121,12 +122,6 @@ impl<A: Arch> Kernel<A> {
             r8: info.data_len,
             ..UserFrame::default()
         };
-        let root = self.root();
-        root.pgd.store(info.boot_pgd, Relaxed);
-        root.layout_hash.store(abi::layout_hash(), Relaxed);
-        // Release: whoever sees the magic sees the rest.
-        root.magic.store(abi::boot::MAGIC, Release);
-        root.next_task.store(FIRST_TASK.into(), Relaxed);
         let task = self.new_task(&frame).expect(short);
         self.admit(
             task,
@@ -169,11 +164,11 @@ impl<A: Arch> Kernel<A> {
                 mm
             }
             CloneForm::Fork => self.mm_fork(mm).inspect_err(|_| {
-                self.free_stack(self.obj(task).stack.load(Relaxed));
+                self.free_stack(self.obj(task).stack.get());
                 self.free_slot(task);
             })?,
         };
-        let id = self.obj(task).id.load(Relaxed);
+        let id = self.obj(task).id.get();
         if args.flags & clone::PARENT_SETTID != 0 {
             // As in Linux, a bad address is the program's loss.
             let _ = self.put_user(args.parent_tid, id);
@@ -191,10 +186,10 @@ impl<A: Arch> Kernel<A> {
                 mm,
                 leader: (form == CloneForm::Thread).then(|| me.leader.get()),
                 parent: match form {
-                    CloneForm::Thread => me.parent.load(Relaxed),
-                    CloneForm::Fork => me.process.load(Relaxed),
+                    CloneForm::Thread => me.parent.get(),
+                    CloneForm::Fork => me.process.get(),
                 },
-                affinity: me.affinity.load(Relaxed),
+                affinity: me.affinity.get(),
                 set_tid: when(clone::CHILD_SETTID),
                 clear_tid: when(clone::CHILD_CLEARTID),
             },
@@ -214,9 +209,6 @@ impl<A: Arch> Kernel<A> {
 
     /// Gives the slot of a task that nothing refers to any more back.
     pub(super) fn free_slot(&self, task: Pa<Task>) {
-        let object = self.obj(task);
-        object.id.store(0, Relaxed);
-        object.state.store(TaskState::Free as u32, Relaxed);
         self.slab_free(task);
     }
 
@@ -229,47 +221,39 @@ impl<A: Arch> Kernel<A> {
         let stack = self.arch.phys_to_virt(stack);
         let object = self.obj(task);
         let id = self.root().next_task.fetch_add(1, Relaxed);
-        object.id.store(id as u32, Relaxed);
-        object.state.store(TaskState::Free as u32, Relaxed);
-        object.stack.store(stack as u64, Relaxed);
-        object.frame.store(0, Relaxed);
+        object.id.set(id as u32);
+        object.stack.set(stack as u64);
         let sp = self.arch.prepare_stack(stack, STACK_BYTES, frame);
-        object.saved_sp.store(sp, Relaxed);
+        object.saved_sp.set(sp);
         Ok(task)
     }
 
     /// Makes `task` one of the machine's tasks, and ready.
     fn admit(&self, task: Pa<Task>, kin: &Kin) {
         let object = self.obj(task);
-        let id = object.id.load(Relaxed);
+        let id = object.id.get();
         object.mm.set(kin.mm);
-        object.parent.store(kin.parent, Relaxed);
-        object.affinity.store(kin.affinity, Relaxed);
-        object.set_tid.store(kin.set_tid, Relaxed);
-        object.clear_tid.store(kin.clear_tid, Relaxed);
-        object.status.store(0, Relaxed);
-        object.waits_for.store(0, Relaxed);
-        object.threads.store(0, Relaxed);
+        object.parent.set(kin.parent);
+        object.affinity.set(kin.affinity);
+        object.set_tid.set(kin.set_tid);
+        object.clear_tid.set(kin.clear_tid);
         object.leader.set(kin.leader.unwrap_or(task));
         let leader = self.obj(object.leader.get());
 
         let lock = self.sched_lock();
-        object.process.store(leader.id.load(Relaxed), Relaxed);
-        leader
-            .threads
-            .store(leader.threads.load(Relaxed) + 1, Relaxed);
+        object.process.set(leader.id.get());
+        leader.threads.set(leader.threads.get() + 1);
         // A thread that starts while another one ends the process must not outlive it.
-        let killed =
-            kin.leader.is_some() && leader.flags.load(Relaxed) & task_flags::GROUP_EXIT != 0;
+        let killed = kin.leader.is_some() && leader.flags.get() & task_flags::GROUP_EXIT != 0;
         object
             .flags
-            .store(if killed { task_flags::KILLED } else { 0 }, Relaxed);
+            .set(if killed { task_flags::KILLED } else { 0 });
         let root = self.root();
         object.next_task.set(root.tasks.get());
         root.tasks.set(task);
         self.event(
             EventKind::TaskCreate,
-            [id.into(), self.obj(kin.mm).id.load(Relaxed), 0, 0, 0],
+            [id.into(), self.obj(kin.mm).id.get(), 0, 0, 0],
         );
         self.make_ready(task);
         drop(lock);

@@ -14,6 +14,7 @@ use abi::objects::{Pa, Task, TaskState, task_flags};
 use super::create::FIRST_TASK;
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask};
+use crate::mm::Field;
 
 impl<A: Arch> Kernel<A> {
     /// Ends the running task; `status` is the process's where it is the leader.
@@ -40,10 +41,10 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn honour_requests(&self) {
         let task = self.current();
         loop {
-            if task.flags.load(Relaxed) & task_flags::KILLED != 0 {
-                self.exit_task(self.obj(task.leader.get()).status.load(Relaxed));
+            if task.flags.get() & task_flags::KILLED != 0 {
+                self.exit_task(self.obj(task.leader.get()).status.get());
             }
-            if task.affinity.load(Relaxed) & (1 << self.arch.cpu()) != 0 {
+            if task.affinity.get() & (1 << self.arch.cpu()) != 0 {
                 return;
             }
             self.yield_now();
@@ -55,11 +56,11 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn kill_group(&self, survivor: Pa<Task>, status: u32) -> CpuMask {
         let leader = self.obj(survivor).leader.get();
         let state = self.obj(leader);
-        if state.flags.load(Relaxed) & task_flags::GROUP_EXIT != 0 {
+        if state.flags.get() & task_flags::GROUP_EXIT != 0 {
             return 0;
         }
         state.flags.fetch_or(task_flags::GROUP_EXIT, Relaxed);
-        state.status.store(status, Relaxed);
+        state.status.set(status);
         let mut cpus = 0;
         for task in self.tasks() {
             let object = self.obj(task);
@@ -68,8 +69,8 @@ impl<A: Arch> Kernel<A> {
             }
             // Release: who sees the mark sees the status.
             object.flags.fetch_or(task_flags::KILLED, Release);
-            match TaskState::from_u32(object.state.load(Relaxed)) {
-                Some(TaskState::Running) => cpus |= 1 << object.cpu.load(Relaxed),
+            match TaskState::from_u32(object.state.get()) {
+                Some(TaskState::Running) => cpus |= 1 << object.cpu.get(),
                 Some(TaskState::Blocked) => {
                     self.queue_take(&self.root().futex_queue, |waiter, _| waiter == task);
                     self.wake(task);
@@ -86,44 +87,44 @@ impl<A: Arch> Kernel<A> {
         let leader_pa = object.leader.get();
         let leader = self.obj(leader_pa);
         if task == leader_pa {
-            if leader.flags.load(Relaxed) & task_flags::GROUP_EXIT == 0 {
-                leader.status.store(status, Relaxed);
+            if leader.flags.get() & task_flags::GROUP_EXIT == 0 {
+                leader.status.set(status);
             }
-            object.state.store(TaskState::Zombie as u32, Relaxed);
+            object.state.set(TaskState::Zombie as u32);
         } else {
-            object.state.store(TaskState::Free as u32, Relaxed);
+            object.state.set(TaskState::Free as u32);
         }
         self.event(
             EventKind::TaskExit,
-            [object.id.load(Relaxed).into(), status.into(), 0, 0, 0],
+            [object.id.get().into(), status.into(), 0, 0, 0],
         );
-        let threads = leader.threads.load(Relaxed) - 1;
-        leader.threads.store(threads, Relaxed);
+        let threads = leader.threads.get() - 1;
+        leader.threads.set(threads);
         if threads == 0 {
             self.process_ended(leader);
         }
     }
 
     fn process_ended(&self, leader: &Task) {
-        let process = leader.process.load(Relaxed);
+        let process = leader.process.get();
         let mut heir = 0;
         let mut alive = false;
         for task in self.tasks().map(|task| self.obj(task)) {
-            if task.threads.load(Relaxed) > 0 {
+            if task.threads.get() > 0 {
                 alive = true;
-                if task.id.load(Relaxed) == FIRST_TASK {
+                if task.id.get() == FIRST_TASK {
                     heir = FIRST_TASK;
                 }
             }
         }
         let mut inherited = false;
         for task in self.tasks().map(|task| self.obj(task)) {
-            if task.parent.load(Relaxed) == process {
-                task.parent.store(heir, Relaxed);
+            if task.parent.get() == process {
+                task.parent.set(heir);
                 inherited = true;
             }
         }
-        self.wake_parent(leader.parent.load(Relaxed));
+        self.wake_parent(leader.parent.get());
         if inherited {
             self.wake_parent(heir);
         }
@@ -137,9 +138,9 @@ impl<A: Arch> Kernel<A> {
     fn wake_parent(&self, parent: u32) {
         for task in self.tasks() {
             let object = self.obj(task);
-            if object.process.load(Relaxed) == parent
-                && object.state.load(Relaxed) == TaskState::Blocked as u32
-                && object.waits_for.load(Relaxed) == Task::WAITS_FOR_CHILD
+            if object.process.get() == parent
+                && object.state.get() == TaskState::Blocked as u32
+                && object.waits_for.get() == Task::WAITS_FOR_CHILD
             {
                 self.wake(task);
             }
@@ -151,10 +152,7 @@ impl<A: Arch> Kernel<A> {
         let mm = task.mm.get();
         let clear_tid = task.clear_tid.swap(0, Relaxed);
         // As in Linux's mm_release(): with no other user nobody can be waiting for it.
-        if clear_tid != 0
-            && self.obj(mm).users.load(Relaxed) > 1
-            && self.put_user(clear_tid, 0).is_ok()
-        {
+        if clear_tid != 0 && self.obj(mm).users.get() > 1 && self.put_user(clear_tid, 0).is_ok() {
             self.futex_wake(mm, clear_tid, 1);
         }
         task.mm.set(Pa::NULL);

@@ -1,7 +1,6 @@
 //! Page faults, exceptions and interrupts, and what they do to the task that took them.
 
 use core::fmt;
-use core::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::EventKind;
 use abi::layout::USER_END;
@@ -12,7 +11,7 @@ use abi::syscall::{Errno, encode, signal, wait};
 
 use crate::Kernel;
 use crate::arch::{Arch, Ipi};
-use crate::mm::FaultError;
+use crate::mm::{FaultError, Field};
 
 impl<A: Arch> Kernel<A> {
     /// A page fault at CPL 3, at `gva`, with the architecture's error code.
@@ -93,8 +92,8 @@ impl<A: Arch> Kernel<A> {
         let task = self.current();
         self.print_line(format_args!(
             "task {} (process {}): {} at rip {:#x}, {cause}",
-            task.id.load(Relaxed),
-            task.process.load(Relaxed),
+            task.id.get(),
+            task.process.get(),
             signal_name(signal),
             frame.rip,
         ));
@@ -131,7 +130,7 @@ fn outcome(result: Result<(), FaultError>) -> u64 {
 }
 
 fn fixup_words(mm: &Mm) -> [u64; 3] {
-    core::array::from_fn(|i| mm.fixup[i].load(Relaxed))
+    core::array::from_fn(|i| mm.fixup[i].get())
 }
 
 /// Where a fault at `rip` continues, if the program has said so.

@@ -1,13 +1,12 @@
 //! futex: WAIT and WAKE. Every futex is private to its mm, with or without `PRIVATE_FLAG`: memory is
 //! never shared between address spaces. There is no clock, so WAIT takes no timeout (EINVAL).
 
-use core::sync::atomic::Ordering::Relaxed;
-
-use abi::objects::{Mm, Pa, task_flags};
+use abi::objects::{Mm, Pa};
 use abi::syscall::{Errno, futex};
 
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::mm::Field;
 
 /// What a futex call does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,10 +59,8 @@ impl<A: Arch> Kernel<A> {
             if value != expected {
                 return Err(Errno::EAGAIN);
             }
+            self.may_block()?;
             let task = self.this_cpu().current.get();
-            if self.obj(task).flags.load(Relaxed) & task_flags::KILLED != 0 {
-                return Err(Errno::EINTR);
-            }
             self.queue_push(&self.root().futex_queue, task);
             self.block(lock, gva);
             return Ok(0);
@@ -77,7 +74,7 @@ impl<A: Arch> Kernel<A> {
         let mut woken = 0;
         while woken < u64::from(most) {
             let waiter = self.queue_take(&self.root().futex_queue, |_, task| {
-                task.waits_for.load(Relaxed) == gva && task.mm.get() == mm
+                task.waits_for.get() == gva && task.mm.get() == mm
             });
             let Some(task) = waiter else { break };
             self.wake(task);

@@ -17,12 +17,13 @@ use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use abi::channel::EventKind;
 use abi::objects::{Pa, Task, TaskState, task_flags};
 use abi::point::Point;
-use abi::syscall::wait;
+use abi::syscall::{Errno, wait};
 
 use super::create::{FIRST_TASK, STACK_BYTES};
 use super::placement::{Load, choose_cpu};
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi};
+use crate::mm::Field;
 use crate::sync::{Guard, LockClass};
 
 impl<A: Arch> Kernel<A> {
@@ -54,11 +55,11 @@ impl<A: Arch> Kernel<A> {
     pub fn task_started(&self) {
         self.finish_switch();
         let task = self.current();
-        let id = task.id.load(Relaxed);
+        let id = task.id.get();
         if id == FIRST_TASK {
             self.announce_first_user();
         }
-        let set_tid = task.set_tid.load(Relaxed);
+        let set_tid = task.set_tid.get();
         if set_tid != 0 {
             // As in Linux's schedule_tail(), a bad address is the program's loss.
             let _ = self.put_user(set_tid, id);
@@ -83,7 +84,7 @@ impl<A: Arch> Kernel<A> {
         let me = self.arch.cpu();
         let lock = self.sched_lock();
         let task = self.this_cpu().current.get();
-        let allowed = self.obj(task).affinity.load(Relaxed) & (1 << me) != 0;
+        let allowed = self.obj(task).affinity.get() & (1 << me) != 0;
         if !allowed {
             self.make_ready(task);
         } else if self.this_cpu().queue.get().is_null() {
@@ -94,28 +95,34 @@ impl<A: Arch> Kernel<A> {
         self.schedule(lock);
     }
 
-    /// Blocks the running task until somebody wakes it; `waits_for` says for what. Returns at once
-    /// where it is to be killed, because nobody would wake it for that again.
+    /// Refuses to block where the running task is to be killed: nobody would wake it for that again.
+    /// Under the lock.
+    pub(super) fn may_block(&self) -> Result<(), Errno> {
+        match self.current().flags.get() & task_flags::KILLED {
+            0 => Ok(()),
+            _ => Err(Errno::EINTR),
+        }
+    }
+
+    /// Blocks the running task, which [may](Kernel::may_block), until somebody wakes it; `waits_for`
+    /// says for what.
     pub(super) fn block(&self, lock: Guard<'_, A>, waits_for: u64) {
         let task = self.current();
-        if task.flags.load(Relaxed) & task_flags::KILLED != 0 {
-            return;
-        }
-        task.waits_for.store(waits_for, Relaxed);
-        task.state.store(TaskState::Blocked as u32, Relaxed);
+        task.waits_for.set(waits_for);
+        task.state.set(TaskState::Blocked as u32);
         self.schedule(lock);
     }
 
     /// Makes a blocked task ready. Under the lock.
     pub(super) fn wake(&self, task: Pa<Task>) {
-        self.obj(task).waits_for.store(0, Relaxed);
+        self.obj(task).waits_for.set(0);
         self.make_ready(task);
     }
 
     /// Puts `task`, which runs nowhere else and is on no queue, on the queue of the best CPU that it
     /// may run on, and wakes that CPU if it idles. Under the lock.
     pub(super) fn make_ready(&self, task: Pa<Task>) {
-        let allowed = self.obj(task).affinity.load(Relaxed);
+        let allowed = self.obj(task).affinity.get();
         let cpu = choose_cpu(allowed, (0..self.arch.nr_cpus()).map(|cpu| self.load(cpu)))
             .expect("a task may always run on some CPU");
         self.enqueue(task, cpu);
@@ -147,23 +154,23 @@ impl<A: Arch> Kernel<A> {
     fn load(&self, cpu: usize) -> Load {
         let state = &self.root().cpus[cpu];
         Load {
-            online: self.root().online.load(Relaxed) & (1 << cpu) != 0,
-            tasks: state.queued.load(Relaxed) + u64::from(!state.current.get().is_null()),
+            online: self.root().online.get() & (1 << cpu) != 0,
+            tasks: state.queued.get() + u64::from(!state.current.get().is_null()),
         }
     }
 
     fn enqueue(&self, task: Pa<Task>, cpu: usize) {
         let object = self.obj(task);
-        object.state.store(TaskState::Ready as u32, Relaxed);
-        object.cpu.store(cpu as u32, Relaxed);
+        object.state.set(TaskState::Ready as u32);
+        object.cpu.set(cpu as u32);
         let state = &self.root().cpus[cpu];
         self.queue_push(&state.queue, task);
-        state.queued.store(state.queued.load(Relaxed) + 1, Relaxed);
+        state.queued.set(state.queued.get() + 1);
     }
 
     /// Takes `task`, which is ready, off its queue. Under the lock.
     pub(super) fn dequeue(&self, task: Pa<Task>) {
-        let cpu = self.obj(task).cpu.load(Relaxed) as usize;
+        let cpu = self.obj(task).cpu.get() as usize;
         self.take_ready(cpu, |candidate, _| candidate == task)
             .expect("a ready task is on the queue of its CPU");
     }
@@ -172,7 +179,7 @@ impl<A: Arch> Kernel<A> {
     /// on another CPU's that may run here. Under the lock.
     pub(super) fn pick(&self) -> Option<Pa<Task>> {
         let me = self.arch.cpu();
-        let may_run_here = |_, task: &Task| task.affinity.load(Relaxed) & (1 << me) != 0;
+        let may_run_here = |_, task: &Task| task.affinity.get() & (1 << me) != 0;
         self.take_ready(me, |_, _| true)
             .or_else(|| (0..self.arch.nr_cpus()).find_map(|cpu| self.take_ready(cpu, may_run_here)))
     }
@@ -180,7 +187,7 @@ impl<A: Arch> Kernel<A> {
     fn take_ready(&self, cpu: usize, wanted: impl Fn(Pa<Task>, &Task) -> bool) -> Option<Pa<Task>> {
         let state = &self.root().cpus[cpu];
         let task = self.queue_take(&state.queue, wanted)?;
-        state.queued.store(state.queued.load(Relaxed) - 1, Relaxed);
+        state.queued.set(state.queued.get() - 1);
         Some(task)
     }
 
@@ -190,7 +197,7 @@ impl<A: Arch> Kernel<A> {
         let prev = cpu.current.get();
         let id = |task: Pa<Task>| {
             task.some()
-                .map_or(0, |task| u64::from(self.obj(task).id.load(Relaxed)))
+                .map_or(0, |task| u64::from(self.obj(task).id.get()))
         };
         self.progress();
         self.event(EventKind::Switch, [id(prev), id(next), 0, 0, 0]);
@@ -198,10 +205,10 @@ impl<A: Arch> Kernel<A> {
         cpu.current.set(next);
         let to = if let Some(next) = next.some() {
             let next = self.obj(next);
-            next.state.store(TaskState::Running as u32, Relaxed);
-            next.cpu.store(self.arch.cpu() as u32, Relaxed);
+            next.state.set(TaskState::Running as u32);
+            next.cpu.set(self.arch.cpu() as u32);
             self.arch
-                .set_kernel_stack(next.stack.load(Relaxed) + STACK_BYTES as u64);
+                .set_kernel_stack(next.stack.get() + STACK_BYTES as u64);
             &next.saved_sp
         } else {
             &cpu.idle_sp
@@ -217,7 +224,7 @@ impl<A: Arch> Kernel<A> {
         // running, and the lock is held until the new side stands on `to`; the idle loop's is used
         // only by its own CPU, while a task runs there. Stacks are freed by `finish_switch` after
         // their last use.
-        unsafe { self.arch.switch(from, to.load(Relaxed)) };
+        unsafe { self.arch.switch(from, to.get()) };
         self.finish_switch();
     }
 
@@ -258,9 +265,7 @@ impl<A: Arch> Kernel<A> {
     /// there are tasks from the first process on.) Under the lock.
     pub(super) fn nothing_lives(&self) -> bool {
         !self.root().tasks.get().is_null()
-            && self
-                .tasks()
-                .all(|task| self.obj(task).threads.load(Relaxed) == 0)
+            && self.tasks().all(|task| self.obj(task).threads.get() == 0)
     }
 
     /// Ends this CPU's part of the run: it lets go of the last address space, and the last CPU to do
@@ -272,10 +277,10 @@ impl<A: Arch> Kernel<A> {
         let last = self.root().online.fetch_and(!me, AcqRel) == me;
         let first = self
             .tasks()
-            .find(|task| self.obj(*task).id.load(Relaxed) == FIRST_TASK);
+            .find(|task| self.obj(*task).id.get() == FIRST_TASK);
         drop(lock);
         if last {
-            let status = first.map_or(0, |task| self.obj(task).status.load(Relaxed));
+            let status = first.map_or(0, |task| self.obj(task).status.get());
             self.arch.exit(wait::shell(status));
         }
         loop {

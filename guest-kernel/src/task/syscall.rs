@@ -1,8 +1,6 @@
 //! The system-call table, with Linux's numbers, arguments and errno (x86-64: number in `rax`,
 //! arguments in `rdi rsi rdx r10 r8 r9`, result in `rax`).
 
-use core::sync::atomic::Ordering::Relaxed;
-
 use abi::channel::EventKind;
 use abi::layout::PAGE_SIZE;
 use abi::objects::UserFrame;
@@ -12,6 +10,7 @@ use abi::syscall::{Errno, encode, map, nr, wait};
 use super::create::CloneArgs;
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::mm::Field;
 
 impl<A: Arch> Kernel<A> {
     /// The system call that the registers ask for; its result goes to `rax`.
@@ -32,9 +31,7 @@ impl<A: Arch> Kernel<A> {
     /// What every entry from CPL 3 does: a sign of life, and the registers where the host finds them.
     pub(super) fn entered(&self, frame: &UserFrame) {
         self.progress();
-        self.current()
-            .frame
-            .store(core::ptr::from_ref(frame) as u64, Relaxed);
+        self.current().frame.set(core::ptr::from_ref(frame) as u64);
     }
 
     fn dispatch(&self, frame: &UserFrame) -> Result<u64, Errno> {
@@ -59,8 +56,8 @@ impl<A: Arch> Kernel<A> {
             nr::MADVISE => self.madvise(mm, a0, a1, a2).map(|()| 0),
             nr::BRK => Ok(self.brk(mm, a0)),
             nr::WRITE => self.write(a0, a1, a2),
-            nr::GETPID => Ok(me.process.load(Relaxed).into()),
-            nr::GETTID => Ok(me.id.load(Relaxed).into()),
+            nr::GETPID => Ok(me.process.get().into()),
+            nr::GETTID => Ok(me.id.get().into()),
             nr::GETCPU => self.getcpu(a0, a1),
             nr::SCHED_YIELD => {
                 self.yield_now();

@@ -1,13 +1,12 @@
 //! The testbed's own system calls.
 
-use core::sync::atomic::Ordering::Relaxed;
-
 use abi::channel::{Doorbell, ReportKind};
 use abi::layout::USER_END;
 use abi::syscall::Errno;
 
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::mm::Field;
 
 impl<A: Arch> Kernel<A> {
     /// `report(kind, gva, expected, found)`: tells the host; returns when it lets this CPU go on.
@@ -20,13 +19,11 @@ impl<A: Arch> Kernel<A> {
     ) -> Result<u64, Errno> {
         ReportKind::from_u64(kind).ok_or(Errno::EINVAL)?;
         let report = &self.arch.channel().report;
-        report.kind.store(kind, Relaxed);
-        report.gva.store(gva, Relaxed);
-        report.expected.store(expected, Relaxed);
-        report.found.store(found, Relaxed);
-        report
-            .task
-            .store(self.current().id.load(Relaxed).into(), Relaxed);
+        report.kind.set(kind);
+        report.gva.set(gva);
+        report.expected.set(expected);
+        report.found.set(found);
+        report.task.set(self.current().id.get().into());
         self.arch.doorbell(Doorbell::Report);
         Ok(0)
     }
@@ -45,7 +42,7 @@ impl<A: Arch> Kernel<A> {
         }
         let words = &self.obj(self.current().mm.get()).fixup;
         for (word, value) in words.iter().zip([start, end, fixup]) {
-            word.store(value, Relaxed);
+            word.set(value);
         }
         Ok(0)
     }

@@ -1,12 +1,11 @@
 //! wait4: how a parent learns that a child has ended.
 
-use core::sync::atomic::Ordering::Relaxed;
-
-use abi::objects::{Pa, Task, TaskState, task_flags};
+use abi::objects::{Pa, Task, TaskState};
 use abi::syscall::{Errno, wait};
 
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::mm::Field;
 
 /// Which children wait4 waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,20 +56,18 @@ impl<A: Arch> Kernel<A> {
         let me = self.current();
         loop {
             let lock = self.sched_lock();
-            match self.children(me.process.load(Relaxed), which) {
+            match self.children(me.process.get(), which) {
                 Children::None => return Err(Errno::ECHILD),
                 Children::Alive if options & wait::WNOHANG != 0 => return Ok(0),
                 Children::Alive => {
-                    if me.flags.load(Relaxed) & task_flags::KILLED != 0 {
-                        return Err(Errno::EINTR);
-                    }
+                    self.may_block()?;
                     self.block(lock, Task::WAITS_FOR_CHILD);
                 }
                 Children::Ended(child) => {
                     self.unlink_task(child);
                     drop(lock);
-                    let id = self.obj(child).id.load(Relaxed);
-                    let value = self.obj(child).status.load(Relaxed);
+                    let id = self.obj(child).id.get();
+                    let value = self.obj(child).status.get();
                     self.free_slot(child);
                     if status != 0 {
                         self.put_user(status, value)?;
@@ -88,13 +85,12 @@ impl<A: Arch> Kernel<A> {
             let task = self.obj(pa);
             let wanted = match which {
                 Which::Any => true,
-                Which::Process(id) => task.id.load(Relaxed) == id,
+                Which::Process(id) => task.id.get() == id,
             };
-            if !wanted || task.leader.get() != pa || task.parent.load(Relaxed) != parent {
+            if !wanted || task.leader.get() != pa || task.parent.get() != parent {
                 continue;
             }
-            let ended = task.state.load(Relaxed) == TaskState::Zombie as u32
-                && task.threads.load(Relaxed) == 0;
+            let ended = task.state.get() == TaskState::Zombie as u32 && task.threads.get() == 0;
             if ended {
                 // Newest first in the list: the last that is found is the oldest.
                 found = Children::Ended(pa);

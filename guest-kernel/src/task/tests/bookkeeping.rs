@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use super::machine::Machine;
 use crate::Kernel;
 use crate::arch::{Arch, Ipi};
+use crate::mm::Field;
 use crate::task::wait::{Children, Which};
 
 const ROOT: u64 = 0x2000;
@@ -27,7 +28,7 @@ impl Bench {
     fn new(cpus: usize) -> Self {
         let machine = Machine::new(cpus, Vec::new());
         let kernel = Kernel::new(machine, Config::default(), Pa::new(ROOT));
-        kernel.root().online.store((1 << cpus) - 1, Relaxed);
+        kernel.root().online.set((1 << cpus) - 1);
         Self {
             kernel,
             tasks: Cell::new(0),
@@ -42,13 +43,12 @@ impl Bench {
         let task = self.kernel.obj(pa);
         let leader_pa = leader.unwrap_or(pa);
         let leader = self.kernel.obj(leader_pa);
-        task.id.store(number as u32, Relaxed);
-        task.process.store(leader.id.load(Relaxed), Relaxed);
-        task.parent.store(parent, Relaxed);
+        task.id.set(number as u32);
+        task.process.set(leader.id.get());
+        task.parent.set(parent);
         task.leader.set(leader_pa);
-        task.affinity
-            .store(EVERYWHERE & self.kernel.possible_cpus(), Relaxed);
-        task.state.store(TaskState::Blocked as u32, Relaxed);
+        task.affinity.set(EVERYWHERE & self.kernel.possible_cpus());
+        task.state.set(TaskState::Blocked as u32);
         leader.threads.fetch_add(1, Relaxed);
         let root = self.kernel.root();
         task.next_task.set(root.tasks.get());
@@ -59,14 +59,14 @@ impl Bench {
     fn runs(&self, task: Pa<Task>, cpu: usize) {
         self.kernel.root().cpus[cpu].current.set(task);
         let task = self.kernel.obj(task);
-        task.state.store(TaskState::Running as u32, Relaxed);
-        task.cpu.store(cpu as u32, Relaxed);
+        task.state.set(TaskState::Running as u32);
+        task.cpu.set(cpu as u32);
     }
 
     fn waits_for(&self, task: Pa<Task>, mm: u64, word: u64) {
         let object = self.kernel.obj(task);
-        object.state.store(TaskState::Blocked as u32, Relaxed);
-        object.waits_for.store(word, Relaxed);
+        object.state.set(TaskState::Blocked as u32);
+        object.waits_for.set(word);
         object.mm.set(Pa::<Mm>::new(mm));
         if word != Task::WAITS_FOR_CHILD {
             let queue = &self.kernel.root().futex_queue;
@@ -75,7 +75,7 @@ impl Bench {
     }
 
     fn state(&self, task: Pa<Task>) -> TaskState {
-        TaskState::from_u32(self.kernel.obj(task).state.load(Relaxed)).expect("a known state")
+        TaskState::from_u32(self.kernel.obj(task).state.get()).expect("a known state")
     }
 
     fn pending(&self, cpu: usize) -> Vec<Ipi> {
@@ -91,11 +91,11 @@ impl Bench {
         let cpus = &self.kernel.root().cpus[..self.kernel.arch.nr_cpus()];
         for (number, cpu) in cpus.iter().enumerate() {
             let length = self.kernel.queue_iter(&cpu.queue).count() as u64;
-            assert_eq!(cpu.queued.load(Relaxed), length, "CPU {number}");
+            assert_eq!(cpu.queued.get(), length, "CPU {number}");
         }
         for pa in self.all() {
             let task = self.kernel.obj(pa);
-            let home = task.cpu.load(Relaxed) as usize;
+            let home = task.cpu.get() as usize;
             let queues: Vec<usize> = cpus
                 .iter()
                 .enumerate()
@@ -108,7 +108,7 @@ impl Bench {
             match self.state(pa) {
                 TaskState::Ready => {
                     assert_eq!(queues, [home], "a ready task is on one queue");
-                    assert_ne!(task.affinity.load(Relaxed) & (1 << home), 0);
+                    assert_ne!(task.affinity.get() & (1 << home), 0);
                     assert_eq!(runs, 0);
                 }
                 TaskState::Running => assert_eq!((queues, runs), (vec![], 1)),
@@ -142,9 +142,9 @@ fn a_woken_task_calls_an_idle_cpu_and_no_busy_one() {
 #[test]
 fn a_cpu_that_is_still_booting_is_not_interrupted() {
     let bench = Bench::new(2);
-    bench.kernel.root().online.store(1, Relaxed);
+    bench.kernel.root().online.set(1);
     let task = bench.task(None, 0);
-    bench.kernel.obj(task).affinity.store(0b10, Relaxed);
+    bench.kernel.obj(task).affinity.set(0b10);
     bench.kernel.make_ready(task);
     assert_eq!(bench.pending(1), []);
     assert!(bench.kernel.pick().is_none());
@@ -194,8 +194,7 @@ fn the_end_of_a_process_reaches_each_of_its_tasks_where_it_is() {
     bench.waits_for(stranger, 0x6000, 0x7000);
 
     assert_eq!(bench.kernel.kill_group(caller, wait::exited(3)), 0b100);
-    let killed =
-        |task: Pa<Task>| bench.kernel.obj(task).flags.load(Relaxed) & task_flags::KILLED != 0;
+    let killed = |task: Pa<Task>| bench.kernel.obj(task).flags.get() & task_flags::KILLED != 0;
     assert!(killed(running) && killed(ready) && killed(waiting));
     assert!(!killed(caller) && !killed(stranger));
     assert_eq!(bench.state(waiting), TaskState::Ready);
@@ -204,7 +203,7 @@ fn the_end_of_a_process_reaches_each_of_its_tasks_where_it_is() {
 
     // The first status stands.
     assert_eq!(bench.kernel.kill_group(running, wait::exited(4)), 0);
-    assert_eq!(bench.kernel.obj(caller).status.load(Relaxed), 0x300);
+    assert_eq!(bench.kernel.obj(caller).status.get(), 0x300);
 }
 
 /// Ends `task` as `exit_task` does, without the switch.
@@ -236,7 +235,7 @@ fn a_process_has_ended_when_its_last_task_has_and_its_leaders_status_counts() {
     // A thread is no child, and nobody else's child is.
     assert_eq!(children(Which::Process(3)), Children::None);
     assert_eq!(bench.kernel.children(2, Which::Any), Children::None);
-    assert_eq!(bench.kernel.obj(leader).status.load(Relaxed), 0x500);
+    assert_eq!(bench.kernel.obj(leader).status.get(), 0x500);
     assert!(!bench.kernel.nothing_lives());
 }
 
@@ -263,7 +262,7 @@ fn children_of_an_ended_first_process_keep_the_machine_up_and_nobody_waits_for_t
     let first = bench.task(None, 0);
     let child = bench.task(None, 1);
     end(&bench, first, wait::exited(9));
-    assert_eq!(bench.kernel.obj(child).parent.load(Relaxed), 0);
+    assert_eq!(bench.kernel.obj(child).parent.get(), 0);
     assert!(!bench.kernel.nothing_lives());
     assert_eq!(bench.pending(1), []);
     end(&bench, child, 0);
@@ -331,14 +330,14 @@ impl Bench {
         match step {
             Step::Start { affinity } => {
                 let task = self.task(None, 0);
-                self.kernel.obj(task).affinity.store(*affinity, Relaxed);
+                self.kernel.obj(task).affinity.set(*affinity);
                 self.kernel.make_ready(task);
             }
             Step::Next { cpu } => {
                 Machine::become_cpu(*cpu);
                 if self.kernel.this_cpu().current.get().is_null() {
                     let may_run = self.all().iter().any(|task| {
-                        let affinity = self.kernel.obj(*task).affinity.load(Relaxed);
+                        let affinity = self.kernel.obj(*task).affinity.get();
                         self.state(*task) == TaskState::Ready && affinity & (1 << cpu) != 0
                     });
                     let next = self.kernel.pick();

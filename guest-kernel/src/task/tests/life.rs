@@ -7,14 +7,14 @@ use std::sync::atomic::Ordering::Relaxed;
 use abi::boot::{BootInfo, MAX_CMDLINE, MAX_SEGMENTS, Segment};
 use abi::channel::Doorbell;
 use abi::layout::CHANNEL_GPA;
-use abi::objects::{Pa, SlabId, TaskState};
-use abi::param::Config;
+use abi::objects::{SlabId, TaskState};
 use abi::syscall::{Errno, clone, futex, map, nr, prot, signal, wait};
 use proptest::prelude::*;
 
 use super::machine::{MEMORY, Machine, Outcome, Program, User, run};
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::mm::Field;
 
 const THREAD: u64 = clone::VM | clone::FS | clone::FILES | clone::SIGHAND | clone::THREAD;
 /// Where the programs have a mapping of a few pages.
@@ -30,13 +30,11 @@ fn program(body: impl Fn(&mut User<'_>) -> u64 + Send + Sync + 'static) -> Progr
 /// nothing but the first process's zombie is left.
 fn machine(cpus: usize, programs: Vec<Program>) -> Outcome {
     let info = boot_info(cpus);
-    let kernel = Kernel::new(
-        Machine::new(cpus, programs),
-        Config::default(),
-        Pa::new(0x2000),
-    );
+    let machine = Machine::new(cpus, programs);
+    let kernel = Kernel::boot(machine, &info).expect("bootable");
+    let free_at_boot = kernel.root().free_frames.get();
     let (kernel, outcome) = run(kernel, |kernel| kernel.start_first_process(&info));
-    check_end(&kernel);
+    check_end(&kernel, free_at_boot);
     outcome
 }
 
@@ -61,25 +59,33 @@ fn boot_info(cpus: usize) -> BootInfo {
     }
 }
 
-fn check_end(kernel: &Arc<Kernel<Machine>>) {
+fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
     let root = kernel.root();
     let tasks: Vec<_> = kernel.tasks().map(|task| kernel.obj(task)).collect();
     assert!(
         tasks
             .iter()
-            .all(|task| task.state.load(Relaxed) == TaskState::Zombie as u32
-                && task.stack.load(Relaxed) == 0
+            .all(|task| task.state.get() == TaskState::Zombie as u32
+                && task.stack.get() == 0
                 && task.mm.get().is_null())
     );
     assert_eq!(
-        root.slabs[SlabId::Task as usize].used.load(Relaxed),
+        root.slabs[SlabId::Task as usize].used.get(),
         tasks.len() as u64
     );
-    assert_eq!(root.online.load(Relaxed), 0);
+    assert_eq!(root.online.get(), 0);
     assert!(root.futex_queue.get().is_null());
+    assert!(root.mms.get().is_null(), "an mm was not let go");
+    let slabs: u64 = root.slabs.iter().map(|slab| slab.frames.get()).sum();
+    assert_eq!(
+        root.free_frames.get() + slabs,
+        free_at_boot,
+        "frames leaked"
+    );
     for cpu in &root.cpus {
         assert!(cpu.current.get().is_null() && cpu.queue.get().is_null());
-        assert_eq!(cpu.queued.load(Relaxed), 0);
+        assert!(cpu.loaded_mm.get().is_null() && cpu.dead.get().is_null());
+        assert_eq!(cpu.queued.get(), 0);
     }
 }
 
@@ -452,8 +458,8 @@ fn a_report_reaches_the_host() {
     let body = |user: &mut User<'_>| {
         assert_eq!(user.call(nr::TESTBED_REPORT, [2, 0x5000, 7, 8]), Ok(0));
         let report = &user.kernel.arch.channel().report;
-        assert_eq!(report.gva.load(Relaxed), 0x5000);
-        assert_eq!(report.task.load(Relaxed), 1);
+        assert_eq!(report.gva.get(), 0x5000);
+        assert_eq!(report.task.get(), 1);
         assert_eq!(
             user.call(nr::TESTBED_REPORT, [99, 0, 0, 0]),
             Err(Errno::EINVAL)

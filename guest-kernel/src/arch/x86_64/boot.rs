@@ -80,11 +80,10 @@ fn first_cpu(boot: &BootInfo, interrupts: InterruptMode) {
         Ok(kernel) => kernel,
         Err(error) => panic!("the kernel cannot boot: {error}"),
     };
-    // SAFETY: only CPU 0 comes here, once, and nobody reads before `ready` is set.
-    unsafe { (*KERNEL.value.get()).write(kernel) };
-    KERNEL.ready.store(true, SeqCst);
-    let kernel = self::kernel();
+    // SAFETY: only CPU 0 comes here, once, and nobody else looks before `ready` is set.
+    let kernel = unsafe { &*(*KERNEL.value.get()).write(kernel) };
     kernel.start_first_process(boot);
+    KERNEL.ready.store(true, SeqCst);
     let others = (1 << boot.cpus) - 2;
     kernel.arch.send_ipi(others, Ipi::Reschedule);
 }

@@ -8,8 +8,7 @@ use std::sync::atomic::AtomicU64;
 
 use abi::layout::{ENTRIES_PER_TABLE, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 

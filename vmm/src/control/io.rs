@@ -80,8 +80,7 @@ impl IoThread {
             console,
             timer,
             stop: stop.try_clone()?,
-            last: (0, Vec::new(), Instant::now()),
-            told: 0,
+            lookout: Lookout::new(watchdog.patience),
             watchdog,
             stopped: false,
         };
@@ -133,10 +132,7 @@ struct Subscriber {
     timer: TimerFd,
     stop: EventFd,
     watchdog: Watchdog,
-    /// Run, signs of life, and since when they are the same.
-    last: (u64, Vec<[u64; 4]>, Instant),
-    /// Last run that was reported.
-    told: u64,
+    lookout: Lookout,
     stopped: bool,
 }
 
@@ -176,16 +172,99 @@ impl MutEventSubscriber for Subscriber {
 impl Subscriber {
     fn look(&mut self) {
         let run = self.watchdog.run.get();
-        if run == 0 {
-            self.last.0 = 0;
-            return;
-        }
         let signs = self.watchdog.signs_of_life();
-        if (run, &signs) != (self.last.0, &self.last.1) {
-            self.last = (run, signs, Instant::now());
-        } else if self.last.2.elapsed() >= self.watchdog.patience && self.told != run {
-            self.told = run;
+        if self.lookout.is_stalled(run, signs, Instant::now()) {
             let _ = self.watchdog.messages.send(Message::Stalled { run });
         }
+    }
+}
+
+/// Decides whether a machine shows signs of life.
+struct Lookout {
+    patience: Duration,
+    run: u64,
+    signs: Vec<[u64; 4]>,
+    /// Since when `run` and `signs` are the same.
+    since: Option<Instant>,
+    /// Last run that was told to be stalled.
+    told: u64,
+}
+
+impl Lookout {
+    fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            run: 0,
+            signs: Vec::new(),
+            since: None,
+            told: 0,
+        }
+    }
+
+    /// True once per run, where nothing has changed for as long as the patience lasts. `run` is 0
+    /// while the machine is paused.
+    fn is_stalled(&mut self, run: u64, signs: Vec<[u64; 4]>, now: Instant) -> bool {
+        let since = match self.since {
+            Some(since) if run != 0 && run == self.run && signs == self.signs => since,
+            _ => {
+                (self.run, self.signs, self.since) = (run, signs, Some(now));
+                return false;
+            }
+        };
+        let stalled = now.duration_since(since) >= self.patience && self.told != run;
+        if stalled {
+            self.told = run;
+        }
+        stalled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(4);
+
+    /// Whether the lookout cries at each of these looks: second, run, sign.
+    fn cries(looks: &[(u64, u64, u64)]) -> Vec<u64> {
+        let start = Instant::now();
+        let mut lookout = Lookout::new(PATIENCE);
+        looks
+            .iter()
+            .filter(|(second, run, sign)| {
+                let now = start + Duration::from_secs(*second);
+                lookout.is_stalled(*run, vec![[0; 4], [0, 0, 0, *sign]], now)
+            })
+            .map(|(second, ..)| *second)
+            .collect()
+    }
+
+    #[test]
+    fn a_machine_without_a_sign_of_life_is_told_once_per_run() {
+        let looks = [
+            (0, 1, 5),
+            (3, 1, 5),
+            (4, 1, 5),
+            (5, 1, 5),
+            (9, 1, 5),
+            (10, 2, 5),
+            (14, 2, 5),
+        ];
+        assert_eq!(cries(&looks), [4, 14]);
+    }
+
+    #[test]
+    fn any_change_is_a_sign_of_life() {
+        assert_eq!(
+            cries(&[(0, 1, 5), (3, 1, 6), (6, 1, 7), (9, 1, 8), (13, 1, 8)]),
+            [13]
+        );
+    }
+
+    #[test]
+    fn paused_time_does_not_count() {
+        assert!(cries(&[(0, 1, 5), (1, 0, 5), (9, 0, 5), (20, 2, 5), (23, 2, 5)]).is_empty());
+        // Not even where the looks miss the pause: another run starts anew.
+        assert!(cries(&[(0, 1, 5), (9, 2, 5), (12, 2, 5)]).is_empty());
     }
 }

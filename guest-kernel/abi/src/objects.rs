@@ -494,7 +494,7 @@ pub struct Cpu {
     /// The task that exited here last, until the context after it has freed its stack.
     pub dead: Link<Task>,
     /// Zero.
-    pub reserved: AtomicU64,
+    pub reserved: [AtomicU64; 1],
 }
 
 /// A shootdown in flight: written by its CPU, acknowledged by the others.

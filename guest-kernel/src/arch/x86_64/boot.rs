@@ -6,7 +6,7 @@ use core::sync::atomic::AtomicBool;
 use core::sync::atomic::Ordering::{Acquire, SeqCst};
 
 use abi::boot::{BootInfo, InterruptMode, MAGIC};
-use abi::layout::{CHANNEL_GPA, MAX_CPUS};
+use abi::layout::CHANNEL_GPA;
 
 use super::apic::LocalApic;
 use super::machine::X86;
@@ -56,14 +56,13 @@ pub(super) extern "sysv64" fn start(cpu: usize, boot: *const BootInfo) -> ! {
     let boot = unsafe { boot.read() };
     let channels = match boot.magic {
         MAGIC => boot.channels,
-        // So that the refusal below can be told.
+        // So that `Kernel::boot`, which checks the page, can tell.
         _ => CHANNEL_GPA,
     };
     // SAFETY: the first thing on this CPU, which starts with interrupts off.
     unsafe { percpu::init(cpu, channels) };
-    let interrupts = match validate(&boot) {
-        Ok(interrupts) => interrupts,
-        Err(refusal) => panic!("this kernel cannot boot here: {refusal}"),
+    let Some(interrupts) = InterruptMode::from_u32(boot.interrupts) else {
+        panic!("unknown BootInfo.interrupts {}", boot.interrupts);
     };
     LocalApic::new(interrupts).enable();
     if cpu == 0 {
@@ -80,11 +79,10 @@ fn first_cpu(boot: &BootInfo, interrupts: InterruptMode) {
         Ok(kernel) => kernel,
         Err(error) => panic!("the kernel cannot boot: {error}"),
     };
-    // SAFETY: only CPU 0 comes here, once, and nobody reads before `ready` is set.
-    unsafe { (*KERNEL.value.get()).write(kernel) };
-    KERNEL.ready.store(true, SeqCst);
-    let kernel = self::kernel();
+    // SAFETY: only CPU 0 comes here, once, and nobody else looks before `ready` is set.
+    let kernel = unsafe { &*(*KERNEL.value.get()).write(kernel) };
     kernel.start_first_process(boot);
+    KERNEL.ready.store(true, SeqCst);
     let others = (1 << boot.cpus) - 2;
     kernel.arch.send_ipi(others, Ipi::Reschedule);
 }
@@ -96,18 +94,4 @@ fn wait_for_kernel() {
     while !KERNEL.ready.load(SeqCst) {
         registers::wait_for_interrupt();
     }
-}
-
-/// Checks what the rest takes for granted.
-fn validate(boot: &BootInfo) -> Result<InterruptMode, &'static str> {
-    if boot.magic != MAGIC {
-        return Err("BootInfo.magic is wrong");
-    }
-    if boot.layout_hash != const { abi::layout_hash() } {
-        return Err("host and kernel were built from different sources (BootInfo.layout_hash)");
-    }
-    if !(1..=MAX_CPUS as u32).contains(&boot.cpus) {
-        return Err("BootInfo.cpus is not 1 to 16");
-    }
-    InterruptMode::from_u32(boot.interrupts).ok_or("BootInfo.interrupts is unknown")
 }

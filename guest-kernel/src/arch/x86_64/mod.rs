@@ -36,7 +36,7 @@
 //! clear: on hardware an SSE instruction is a loud #UD.
 
 pub mod descriptors;
-#[cfg_attr(not(feature = "image"), allow(dead_code))]
+mod memory;
 mod message;
 
 #[cfg(feature = "image")]
@@ -47,8 +47,6 @@ mod boot;
 mod entry;
 #[cfg(feature = "image")]
 mod machine;
-#[cfg(feature = "image")]
-mod memory;
 #[cfg(feature = "image")]
 mod panic;
 #[cfg(feature = "image")]

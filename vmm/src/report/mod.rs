@@ -1,1 +1,4 @@
 //! (room: report)
+
+pub mod crash;
+pub mod symbols;

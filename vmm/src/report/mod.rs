@@ -1,9 +1,11 @@
 //! What a run found, and its two forms: for a person ([`verdict`]) and for a program ([`json`]).
 //!
 //! The types here are the JSON schema; `docs/result-schema.md` documents every field and changes
-//! with them. Nothing here runs or reads a machine.
+//! with them. Nothing here runs a machine; [`crash`] reads one that has stopped for good.
 
+pub mod crash;
 pub mod json;
+pub mod symbols;
 pub mod verdict;
 
 use std::collections::BTreeMap;

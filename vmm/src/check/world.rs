@@ -78,7 +78,7 @@ impl World {
             next_frame: FIRST_FRAME,
             slabs: [(0, 0); SLABS],
         };
-        world.update::<KernelRoot>(ROOT, |root| {
+        world.update::<KernelRoot, _>(ROOT, |root| {
             root.magic.store(abi::boot::MAGIC, Relaxed);
             root.layout_hash.store(abi::layout_hash(), Relaxed);
             root.pgd.store(KERNEL_PGD, Relaxed);
@@ -144,6 +144,8 @@ impl World {
         self.map(copy, shared, DATA, PteFlags::COW);
         self.map_new(data, of_data, DATA + PAGE_SIZE, PteFlags::WRITE);
         self.map_new(copy, of_copy, DATA + PAGE_SIZE, PteFlags::WRITE);
+        // Tables that a fault made before it ran out of memory: empty, and rightly there.
+        self.leaf_entry(parent, EMPTY);
     }
 
     fn run_tasks(&mut self) {

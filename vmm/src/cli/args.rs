@@ -26,7 +26,7 @@ Examples:
   stalemate run unmap-race --vcpus 4 --runs 20   twenty times, until one is not clean
   stalemate inspect smoke --at pte-install:3     pause in the middle and look
   stalemate record -o ls.trace -- ls -l /        record a real program's memory calls
-  scripts/lab -- run unmap-race                  the same on a host without KVM or with emulated CPL 0";
+  scripts/lab -- run unmap-race                  the same without KVM, with TLBs that can be stale";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -37,7 +37,7 @@ Examples:
 
 const INSPECT_EXAMPLES: &str = "\
 Examples:
-  stalemate inspect smoke --at flush-issue            the first shootdown, before it chooses its CPUs
+  stalemate inspect smoke --at flush-issue            before the first shootdown chooses its CPUs
   stalemate inspect smoke --at pte-install:100 --mm 1 --range 0x400000..0x500000
   stalemate inspect unmap-race --after 50ms --gva 0x7fffdffff000
   stalemate inspect cow-fork --at fork-flush --frame 0x823000 --json";
@@ -90,7 +90,7 @@ pub struct Talk {
         help_heading = "Output"
     )]
     pub quiet: bool,
-    /// Everything: each invariant, KVM's statistics, the serial output, what the program does
+    /// Each invariant, KVM's statistics, the serial output, and the log
     #[arg(short, long, global = true, help_heading = "Output")]
     pub verbose: bool,
 }

@@ -2,9 +2,12 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 
 use super::exit::Exit;
 use super::lab;
+use crate::boot::{BootError, ElfError};
+use crate::inspect::InspectError;
 use crate::report::json::WriteError;
 use crate::report::verdict::Paint;
 use crate::scenario::ScenarioError;
@@ -27,24 +30,57 @@ pub(super) enum Failure {
     /// The machine cannot be made or cannot go on.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// The file of `--kernel` is no kernel.
+    #[error("--kernel {}: not a kernel that can be booted", path.display())]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ElfError,
+    },
+    /// The guest's kernel cannot be looked into.
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
     /// A result cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
 }
 
 impl Failure {
+    /// Why there is no machine; where `kernel` was given, that may be its fault.
+    pub(super) fn of_machine(error: MachineError, kernel: Option<&Path>) -> Self {
+        match (error, kernel) {
+            (MachineError::BadKernel(BootError::Kernel(source)), Some(path)) => Self::Kernel {
+                path: path.into(),
+                source,
+            },
+            (error, _) => Self::Machine(error),
+        }
+    }
+
     /// The exit code of this cause.
     #[must_use]
     pub(super) fn exit(&self) -> Exit {
         match self {
-            Self::Scenario(_) | Self::Usage { .. } | Self::Write(_) => Exit::BadInput,
+            Self::Scenario(_) | Self::Usage { .. } | Self::Kernel { .. } | Self::Write(_) => {
+                Exit::BadInput
+            }
             Self::Machine(error) => match error {
-                MachineError::NoKvm
-                | MachineError::NoPermission
-                | MachineError::MissingCapability(_) => Exit::HostCannot,
-                MachineError::BadKernel(_) => Exit::BadInput,
-                MachineError::Kvm(_) => Exit::Internal,
+                MachineError::NoKvm { .. }
+                | MachineError::NoPermission { .. }
+                | MachineError::MissingCapability { .. } => Exit::HostCannot,
+                MachineError::KernelFile(_)
+                | MachineError::BadKernel(_)
+                | MachineError::MemoryTooSmall { .. }
+                | MachineError::BadVcpus { .. }
+                | MachineError::NoSuchVcpu { .. } => Exit::BadInput,
+                MachineError::Memory(_)
+                | MachineError::Kvm { .. }
+                | MachineError::Vcpu(_)
+                | MachineError::Timeout { .. }
+                | MachineError::Io { .. } => Exit::Internal,
             },
+            Self::Inspect(_) => Exit::GuestFailed,
         }
     }
 
@@ -76,7 +112,11 @@ fn scenario(error: &ScenarioError, paint: Paint) -> String {
     let mut text = String::new();
     let handler = miette::GraphicalReportHandler::new_themed(theme).with_width(100);
     match handler.render_report(&mut text, error) {
-        Ok(()) => format!("{} {}\n", paint.red("error:"), text.trim()),
+        Ok(()) => {
+            // Our own "error:" says what its cross says.
+            let text = text.trim().replacen("× ", "", 1);
+            format!("{} {text}\n", paint.red("error:"))
+        }
         Err(_) => chain(error, paint),
     }
 }
@@ -113,12 +153,16 @@ mod tests {
             text.contains("x.toml:2:8") && text.contains("name = 'no'"),
             "{text}"
         );
-        for (error, exit) in [
-            (MachineError::NoKvm, Exit::HostCannot),
-            (MachineError::NoPermission, Exit::HostCannot),
+        let missing = || std::io::Error::from_raw_os_error(libc::ENOENT);
+        for error in [
+            MachineError::NoKvm { source: missing() },
+            MachineError::NoPermission { source: missing() },
+            MachineError::MissingCapability {
+                name: "KVM_CAP_X".into(),
+            },
         ] {
             let failure = Failure::from(error);
-            assert_eq!(failure.exit(), exit);
+            assert_eq!(failure.exit(), Exit::HostCannot);
             assert!(failure.render(Paint::Plain).contains("scripts/lab --"));
         }
     }

@@ -34,21 +34,11 @@ pub(super) fn list(what: Listed, output: &Output) -> Result<Exit, Failure> {
 }
 
 fn entries(what: Listed) -> Vec<Entry> {
-    let entry = |name: &str, form: String, help: &str| Entry {
-        name: name.to_owned(),
-        form,
-        help: help.split_whitespace().collect::<Vec<_>>().join(" "),
-        args: Vec::new(),
-    };
     match what {
         Listed::Programs => catalog::PROGRAMS
             .iter()
             .map(|program| Entry {
-                args: program
-                    .args
-                    .iter()
-                    .map(|(name, help)| entry(name, String::new(), help))
-                    .collect(),
+                args: program.args.iter().map(argument).collect(),
                 ..entry(program.name, String::new(), program.help)
             })
             .collect(),
@@ -70,10 +60,7 @@ fn entries(what: Listed) -> Vec<Entry> {
             .iter()
             .map(|point| entry(point.name(), String::new(), point.help()))
             .collect(),
-        Listed::Invariants => Vec::<Entry>::new(),
-        #[cfg(any())]
-        Listed::Invariants => crate::check::INVARIANTS
-            .iter()
+        Listed::Invariants => crate::check::all()
             .map(|invariant| entry(invariant.id, String::new(), invariant.predicate))
             .collect(),
         Listed::Scenarios => scenario::available()
@@ -86,6 +73,24 @@ fn entries(what: Listed) -> Vec<Entry> {
     }
 }
 
+fn entry(name: &str, form: String, help: &str) -> Entry {
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    Entry {
+        name: name.to_owned(),
+        form,
+        help,
+        args: Vec::new(),
+    }
+}
+
+fn argument(arg: &guest::Arg) -> Entry {
+    entry(
+        arg.name,
+        format!("{} [{}]", catalog::form(arg), arg.default),
+        arg.help,
+    )
+}
+
 fn table(entries: &[Entry], paint: Paint) -> String {
     let width = entries
         .iter()
@@ -94,21 +99,25 @@ fn table(entries: &[Entry], paint: Paint) -> String {
         .unwrap_or(0);
     let mut text = String::new();
     for entry in entries {
-        let name = format!("{:<width$}", entry.name);
-        let form = match entry.form.as_str() {
-            "" => String::new(),
-            form => format!("{}  ", paint.dim(form)),
-        };
-        let _ = writeln!(text, "{}  {form}{}", paint.bold(&name), entry.help);
+        let _ = writeln!(text, "{}", line(entry, width, paint));
+        let inner = entry
+            .args
+            .iter()
+            .map(|argument| argument.name.len())
+            .max()
+            .unwrap_or(0);
         for argument in &entry.args {
-            let _ = writeln!(
-                text,
-                "{:width$}    {}  {}",
-                "",
-                paint.bold(&argument.name),
-                argument.help
-            );
+            let _ = writeln!(text, "{:width$}    {}", "", line(argument, inner, paint));
         }
     }
     text
+}
+
+fn line(entry: &Entry, width: usize, paint: Paint) -> String {
+    let name = format!("{:<width$}", entry.name);
+    let form = match entry.form.as_str() {
+        "" => String::new(),
+        form => format!("{}  ", paint.dim(form)),
+    };
+    format!("{}  {form}{}", paint.bold(&name), entry.help)
 }

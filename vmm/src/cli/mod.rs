@@ -6,6 +6,7 @@ mod doctor;
 pub mod exit;
 mod failure;
 mod inspect;
+mod interrupt;
 mod lab;
 mod list;
 mod output;

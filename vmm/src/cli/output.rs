@@ -66,6 +66,17 @@ impl Output {
         Ok(())
     }
 
+    /// Checks, before a run, that its JSON can be written after it.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(super) fn check_json(&self) -> Result<(), Failure> {
+        match &self.json {
+            Some(path) if path != Path::new("-") => Ok(json::probe(path)?),
+            _ => Ok(()),
+        }
+    }
+
     /// True where progress may be drawn: on a terminal, and not asked to be quiet.
     #[must_use]
     pub(super) fn shows_progress(&self) -> bool {

@@ -90,6 +90,7 @@ pub struct Machine {
     ram: GuestRam,
     console: Console,
     kernel: Cow<'static, [u8]>,
+    user: Vec<u8>,
     watchdog: Duration,
     messages: Receiver<Message>,
     /// Messages that nobody has been told of, in order.
@@ -196,6 +197,7 @@ impl Machine {
             ram,
             console,
             kernel,
+            user: user.to_vec(),
             watchdog: config.watchdog,
             messages,
             backlog: VecDeque::new(),
@@ -504,6 +506,12 @@ impl Machine {
     #[must_use]
     pub fn kernel_elf(&self) -> &[u8] {
         &self.kernel
+    }
+
+    /// The user programs' ELF file.
+    #[must_use]
+    pub fn user_elf(&self) -> &[u8] {
+        &self.user
     }
 
     /// GPA of the kernel's root object, once the kernel is ready. Only the address is checked, not

@@ -338,6 +338,10 @@ fn a_guest_that_halts_for_ever_is_hung() {
             panic!("no crash");
         };
         assert_eq!(crash.cause, CrashCause::NoProgress { seconds: 0.1 });
+        assert!(
+            crash.snapshots.iter().all(|vcpu| vcpu.halted),
+            "{interrupts:?}"
+        );
         assert_eq!(crash.vcpu, None);
     }
 }

@@ -70,6 +70,26 @@ pub fn write(path: &Path, text: &str) -> Result<(), WriteError> {
     written.map_err(failed)
 }
 
+/// Checks that [`write`] will be able to write `path`, and leaves no trace of it.
+///
+/// # Errors
+/// The file system refused.
+pub fn probe(path: &Path) -> Result<(), WriteError> {
+    let existed = path.exists();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map_err(|source| WriteError::Io {
+            path: path.to_path_buf(),
+            source,
+        })?;
+    if !existed {
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(())
+}
+
 /// A directory that is ready to take a result.
 #[derive(Debug)]
 pub struct OutDirectory(PathBuf);
@@ -170,6 +190,10 @@ mod tests {
         assert!(write(&directory.path().join("absent/a.json"), "1").is_err());
         let files: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();
         assert_eq!(files.len(), 1);
+        probe(&directory.path().join("b.json")).unwrap();
+        probe(&directory.path().join("a.json")).unwrap();
+        assert!(probe(&directory.path().join("absent/b.json")).is_err());
+        assert!(!directory.path().join("b.json").exists());
         assert_eq!(
             std::fs::read_to_string(directory.path().join("a.json")).unwrap(),
             "2"

@@ -1,9 +1,11 @@
 //! What a run found, and its two forms: for a person ([`verdict`]) and for a program ([`json`]).
 //!
 //! The types here are the JSON schema; `docs/result-schema.md` documents every field and changes
-//! with them. Nothing here runs or reads a machine.
+//! with them. Nothing here runs a machine; [`crash`] reads one that has stopped for good.
 
+pub mod crash;
 pub mod json;
+pub mod symbols;
 pub mod verdict;
 
 use std::collections::BTreeMap;
@@ -66,8 +68,8 @@ pub struct RunResult {
 /// What bears on a verdict about the host.
 #[derive(Clone, Debug, Serialize)]
 pub struct HostFacts {
-    /// `intel`, `amd`, `emulating` or `lab`.
-    pub kind: String,
+    /// `hardware`, `emulating` or `lab`; `none` where no machine runs.
+    pub kind: &'static str,
     /// The same for a person.
     pub description: String,
     /// True where user code can see a stale translation after the guest changed a PTE.
@@ -162,6 +164,34 @@ pub struct Violation {
     pub details: Vec<String>,
 }
 
+impl Violation {
+    /// What a checker found at `place`.
+    #[must_use]
+    pub fn of_invariant(violation: crate::check::Violation, place: crate::session::Place) -> Self {
+        let finding = violation.finding;
+        let walk = finding
+            .walk
+            .map(|walk| walk.to_string())
+            .unwrap_or_default();
+        let invariant = format!("invariant: {}", violation.predicate);
+        let object = finding.where_.to_string();
+        Self {
+            id: violation.id.to_owned(),
+            title: finding.summary,
+            expected: Some(finding.expected).filter(|text| !text.is_empty()),
+            found: Some(finding.found).filter(|text| !text.is_empty()),
+            at: match object.as_str() {
+                "" => place.to_string(),
+                object => format!("{object}, {place}"),
+            },
+            details: std::iter::once(invariant)
+                .chain(walk.lines().map(str::to_owned))
+                .chain(finding.details)
+                .collect(),
+        }
+    }
+}
+
 /// Wall time by part of a run.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Timings {
@@ -233,7 +263,7 @@ pub(crate) mod tests {
             stalemate: env!("CARGO_PKG_VERSION"),
             command: ["stalemate", "run", "smoke"].map(String::from).to_vec(),
             host: HostFacts {
-                kind: "emulating".into(),
+                kind: "emulating",
                 description: "emulating host".into(),
                 shows_stale_translations: false,
             },

@@ -1,100 +1,88 @@
-//! The user programs that a scenario can name.
+//! The user programs that a scenario can name: [`guest::PROGRAMS`], and why a name or an argument is
+//! refused.
 
-use std::path::Path;
+pub use guest::programs::{Data, PROGRAMS, Program as Info};
 
 use super::values::{Refused, did_you_mean};
-use super::{ScenarioError, Trace};
-
-/// One user program.
-#[derive(Debug)]
-pub struct Info {
-    /// Its name.
-    pub name: &'static str,
-    /// What it does.
-    pub help: &'static str,
-    /// Its arguments: name, meaning.
-    pub args: &'static [(&'static str, &'static str)],
-    /// True where it replays a recorded trace.
-    pub needs_trace: bool,
-}
-
-/// Every program, in the order of the help text.
-pub const PROGRAMS: &[Info] = &[
-    Info {
-        name: "smoke",
-        help: "",
-        args: &[],
-        needs_trace: false,
-    },
-    Info {
-        name: "unmap-race",
-        help: "",
-        args: &[],
-        needs_trace: false,
-    },
-    Info {
-        name: "cow-fork",
-        help: "",
-        args: &[],
-        needs_trace: false,
-    },
-    Info {
-        name: "mprotect-race",
-        help: "",
-        args: &[],
-        needs_trace: false,
-    },
-    Info {
-        name: "replay",
-        help: "",
-        args: &[],
-        needs_trace: true,
-    },
-];
 
 /// The program of this name.
 ///
 /// # Errors
 /// There is none.
 pub fn program(name: &str) -> Result<&'static Info, Refused> {
-    PROGRAMS
-        .iter()
-        .find(|program| program.name == name)
-        .ok_or_else(|| {
-            Refused::new(format!("no program '{name}'")).with_help(did_you_mean(
-                name,
-                PROGRAMS.iter().map(|program| program.name),
-            ))
-        })
+    guest::find(name).ok_or_else(|| {
+        Refused::new(format!("no program '{name}'")).with_help(did_you_mean(
+            name,
+            PROGRAMS.iter().map(|program| program.name),
+        ))
+    })
 }
 
-/// Checks that `program` has an argument `name`.
+/// Why an argument is refused: it has none of this name, or not with this value.
+#[derive(Debug)]
+pub enum BadArgument {
+    /// The name.
+    Name(Refused),
+    /// The value.
+    Value(Refused),
+}
+
+/// Checks that `program` has an argument `name` that takes `value`.
 ///
 /// # Errors
-/// It has none.
-pub fn argument(program: &Info, name: &str) -> Result<(), Refused> {
-    let names = program.args.iter().map(|(name, _)| *name);
-    if names.clone().any(|known| known == name) {
-        return Ok(());
+/// It has none, or takes other values.
+pub fn argument(program: &'static Info, name: &str, value: &str) -> Result<(), BadArgument> {
+    let names = program.args.iter().map(|arg| arg.name);
+    let Some(arg) = program.args.iter().find(|arg| arg.name == name) else {
+        let refused = Refused::new(format!(
+            "program '{}' has no argument '{name}'",
+            program.name
+        ));
+        return Err(BadArgument::Name(if program.args.is_empty() {
+            refused.with_help("it takes none")
+        } else {
+            refused.with_help(did_you_mean(name, names))
+        }));
+    };
+    match guest::Args::parse(program, &format!("{name}={value}")) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(BadArgument::Value(
+            Refused::new(format!(
+                "'{value}' is no value for argument '{name}' of '{}'",
+                program.name
+            ))
+            .with_help(format!("write {}", form(arg))),
+        )),
     }
-    let refused = Refused::new(format!(
-        "program '{}' has no argument '{name}'",
-        program.name
-    ));
-    Err(if program.args.is_empty() {
-        refused.with_help("it takes none")
+}
+
+/// What an argument takes.
+#[must_use]
+pub fn form(arg: &guest::Arg) -> String {
+    let auto = if arg.default == "auto" {
+        "auto or "
     } else {
-        refused.with_help(did_you_mean(name, names))
-    })
+        ""
+    };
+    format!("{auto}{} to {}", arg.range.start(), arg.range.end())
+}
+
+/// True where the program `name` has an argument `argument`.
+#[must_use]
+pub fn has_argument(name: &str, argument: &str) -> bool {
+    guest::find(name).is_some_and(|program| program.args.iter().any(|arg| arg.name == argument))
 }
 
 /// Compiles the text of a recorded trace.
 ///
 /// # Errors
 /// A line that is no call that the replay knows.
-pub fn compile_trace(path: &Path, text: &str) -> Result<Trace, ScenarioError> {
+pub fn compile_trace(
+    path: &std::path::Path,
+    text: &str,
+) -> Result<super::Trace, super::ScenarioError> {
     let _ = text;
-    Ok(Trace {
+    Ok(super::Trace {
         path: path.to_path_buf(),
         blob: Vec::new(),
         summary: serde_json::Value::Null,

@@ -8,7 +8,7 @@ use abi::boot::InterruptMode;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::catalog;
+use super::catalog::{self, BadArgument, Data};
 use super::error::{Located, ScenarioError};
 use super::values::{self, Refused};
 use super::{CheckWhen, Program, Scenario};
@@ -176,16 +176,20 @@ impl Reader<'_> {
         let program = self.at(table.name.span(), catalog::program(table.name.as_ref()))?;
         let mut args = Vec::new();
         for (key, value) in table.args {
-            self.at(key.span(), catalog::argument(program, key.as_ref()))?;
-            args.push((key.into_inner(), value.as_ref().text()));
+            let text = value.as_ref().text();
+            catalog::argument(program, key.as_ref(), &text).map_err(|bad| match bad {
+                BadArgument::Name(refused) => self.locate(key.span(), refused),
+                BadArgument::Value(refused) => self.locate(value.span(), refused),
+            })?;
+            args.push((key.into_inner(), text));
         }
         let trace = match table.trace {
-            None if program.needs_trace => {
+            None if program.data == Data::Trace => {
                 let refused = Refused::new(format!("program '{}' needs a trace", program.name))
                     .with_help("add [program.trace] with file = \"…\", or record one: stalemate record -o FILE -- COMMAND");
                 return Err(self.locate(table.name.span(), refused));
             }
-            Some(trace) if !program.needs_trace => {
+            Some(trace) if program.data != Data::Trace => {
                 let refused = Refused::new(format!("program '{}' replays no trace", program.name))
                     .with_help("use program 'replay'");
                 return Err(self.locate(trace.file.span(), refused));

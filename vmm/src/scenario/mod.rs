@@ -187,7 +187,7 @@ fn find(name: &Path) -> Result<PathBuf, ScenarioError> {
                 .into()
         }
         Some(_) => format!(
-            "{}; `stalemate list scenarios` shows all",
+            "{} (`stalemate list scenarios` shows all)",
             values::did_you_mean(&wanted, names().collect::<Vec<_>>())
         ),
     };

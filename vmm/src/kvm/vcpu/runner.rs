@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
 use abi::boot::InterruptMode;
+use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{
@@ -293,11 +294,18 @@ impl Runner {
     fn snapshot(&self) -> Reply {
         let regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"));
         let sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"));
+        // A kick leaves a vCPU that KVM has halted in that state (vcpu_block in Linux's x86.c).
+        let halted = self.halted
+            || (self.interrupts == InterruptMode::Hardware
+                && self
+                    .fd
+                    .get_mp_state()
+                    .is_ok_and(|state| state.mp_state == KVM_MP_STATE_HALTED));
         match (regs, sregs) {
             (Ok(regs), Ok(sregs)) => Reply::Snapshot(Box::new(VcpuSnapshot {
                 index: self.index,
                 state: State::Paused,
-                halted: self.halted,
+                halted,
                 last_exit: self.last_exit,
                 exits: self.vitals.exits(),
                 pinned: None,

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::State;
 
@@ -14,8 +14,7 @@ pub struct VcpuSnapshot {
     pub index: usize,
     /// Its state.
     pub state: State,
-    /// True where it has executed HLT and no interrupt has ended that (controlled interrupts only;
-    /// with an in-kernel irqchip KVM keeps this to itself).
+    /// True where it has executed HLT and no interrupt has ended that.
     pub halted: bool,
     /// Why KVM_RUN returned last, kicks left out.
     pub last_exit: ExitReason,
@@ -37,8 +36,9 @@ impl VcpuSnapshot {
     }
 }
 
-/// General registers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+/// General registers. In JSON they are strings like `"0x1f000"`: readable, and exact where a reader
+/// keeps numbers as doubles.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)] // the architecture's own names
 pub struct Registers {
     pub rax: u64,
@@ -88,6 +88,24 @@ impl Registers {
     }
 }
 
+impl Serialize for Registers {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(
+            self.named()
+                .map(|(name, value)| (name, format!("{value:#x}"))),
+        )
+    }
+}
+
+impl Serialize for SystemRegisters {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(
+            self.named()
+                .map(|(name, value)| (name, format!("{value:#x}"))),
+        )
+    }
+}
+
 impl From<kvm_regs> for Registers {
     fn from(regs: kvm_regs) -> Self {
         Self {
@@ -113,8 +131,8 @@ impl From<kvm_regs> for Registers {
     }
 }
 
-/// The system registers that reports and checkers use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+/// The system registers that reports and checkers use; in JSON like [`Registers`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)] // the architecture's own names
 pub struct SystemRegisters {
     pub cr0: u64,
@@ -134,6 +152,29 @@ pub struct SystemRegisters {
     pub idt_base: u64,
     pub tr_base: u64,
     pub apic_base: u64,
+}
+
+impl SystemRegisters {
+    /// Names and values, in the order in which they are shown.
+    #[must_use]
+    pub fn named(&self) -> [(&'static str, u64); 14] {
+        [
+            ("cr0", self.cr0),
+            ("cr2", self.cr2),
+            ("cr3", self.cr3),
+            ("cr4", self.cr4),
+            ("efer", self.efer),
+            ("cs", self.cs.into()),
+            ("ss", self.ss.into()),
+            ("cpl", self.cpl.into()),
+            ("fs_base", self.fs_base),
+            ("gs_base", self.gs_base),
+            ("gdt_base", self.gdt_base),
+            ("idt_base", self.idt_base),
+            ("tr_base", self.tr_base),
+            ("apic_base", self.apic_base),
+        ]
+    }
 }
 
 impl From<kvm_sregs> for SystemRegisters {

@@ -1,19 +1,10 @@
-//! One run from start to verdict: resume, judge what stopped the machine, check, go on or end.
-//!
-//! Room between `control` (which runs machines and judges nothing) and `cli` (which prints). The
-//! rules are here, apart from the machine ([`Subject`]), so that they can be tested without one.
-
-mod live;
-
-pub use live::MachineError;
+//! The rules of a run: what ends it, what counts as a violation, and which verdict follows.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use abi::channel::ReportKind;
-use abi::point::Point;
-
-use crate::report::{InvariantCount, Verdict, Violation};
+use super::{Crash, Halt, Place, Report, Subject};
+use crate::report::{InvariantCount, Verdict, Violation, verdict};
 use crate::scenario::CheckWhen;
 
 /// Wrong values that a program may report before the run ends: the first tells what is wrong, a
@@ -23,99 +14,6 @@ pub const MAX_REPORTS: usize = 16;
 pub const MAX_VIOLATIONS: usize = 64;
 /// Exit status with which a program says that it was called wrongly (as sysexits and this program).
 pub const STATUS_BAD_INPUT: u32 = 2;
-
-/// What a session drives: a machine and the checkers that read it.
-pub trait Subject {
-    /// Why the machine cannot go on.
-    type Error;
-    /// Runs until something happens, at most for `limit`.
-    ///
-    /// # Errors
-    /// The host failed, not the guest.
-    fn resume(&mut self, limit: Duration) -> Result<Halt, Self::Error>;
-    /// Checks what can be checked while all vCPUs are paused at `place`.
-    fn check(&mut self, place: Place) -> Checked;
-}
-
-/// Why all vCPUs are paused.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Halt {
-    /// The first process ended.
-    Exited {
-        /// Its exit status.
-        status: u32,
-    },
-    /// A trapped scheduling point.
-    Point {
-        /// vCPU.
-        vcpu: u32,
-        /// The point.
-        point: Point,
-    },
-    /// A program reported a wrong value.
-    Report(Report),
-    /// The limit is over.
-    Deadline,
-    /// Ctrl-C.
-    Interrupted,
-    /// The guest crashed or hangs.
-    Crashed(Crash),
-}
-
-/// A wrong value that a program found.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Report {
-    /// vCPU on which it was found.
-    pub vcpu: u32,
-    /// A [`ReportKind`] if the guest keeps the contract.
-    pub kind: u64,
-    /// Address.
-    pub gva: u64,
-    /// What had to be there.
-    pub expected: u64,
-    /// What was there.
-    pub found: u64,
-    /// Task that found it.
-    pub task: u64,
-}
-
-/// A crash or hang, in both forms.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Crash {
-    /// For programs; `reason` is one line.
-    pub json: serde_json::Value,
-    /// For a person.
-    pub text: String,
-}
-
-/// Where a check happens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// All vCPUs are paused, one of them at this point.
-    Point(u32, Point),
-    /// The first process has ended.
-    End,
-}
-
-impl std::fmt::Display for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Point(vcpu, point) => write!(f, "{} on vCPU {vcpu}", point.name()),
-            Self::End => f.write_str("the end of the run"),
-        }
-    }
-}
-
-/// What one check found.
-#[derive(Clone, Debug, Default)]
-pub struct Checked {
-    /// IDs that were looked at, and how many objects each examined.
-    pub checked: Vec<(&'static str, u64)>,
-    /// IDs, what was left out and why: objects, or 1 for the whole look.
-    pub skipped: Vec<(&'static str, String, u64)>,
-    /// What does not hold.
-    pub violations: Vec<Violation>,
-}
 
 /// What a run showed.
 #[derive(Debug)]
@@ -161,7 +59,7 @@ pub fn observe<S: Subject>(
         match halt {
             Halt::Point { vcpu, point } => {
                 watch.points_checked += 1;
-                watch.check(subject, Place::Point(vcpu, point));
+                watch.check(subject, Place::Point(vcpu, point))?;
                 // The first broken state explains; what follows from it only hides it.
                 if when == CheckWhen::EveryPoint && !watch.violations.is_empty() {
                     return Ok(watch.end(None, None));
@@ -175,9 +73,10 @@ pub fn observe<S: Subject>(
                 }
             }
             Halt::Exited { status } => {
-                watch.check(subject, Place::End);
+                watch.check(subject, Place::End)?;
                 return Ok(watch.end(Some(status), None));
             }
+            Halt::Nothing => {}
             Halt::Crashed(crash) => return Ok(watch.end(None, Some(crash))),
             Halt::Deadline => return Ok(watch.end(None, Some(did_not_finish(timeout)))),
             Halt::Interrupted => {
@@ -202,9 +101,9 @@ struct Watch {
 }
 
 impl Watch {
-    fn check(&mut self, subject: &mut impl Subject, place: Place) {
+    fn check<S: Subject>(&mut self, subject: &mut S, place: Place) -> Result<(), S::Error> {
         let started = Instant::now();
-        let outcome = subject.check(place);
+        let outcome = subject.check(place)?;
         self.checking += started.elapsed();
         for (id, examined) in outcome.checked {
             let count = self.count(id);
@@ -216,6 +115,7 @@ impl Watch {
         }
         self.violations.extend(outcome.violations);
         self.violations.truncate(MAX_VIOLATIONS);
+        Ok(())
     }
 
     fn count(&mut self, id: &'static str) -> &mut InvariantCount {
@@ -253,16 +153,9 @@ impl Watch {
 }
 
 fn data_probe(report: &Report) -> Violation {
-    let title = match ReportKind::from_u64(report.kind) {
-        Some(kind) => kind.describe().to_owned(),
-        None => format!(
-            "the program reported kind {}, which has no meaning",
-            report.kind
-        ),
-    };
     Violation {
         id: "data-probe".into(),
-        title,
+        title: report.kind.describe().to_owned(),
         expected: Some(format!("{:#018x}", report.expected)),
         found: Some(format!("{:#018x}", report.found)),
         at: format!(
@@ -289,7 +182,7 @@ fn program_failed(status: u32) -> Violation {
 fn did_not_finish(timeout: Duration) -> Crash {
     let reason = format!(
         "the run did not finish in {}",
-        crate::report::verdict::format_time(timeout)
+        verdict::format_time(timeout)
     );
     Crash {
         text: format!("{reason}; --timeout gives it more"),
@@ -298,37 +191,62 @@ fn did_not_finish(timeout: Duration) -> Crash {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use super::super::Checked;
     use super::*;
+    use abi::channel::ReportKind;
+    use abi::point::Point;
     use std::collections::VecDeque;
 
-    struct Script {
+    /// A subject that stops as it is told.
+    pub(in super::super) struct Script {
         halts: VecDeque<Halt>,
-        broken_at: Option<Place>,
+        pub(in super::super) broken_at: Option<Place>,
+        pub(in super::super) resumed: u32,
+        /// Resumes until the first user instruction.
+        pub(in super::super) boots_after: u32,
+        pub(in super::super) trapped: Vec<(Point, bool)>,
+    }
+
+    impl Script {
+        pub(in super::super) fn new(halts: &[Halt]) -> Self {
+            Self {
+                halts: halts.iter().cloned().collect(),
+                broken_at: None,
+                resumed: 0,
+                boots_after: 0,
+                trapped: Vec::new(),
+            }
+        }
     }
 
     impl Subject for Script {
         type Error = &'static str;
         fn resume(&mut self, _: Duration) -> Result<Halt, Self::Error> {
+            self.resumed += 1;
             self.halts.pop_front().ok_or("resumed after the end")
         }
-        fn check(&mut self, place: Place) -> Checked {
-            Checked {
+        fn trap(&mut self, point: Point, on: bool) {
+            self.trapped.push((point, on));
+        }
+        fn in_user(&self) -> bool {
+            self.resumed >= self.boots_after
+        }
+        fn check(&mut self, place: Place) -> Result<Checked, Self::Error> {
+            Ok(Checked {
                 checked: vec![("P-01", 3)],
                 skipped: vec![("N-01", "no nested tables".into(), 1)],
                 violations: (self.broken_at == Some(place))
                     .then(|| program_failed(9))
                     .into_iter()
                     .collect(),
-            }
+            })
         }
     }
 
     fn observe(halts: &[Halt], broken_at: Option<Place>, when: CheckWhen) -> Observed {
-        let mut script = Script {
-            halts: halts.iter().cloned().collect(),
-            broken_at,
-        };
+        let mut script = Script::new(halts);
+        script.broken_at = broken_at;
         super::observe(&mut script, when, Duration::from_secs(3600)).unwrap()
     }
 
@@ -338,7 +256,7 @@ mod tests {
         point: Point::FlushSync,
     };
 
-    fn report(kind: u64) -> Halt {
+    fn report(kind: ReportKind) -> Halt {
         Halt::Report(Report {
             vcpu: 0,
             kind,
@@ -389,7 +307,11 @@ mod tests {
     #[test]
     fn reports_are_violations_and_sixteen_are_enough() {
         let two = observe(
-            &[report(1), report(77), Halt::Exited { status: 1 }],
+            &[
+                report(ReportKind::ForeignFrame),
+                report(ReportKind::WrongResult),
+                Halt::Exited { status: 1 },
+            ],
             None,
             CheckWhen::End,
         );
@@ -404,9 +326,13 @@ mod tests {
                 .title
                 .contains("no longer this page's own")
         );
-        assert!(two.violations[1].title.contains("kind 77"));
+        assert!(two.violations[1].title.contains("wrong result"));
 
-        let many = observe(&vec![report(1); MAX_REPORTS], None, CheckWhen::End);
+        let many = observe(
+            &vec![report(ReportKind::ForeignFrame); MAX_REPORTS],
+            None,
+            CheckWhen::End,
+        );
         assert_eq!((many.violations.len(), many.status), (MAX_REPORTS, None));
     }
 
@@ -448,7 +374,11 @@ mod tests {
             observe(std::slice::from_ref(&crash), None, CheckWhen::End).verdict,
             Verdict::Crashed
         );
-        let both = observe(&[report(1), crash], None, CheckWhen::End);
+        let both = observe(
+            &[report(ReportKind::ForeignFrame), crash],
+            None,
+            CheckWhen::End,
+        );
         assert_eq!(both.verdict, Verdict::Violation);
         assert!(both.crash.is_some());
         assert_eq!(
@@ -456,7 +386,12 @@ mod tests {
             Verdict::Interrupted
         );
         assert_eq!(
-            observe(&[report(1), Halt::Interrupted], None, CheckWhen::End).verdict,
+            observe(
+                &[report(ReportKind::ForeignFrame), Halt::Interrupted],
+                None,
+                CheckWhen::End
+            )
+            .verdict,
             Verdict::Violation
         );
     }
@@ -471,10 +406,7 @@ mod tests {
                 .text
                 .contains("did not finish in 3600 s")
         );
-        let mut script = Script {
-            halts: VecDeque::new(),
-            broken_at: None,
-        };
+        let mut script = Script::new(&[]);
         let none = super::observe(&mut script, CheckWhen::End, Duration::ZERO).unwrap();
         assert_eq!(none.verdict, Verdict::Crashed);
     }

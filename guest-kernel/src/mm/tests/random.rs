@@ -319,3 +319,21 @@ proptest! {
         run(cmdline, &steps)?;
     }
 }
+
+/// The random programs with the audit are a net: mistakes do not slip through it.
+#[test]
+fn random_programs_find_missing_flushes() {
+    use proptest::test_runner::{Config, TestRunner};
+    for bug in ["shootdown-skip-remote", "fork-no-writeprotect-flush"] {
+        let config = Config {
+            cases: 300,
+            failure_persistence: None,
+            max_shrink_iters: 0,
+            ..Config::default()
+        };
+        let rng = proptest::test_runner::TestRng::deterministic_rng(config.rng_algorithm);
+        let result = TestRunner::new_with_rng(config, rng)
+            .run(&steps(), |steps| run(&format!("bug={bug}"), &steps));
+        assert!(result.is_err(), "{bug} stays hidden");
+    }
+}

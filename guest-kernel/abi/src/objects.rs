@@ -413,6 +413,29 @@ pub struct Task {
     pub next_task: Link<Task>,
     /// GVA of the saved user registers on its kernel stack ([`UserFrame`]), 0 before the first.
     pub frame: AtomicU64,
+    /// First task of its process, which stays (as a zombie) until the whole process was waited for.
+    /// Its `status`, once it has exited, is the process's.
+    pub leader: Link<Task>,
+    /// Address to which it writes its number when it first runs (CLONE_CHILD_SETTID), 0 for none.
+    pub set_tid: AtomicU64,
+    /// [`task_flags`].
+    pub flags: AtomicU32,
+    /// Leader: tasks of the process that have not exited.
+    pub threads: AtomicU32,
+}
+
+impl Task {
+    /// Value of [`Task::waits_for`] while it waits for the exit of a child.
+    pub const WAITS_FOR_CHILD: u64 = 1;
+}
+
+/// Bits of [`Task::flags`].
+pub mod task_flags {
+    /// It exits instead of returning to CPL 3.
+    pub const KILLED: u32 = 1;
+    /// Leader: the whole process exits, and the leader's `status` is final
+    /// (Linux's SIGNAL_GROUP_EXIT).
+    pub const GROUP_EXIT: u32 = 2;
 }
 
 /// User registers as the kernel's entry code saves them.
@@ -466,8 +489,12 @@ pub struct Cpu {
     pub queued: AtomicU64,
     /// The flush that this CPU has asked others for.
     pub flush: FlushRequest,
+    /// Saved stack pointer of its idle loop while a task runs.
+    pub idle_sp: AtomicU64,
+    /// The task that exited here last, until the context after it has freed its stack.
+    pub dead: Link<Task>,
     /// Zero.
-    pub reserved: [AtomicU64; 3],
+    pub reserved: [AtomicU64; 1],
 }
 
 /// A shootdown in flight: written by its CPU, acknowledged by the others.
@@ -556,6 +583,8 @@ pub struct KernelRoot {
     pub tasks: Link<Task>,
     /// Lock of tasks, run queues and wait queues.
     pub sched_lock: AtomicU64,
+    /// First of the tasks that wait for a futex, in the order of their arrival.
+    pub futex_queue: Link<Task>,
     /// Next number of a task.
     pub next_task: AtomicU64,
     /// Next number of an mm.

@@ -6,7 +6,7 @@
 
 #[cfg(test)]
 pub mod testing;
-#[cfg(feature = "image")]
+#[cfg(any(feature = "image", test))]
 pub mod x86_64;
 
 use core::sync::atomic::AtomicU64;

@@ -1,0 +1,77 @@
+//! The programs: one file each, which says what it checks and how a kernel's bug shows.
+
+mod cow_fork;
+mod mprotect_race;
+mod replay;
+mod smoke;
+mod unmap_race;
+
+use crate::args::{Arg, Args, UsageError};
+use crate::sys::Sys;
+
+/// Where programs map the memory that they race on: far below the addresses that mmap chooses by
+/// itself, so that nothing else ever lands in a hole there.
+pub(crate) const SUBJECT_GVA: u64 = 0x2000_0000_0000;
+
+/// One program.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does, in one sentence.
+    pub help: &'static str,
+    /// Its arguments.
+    pub args: &'static [Arg],
+    /// Whether it reads a data blob.
+    pub data: Data,
+}
+
+/// What a program wants of the data blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Data {
+    /// Nothing.
+    Ignored,
+    /// A compiled trace ([`abi::trace`]).
+    Trace,
+}
+
+/// Every program.
+pub const PROGRAMS: &[Program] = &[
+    smoke::PROGRAM,
+    unmap_race::PROGRAM,
+    cow_fork::PROGRAM,
+    mprotect_race::PROGRAM,
+    replay::PROGRAM,
+];
+
+/// The program called `name`.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Program> {
+    PROGRAMS.iter().find(|program| program.name == name)
+}
+
+/// Runs the program called `name` with the NUL-separated `key=value` words of `args`. Returns its exit
+/// status: 0 where it found nothing wrong.
+///
+/// # Errors
+/// There is no such program, or it cannot be started with these arguments and data.
+pub fn run<'a, S: Sys>(
+    sys: &S,
+    name: &'a str,
+    args: &'a str,
+    data: Option<&[u8]>,
+) -> Result<i32, UsageError<'a>> {
+    let program = find(name).ok_or(UsageError::UnknownProgram(name))?;
+    let args = Args::parse(program, args)?;
+    match program.name {
+        "smoke" => Ok(smoke::run(sys)),
+        "unmap-race" => Ok(unmap_race::run(sys, &args)),
+        "cow-fork" => Ok(cow_fork::run(sys, &args)),
+        "mprotect-race" => Ok(mprotect_race::run(sys, &args)),
+        "replay" => replay::run(sys, &args, data).map_err(|reason| UsageError::BadData {
+            program: program.name,
+            reason,
+        }),
+        _ => Err(UsageError::UnknownProgram(name)),
+    }
+}

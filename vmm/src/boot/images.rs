@@ -45,8 +45,8 @@ pub fn user_image() -> &'static [u8] {
     EMBEDDED_USER
 }
 
-static EMBEDDED_KERNEL: &[u8] = &[];
-static EMBEDDED_USER: &[u8] = &[];
+static EMBEDDED_KERNEL: &[u8] = include_bytes!(env!("STALEMATE_KERNEL_ELF"));
+static EMBEDDED_USER: &[u8] = include_bytes!(env!("STALEMATE_USER_ELF"));
 
 fn read(path: &Path) -> Result<Vec<u8>, KernelImageError> {
     std::fs::read(path).map_err(|source| KernelImageError {

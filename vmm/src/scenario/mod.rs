@@ -1,1 +1,4 @@
 //! (room: scenario)
+
+pub mod record;
+pub mod trace;

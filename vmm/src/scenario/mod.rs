@@ -6,6 +6,8 @@
 pub mod catalog;
 mod error;
 mod file;
+pub mod record;
+pub mod trace;
 pub mod values;
 
 use std::path::{Path, PathBuf};

@@ -4,10 +4,11 @@
 //! A nested cargo builds them, each with its own flags, for the host's target: nothing but a stable
 //! toolchain is needed. Both keep their symbols and debug information, for backtraces.
 
-use std::env;
 use std::ffi::{OsStr, OsString};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio, exit};
+use std::{env, fs};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "image";
@@ -114,10 +115,19 @@ impl Image {
 
     /// The flags, separated as cargo wants them: a path may contain blanks.
     fn rustflags(&self, root: &Path) -> OsString {
-        let mut script = OsString::from("-Clink-arg=-T");
-        script.push(root.join(self.linker_script));
+        let script = root.join(self.linker_script);
+        let contents = fs::read(&script)
+            .unwrap_or_else(|error| fail(&format!("{} cannot be read: {error}", script.display())));
+        let mut hasher = DefaultHasher::new();
+        contents.hash(&mut hasher);
+        // A `cfg` that nobody asks for: the nested cargo watches flags, not linker scripts.
+        let version = format!("--cfg=linker_script_{:x}", hasher.finish());
+        let mut link = OsString::from("-Clink-arg=-T");
+        link.push(script);
         let flags = COMMON_FLAGS.iter().chain(self.flags).map(OsStr::new);
-        let flags: Vec<&OsStr> = flags.chain([script.as_os_str()]).collect();
+        let flags: Vec<&OsStr> = flags
+            .chain([link.as_os_str(), OsStr::new(&version)])
+            .collect();
         flags.join(OsStr::new("\x1f"))
     }
 }

@@ -18,6 +18,8 @@ mod team;
 
 #[cfg(test)]
 mod broken;
+#[cfg(test)]
+mod mem;
 
 pub use args::{Arg, Args, UsageError};
 pub use programs::{PROGRAMS, Program, find, run};

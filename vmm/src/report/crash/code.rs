@@ -64,6 +64,7 @@ pub(super) fn disassemble(space: &Space<'_>, rip: u64) -> Vec<Instruction> {
     let mut decoder = Decoder::with_ip(64, &bytes, rip, DecoderOptions::NONE);
     let mut formatter = GasFormatter::new();
     formatter.options_mut().set_branch_leading_zeros(false);
+    formatter.options_mut().set_uppercase_hex(false);
     let mut instructions = Vec::new();
     while decoder.can_decode() && instructions.len() < INSTRUCTIONS {
         let from = decoder.position();

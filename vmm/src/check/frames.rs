@@ -84,6 +84,13 @@ fn heads<'c>(
             Some(_) if usize::from(folio.order) >= ORDERS => {
                 wrong(folio, format!("a block of order {}", folio.order));
             }
+            Some(FrameKind::PerCpu) => {
+                heads.push(folio);
+                if folio.order != 0 {
+                    let order = folio.order;
+                    wrong(folio, format!("a single free frame of order {order}"));
+                }
+            }
             Some(_) => {
                 heads.push(folio);
                 if !frame.is_multiple_of(folio.frames()) {
@@ -230,15 +237,24 @@ fn of_kind<'c>(context: &'c Context<'_>, kind: FrameKind) -> impl Iterator<Item 
         .filter(move |folio| folio.is(kind))
 }
 
+/// Frames of a block; those on a CPU's list are single, whatever order is left in their descriptor.
+fn frames_of(folio: &FolioView) -> u64 {
+    if folio.is(FrameKind::PerCpu) {
+        1
+    } else {
+        folio.frames()
+    }
+}
+
 fn free_frames_right(context: &Context<'_>, findings: &mut Findings) {
     let heads = heads(context, |_, _| {});
     let free = heads.iter().filter(|folio| folio.is_free());
-    let free: u64 = free.map(|folio| folio.frames()).sum();
+    let free: u64 = free.map(|folio| frames_of(folio)).sum();
     let says = context.snapshot.root.free_frames;
     findings.require(says == free, || {
         let mut by_kind = [0; FrameKind::ALL.len()];
         for folio in &heads {
-            by_kind[usize::from(folio.raw_kind)] += folio.frames();
+            by_kind[usize::from(folio.raw_kind)] += frames_of(folio);
         }
         let kinds = FrameKind::ALL
             .iter()

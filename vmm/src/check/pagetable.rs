@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use abi::layout::{ENTRIES_PER_TABLE, LAPIC_GPA, PAGE_SHIFT};
-use abi::objects::{FrameKind, vma_flags};
+use abi::objects::{FrameKind, ORDERS, vma_flags};
 use abi::pte::{Pte, PteFlags};
 
 use super::context::Space;
@@ -219,17 +219,20 @@ fn free_frames_unmapped(context: &Context<'_>, findings: &mut Findings) {
     }
 }
 
-/// The head of the free block that `frame` lies in.
+/// The head of the free block that `frame` lies in. What the frame's own descriptor says comes first: a
+/// wrong order further down (P-20) must not make a frame in use look free.
 fn free_head(context: &Context<'_>, frame: u64) -> Option<u64> {
     let folios = &context.snapshot.folios;
-    (0..abi::objects::ORDERS as u32)
-        .map(|order| (order, frame >> order << order))
-        .find(|&(order, head)| {
-            folios.get(head as usize).is_some_and(|folio| {
-                folio.is_free() && frame < head + folio.frames() && u32::from(folio.order) >= order
-            })
+    let own = folios.get(usize::try_from(frame).ok()?)?;
+    if !own.is(FrameKind::Tail) {
+        return own.is_free().then_some(frame);
+    }
+    (1..ORDERS as u32)
+        .map(|order| frame >> order << order)
+        .find(|&head| {
+            let folio = &folios[head as usize];
+            folio.is(FrameKind::Buddy) && frame - head < folio.frames()
         })
-        .map(|(_, head)| head)
 }
 
 fn kernel_write_xor_execute(context: &Context<'_>, findings: &mut Findings) {

@@ -26,6 +26,15 @@ fn p20_a_head_inside_a_block() {
 }
 
 #[test]
+fn p20_a_single_frame_that_was_split_off_keeps_its_order() {
+    fires(&["P-20"], |world| {
+        // The kernel once did this: P-23 and P-04 saw free frames where there were none.
+        let frame = world.frame_of_kind(FrameKind::PerCpu);
+        world.folio(frame, |folio| folio.order.store(10, Relaxed));
+    });
+}
+
+#[test]
 fn p20_an_unknown_kind() {
     fires(&["P-20"], |world| {
         let frame = world.frame_of_kind(FrameKind::Kernel);

@@ -40,8 +40,13 @@ fn uses_vector_register(instruction: &Instruction) -> bool {
 fn the_images_use_no_vector_or_fpu_register() {
     for (name, image) in [("kernel", KERNEL), ("user", USER)] {
         let code = disassemble(image);
-        assert!(code.len() > 1000, "the {name} image disassembles to something");
-        let found = code.iter().find(|instruction| uses_vector_register(instruction));
+        assert!(
+            code.len() > 1000,
+            "the {name} image disassembles to something"
+        );
+        let found = code
+            .iter()
+            .find(|instruction| uses_vector_register(instruction));
         assert_eq!(found, None, "in the {name} image");
     }
 }
@@ -82,8 +87,11 @@ fn the_kernel_uses_no_instruction_that_an_emulating_host_refuses() {
 #[test]
 fn interrupts_are_enabled_only_below_the_red_zone() {
     let code = disassemble(KERNEL);
-    let windows: Vec<_> =
-        code.iter().enumerate().filter(|(_, at)| at.mnemonic() == Mnemonic::Sti).collect();
+    let windows: Vec<_> = code
+        .iter()
+        .enumerate()
+        .filter(|(_, at)| at.mnemonic() == Mnemonic::Sti)
+        .collect();
     assert!(!windows.is_empty(), "the kernel opens interrupt windows");
     for (index, sti) in windows {
         let before = &code[index.saturating_sub(3)..index];
@@ -115,7 +123,11 @@ fn no_segment_is_both_writable_and_executable() {
                 "{name} segment at {:#x}",
                 segment.address()
             );
-            assert_eq!(segment.address() % 4096, 0, "{name} segment is page aligned");
+            assert_eq!(
+                segment.address() % 4096,
+                0,
+                "{name} segment is page aligned"
+            );
         }
     }
 }

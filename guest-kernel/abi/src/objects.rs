@@ -360,7 +360,8 @@ pub enum TaskState {
     Running = 2,
     /// Waiting; [`Task::waits_for`] says for what.
     Blocked = 3,
-    /// Has exited; its parent has not yet waited for it.
+    /// Has exited. A leader stays so until its whole process has and its parent has waited for it,
+    /// another thread until its CPU has left its stack.
     Zombie = 4,
 }
 

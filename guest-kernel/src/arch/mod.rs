@@ -4,6 +4,8 @@
 //! `image`), and in host tests a single-threaded arena (`testing`). A back end never calls upwards
 //! but through the entry points that it documents (trap, interrupt, thread start).
 
+#[cfg(test)]
+pub mod testing;
 #[cfg(any(feature = "image", test))]
 pub mod x86_64;
 

@@ -142,6 +142,7 @@ impl<A: Arch> Kernel<A> {
     fn pcp_push(&self, frame: u64) {
         let cpu = self.this_cpu();
         let folio = self.release(frame, FrameKind::PerCpu, self.arch.cpu() as u64);
+        folio.order.set(0);
         folio.next.set(cpu.free_list.get());
         cpu.free_list.set(frame);
         cpu.free_count.set(cpu.free_count.get() + 1);

@@ -30,6 +30,9 @@ mod tlb;
 mod vma;
 mod vma_tree;
 
+#[cfg(test)]
+mod tests;
+
 pub use boot::BootError;
 pub use fault::FaultError;
 pub use folio::POISON;

@@ -6,7 +6,7 @@
 //! process go to the first process; once that has ended they stay zombies, until the machine ends
 //! with the last process.
 
-use core::sync::atomic::Ordering::{Relaxed, Release};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use abi::channel::EventKind;
 use abi::objects::{Pa, Task, TaskState, task_flags};
@@ -41,7 +41,8 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn honour_requests(&self) {
         let task = self.current();
         loop {
-            if task.flags.get() & task_flags::KILLED != 0 {
+            // Acquire: pairs with the mark in `kill_group`.
+            if task.flags.load(Acquire) & task_flags::KILLED != 0 {
                 self.exit_task(self.obj(task.leader.get()).status.get());
             }
             if task.affinity.get() & (1 << self.arch.cpu()) != 0 {
@@ -86,14 +87,11 @@ impl<A: Arch> Kernel<A> {
         let object = self.obj(task);
         let leader_pa = object.leader.get();
         let leader = self.obj(leader_pa);
-        if task == leader_pa {
-            if leader.flags.get() & task_flags::GROUP_EXIT == 0 {
-                leader.status.set(status);
-            }
-            object.state.set(TaskState::Zombie as u32);
-        } else {
-            object.state.set(TaskState::Free as u32);
+        let group_exit = leader.flags.get() & task_flags::GROUP_EXIT != 0;
+        if task == leader_pa && !group_exit {
+            leader.status.set(status);
         }
+        object.state.set(TaskState::Zombie as u32);
         self.event(
             EventKind::TaskExit,
             [object.id.get().into(), status.into(), 0, 0, 0],

@@ -98,6 +98,11 @@ impl InFlight {
                         Busy::new(format!("mm {}: lock of table {frame:#x} is held", mm.id))
                     })
                 })
+                .or_else(|| {
+                    let unflushed =
+                        || Busy::new(format!("mm {}: an unmap has yet to flush", mm.id));
+                    (mm.flush_pending != 0).then(unflushed)
+                })
                 .or_else(|| self.shootdown(snapshot, mm))
                 .or_else(|| self.worked_on(snapshot, mm));
             if let Some(busy) = busy {

@@ -109,6 +109,14 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         source: "Linux mm/mmap.c, exit_mmap",
         run: nothing_left,
     },
+    Invariant {
+        id: "L-13",
+        family: Family::Lifetime,
+        predicate: "mm.count is one for all users and one for every CPU that has it loaded",
+        applies: Applies::QuiescentKernel,
+        source: "Linux Documentation/mm/active_mm.rst; include/linux/mm_types.h, mm_count",
+        run: count_is_right,
+    },
 ];
 
 fn cr3_is_live(context: &Context<'_>, findings: &mut Findings) {
@@ -302,6 +310,27 @@ fn mms_are_referenced(context: &Context<'_>, findings: &mut Findings) {
                 ))
                 .mm(mm.id)
                 .object("Mm", mm.gpa)
+        });
+    }
+}
+
+fn count_is_right(context: &Context<'_>, findings: &mut Findings) {
+    for mm in &context.snapshot.mms {
+        let cpus = context
+            .snapshot
+            .cpus
+            .iter()
+            .filter(|cpu| cpu.loaded_mm == mm.gpa);
+        let on: Vec<_> = cpus.map(|cpu| cpu.index).collect();
+        let users = u32::from(mm.users > 0);
+        findings.require(mm.count as usize == on.len() + users as usize, || {
+            Finding::new("mm.count is wrong")
+                .expected(format!(
+                    "{}: CPUs {on:?}, and {users} for its users",
+                    on.len() + users as usize
+                ))
+                .found(mm.count)
+                .mm(mm.id)
         });
     }
 }

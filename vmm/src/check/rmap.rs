@@ -116,7 +116,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         family: Family::Rmap,
         predicate: "an anon_vma's degree is its children and the VMAs whose anon_vma it is",
         applies: Applies::QuiescentKernel,
-        source: "Linux include/linux/rmap.h, num_children and num_active_vmas",
+        source: "Linux include/linux/rmap.h, num_children",
         run: anon_vma_degree,
     },
     Invariant {
@@ -126,6 +126,14 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         applies: Applies::QuiescentKernel,
         source: LINUX_RMAP,
         run: root_is_oldest,
+    },
+    Invariant {
+        id: "R-15",
+        family: Family::Rmap,
+        predicate: "an anon_vma is active as often as it is the anon_vma of a VMA",
+        applies: Applies::QuiescentKernel,
+        source: "Linux include/linux/rmap.h, num_active_vmas (2555283eb40d)",
+        run: anon_vma_active,
     },
 ];
 
@@ -445,6 +453,19 @@ fn anon_vma_degree(context: &Context<'_>, findings: &mut Findings) {
                     vmas + children
                 ))
                 .found(format!("degree = {}", anon_vma.degree))
+                .object("AnonVma", anon_vma.gpa)
+        });
+    }
+}
+
+fn anon_vma_active(context: &Context<'_>, findings: &mut Findings) {
+    let families = families(context);
+    for anon_vma in context.snapshot.anon_vmas.values() {
+        let vmas = families.get(&anon_vma.gpa).map_or(0, |family| family.0);
+        findings.require(u64::from(anon_vma.active) == vmas, || {
+            Finding::new("an anon_vma miscounts the VMAs whose anon_vma it is")
+                .expected(format!("active = {vmas}"))
+                .found(format!("active = {}", anon_vma.active))
                 .object("AnonVma", anon_vma.gpa)
         });
     }

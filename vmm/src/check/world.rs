@@ -130,6 +130,7 @@ impl World {
         for i in 0..11 {
             self.vma(parent, EMPTY + i * 0x10_0000, 1, vma_flags::READ);
         }
+        self.leaf_entry(parent, TEXT);
         let of_text = self.anon_vma(0);
         self.activate(text, of_text);
         self.map_new(text, of_text, TEXT, PteFlags::empty());
@@ -152,17 +153,17 @@ impl World {
         self.task(1, self.parent, TaskState::Running, 0);
         self.task(2, self.child, TaskState::Blocked, 1);
         let running = self.root(|root| root.tasks.get());
-        for (cpu, mm) in [(0, self.parent), (1, self.child)] {
+        for (cpu, mm) in [(0u64, self.parent), (1, self.child)] {
             let (pgd, tlb_gen) = self.update::<Mm, _>(mm, |mm| {
                 mm.cpumask.store(1 << cpu, Relaxed);
-                mm.count.fetch_add(cpu, Relaxed);
+                mm.count.store(2, Relaxed);
                 mm.tlb_gen.store(5, Relaxed);
                 (mm.pgd.load(Relaxed), 5)
             });
             self.cpu(cpu as usize, |state| {
                 state.loaded_mm.set(Pa::new(mm));
                 state.tlb_gen.store(tlb_gen, Relaxed);
-                state.lazy.store(u64::from(cpu), Relaxed);
+                state.lazy.store(cpu, Relaxed);
             });
             self.vcpus.push(VcpuFacts {
                 index: cpu as usize,
@@ -339,7 +340,7 @@ impl World {
         if page == 0 {
             page = self.frame(FrameKind::Slab);
             self.folio(page >> PAGE_SHIFT, |folio| {
-                folio.owner.store(id as u64, Relaxed)
+                folio.owner.store(id as u64, Relaxed);
             });
         }
         self.slabs[id as usize] = (page, used + 1);
@@ -449,6 +450,7 @@ impl World {
         self.update::<AnonVma, _>(anon_vma, |anon_vma| {
             anon_vma.refcount.fetch_add(1, Relaxed);
             anon_vma.degree.fetch_add(1, Relaxed);
+            anon_vma.active.fetch_add(1, Relaxed);
         });
     }
 

@@ -571,3 +571,69 @@ fn kvm_counts_exits_where_the_host_has_counters() {
     assert_eq!(exits.is_some_and(|exits| exits > 0), counted);
     assert!(machine.vcpu_state(0).unwrap().exits > 0);
 }
+
+fn real(interrupts: Interrupts, cmdline: &str) -> Machine {
+    Machine::new(MachineConfig {
+        interrupts,
+        cmdline: cmdline.into(),
+        program: ProgramSpec {
+            name: "smoke".into(),
+            ..ProgramSpec::default()
+        },
+        watchdog: Duration::from_secs(30),
+        ..MachineConfig::default()
+    })
+    .unwrap_or_else(|error| panic!("this test boots a guest on /dev/kvm: {error}"))
+}
+
+#[test]
+fn the_embedded_kernel_boots_and_runs_a_program_in_both_modes() {
+    for interrupts in MODES {
+        let mut machine = real(interrupts, "");
+        let stop = machine.run_until(LONG).unwrap();
+        assert_eq!(
+            stop,
+            Stop::Exited { status: 0 },
+            "{}",
+            machine.serial_output()
+        );
+        assert!(machine.serial_output().contains("smoke:"));
+        assert!(machine.kernel_root().is_some());
+        assert!(machine.timings().first_user.is_some());
+        assert!(!machine.events(0).is_empty());
+    }
+}
+
+#[test]
+fn the_embedded_kernel_stops_at_a_trapped_point() {
+    let mut machine = real(Interrupts::Controlled, "");
+    machine.trap_point(Point::SyscallEnter, true);
+    for _ in 0..5 {
+        match machine.run_until(LONG).unwrap() {
+            Stop::Point { point, .. } => assert_eq!(point, Point::SyscallEnter),
+            other => panic!("{other:?}"),
+        }
+    }
+    machine.trap_point(Point::SyscallEnter, false);
+    // vCPUs that had stopped before the trap was lifted are still told.
+    let mut stop = machine.run_until(LONG).unwrap();
+    while matches!(stop, Stop::Point { .. }) {
+        stop = machine.run_until(LONG).unwrap();
+    }
+    assert_eq!(stop, Stop::Exited { status: 0 });
+}
+
+#[test]
+fn a_panic_of_the_embedded_kernel_has_a_symbolised_backtrace() {
+    let mut machine = real(Interrupts::Controlled, "no_such_parameter=1");
+    let Stop::Crashed(crash) = machine.run_until(LONG).unwrap() else {
+        panic!("no crash");
+    };
+    let CrashCause::KernelPanic { message } = &crash.cause else {
+        panic!("{crash:?}");
+    };
+    assert!(message.contains("no_such_parameter"), "{message}");
+    let text = crate::report::crash::render(&crash, &machine);
+    assert!(text.contains("panic"), "{text}");
+    assert!(text.contains("guest-kernel/src/"), "{text}");
+}

@@ -393,6 +393,8 @@ pub struct AnonVmaView {
     pub refcount: u32,
     /// Children plus VMAs whose `anon_vma` it is.
     pub degree: u32,
+    /// VMAs whose `anon_vma` it is.
+    pub active: u32,
     /// Odd while live.
     pub generation: u32,
     /// The VMAs on it, in order.
@@ -408,6 +410,7 @@ impl AnonVmaView {
             lock: anon_vma.lock.load(Relaxed),
             refcount: anon_vma.refcount.load(Relaxed),
             degree: anon_vma.degree.load(Relaxed),
+            active: anon_vma.active.load(Relaxed),
             generation: anon_vma.generation.load(Relaxed),
             chains: Vec::new(),
         }
@@ -487,6 +490,7 @@ pub struct MmView {
     #[serde(with = "serde_hex")]
     pub brk: u64,
     pub generation: u32,
+    pub flush_pending: u32,
     /// Nodes of the VMA tree, parents before children.
     #[serde(skip)]
     pub nodes: Vec<NodeView>,
@@ -512,6 +516,7 @@ impl MmView {
             brk_start: mm.brk_start.load(Relaxed),
             brk: mm.brk.load(Relaxed),
             generation: mm.generation.load(Relaxed),
+            flush_pending: mm.flush_pending.load(Relaxed),
             nodes: Vec::new(),
             vmas: Vec::new(),
         }

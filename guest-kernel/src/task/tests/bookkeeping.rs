@@ -373,6 +373,7 @@ impl Bench {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
     #[test]
     fn a_ready_task_is_on_exactly_one_queue_that_its_affinity_allows(
         steps in prop::collection::vec(step(), 1..60)

@@ -561,7 +561,7 @@ fn storm(acts: Vec<Act>) -> Vec<Program> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn a_storm_of_tasks_ends_and_leaves_nothing_behind(
         acts in prop::collection::vec(act(), 7..60),

@@ -20,7 +20,7 @@ fn p20_a_head_inside_a_block() {
     fires(&["P-20"], |world| {
         let (_, frame) = largest_block(world);
         world.folio(frame + 1, |folio| {
-            folio.kind.store(FrameKind::Kernel as u8, Relaxed)
+            folio.kind.store(FrameKind::Kernel as u8, Relaxed);
         });
     });
 }
@@ -76,7 +76,7 @@ fn p24_a_frame_without_a_kind() {
     fires(&["P-24"], |world| {
         let frame = world.frame_of_kind(FrameKind::Kernel);
         world.folio(frame, |folio| {
-            folio.kind.store(FrameKind::Unset as u8, Relaxed)
+            folio.kind.store(FrameKind::Unset as u8, Relaxed);
         });
     });
 }

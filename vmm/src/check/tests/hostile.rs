@@ -43,7 +43,7 @@ fn interesting() -> impl Strategy<Value = u64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
     fn corrupt_bytes_end_in_a_verdict(

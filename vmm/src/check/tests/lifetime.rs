@@ -39,14 +39,14 @@ fn l03_a_shootdown_would_miss_a_cpu() {
 #[test]
 fn l04_a_cpu_is_ahead_of_its_mm() {
     fires(&["L-04"], |world| {
-        world.cpu(1, |cpu| cpu.tlb_gen.store(6, Relaxed))
+        world.cpu(1, |cpu| cpu.tlb_gen.store(6, Relaxed));
     });
 }
 
 #[test]
 fn l05_a_program_runs_on_a_lazy_cpu() {
     fires(&["L-05"], |world| {
-        world.cpu(0, |cpu| cpu.lazy.store(1, Relaxed))
+        world.cpu(0, |cpu| cpu.lazy.store(1, Relaxed));
     });
 }
 
@@ -60,7 +60,7 @@ fn l06_a_blocked_task_is_current() {
 
 #[test]
 fn l07_a_dead_mm_is_on_the_list() {
-    fires(&["L-07"], |world| {
+    fires(&["L-07", "L-13"], |world| {
         world.update::<Mm, _>(world.child, |mm| mm.count.store(0, Relaxed));
     });
 }
@@ -112,4 +112,11 @@ fn l11_an_object_is_in_use_and_unreachable() {
 #[test]
 fn l12_processes_are_left_at_the_end() {
     fires(&["L-12"], |world| world.moment = Moment::AfterExit);
+}
+
+#[test]
+fn l13_a_lazy_cpu_holds_no_reference() {
+    fires(&["L-13"], |world| {
+        world.update::<Mm, _>(world.child, |mm| mm.count.store(1, Relaxed));
+    });
 }

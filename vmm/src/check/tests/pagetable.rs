@@ -70,7 +70,7 @@ fn p03_a_user_entry_maps_a_kernel_stack() {
     fires(&["P-03"], |world| {
         let frame = world.mapped_frame(world.parent, TEXT);
         world.folio(frame, |folio| {
-            folio.kind.store(FrameKind::Stack as u8, Relaxed)
+            folio.kind.store(FrameKind::Stack as u8, Relaxed);
         });
     });
 }

@@ -115,6 +115,13 @@ fn a_table_lock_excuses_its_mm() {
 }
 
 #[test]
+fn an_unmap_that_has_yet_to_flush_excuses_its_mm() {
+    let world = World::new();
+    world.update::<Mm, _>(world.parent, |mm| mm.flush_pending.store(1, Relaxed));
+    assert_eq!(skips(&world, "P-13"), ["mm 1: an unmap has yet to flush"]);
+}
+
+#[test]
 fn a_shootdown_excuses_its_mm() {
     let world = World::new();
     world.cpu(0, |cpu| {
@@ -159,7 +166,7 @@ fn what_always_holds_is_never_excused() {
     world.vcpus[0].cpl = 0;
     let frame = world.mapped_frame(world.parent, TEXT);
     world.folio(frame, |folio| {
-        folio.kind.store(FrameKind::PerCpu as u8, Relaxed)
+        folio.kind.store(FrameKind::PerCpu as u8, Relaxed);
     });
     assert_eq!(world.violated().into_keys().collect::<Vec<_>>(), ["P-04"]);
 }

@@ -56,7 +56,7 @@ fn r04_a_folio_that_nothing_maps() {
     fires(&["R-04"], |world| {
         let frame = world.frame_of_kind(FrameKind::Kernel);
         world.folio(frame, |folio| {
-            folio.kind.store(FrameKind::Anon as u8, Relaxed)
+            folio.kind.store(FrameKind::Anon as u8, Relaxed);
         });
     });
 }
@@ -100,7 +100,7 @@ fn r09_a_shared_folio_claims_to_be_exclusive() {
     fires(&["R-09"], |world| {
         let shared = world.mapped_frame(world.parent, DATA);
         world.folio(shared, |folio| {
-            folio.flags.store(folio_flags::EXCLUSIVE, Relaxed)
+            folio.flags.store(folio_flags::EXCLUSIVE, Relaxed);
         });
     });
 }
@@ -148,5 +148,13 @@ fn r14_a_child_is_locked_by_another_family() {
         let other = anon_vma_of(world, world.parent, TEXT);
         let anon_vma = anon_vma_of(world, world.child, DATA);
         world.update::<AnonVma, _>(anon_vma, |anon_vma| anon_vma.root.set(Pa::new(other)));
+    });
+}
+
+#[test]
+fn r15_an_active_count_is_off() {
+    fires(&["R-15"], |world| {
+        let anon_vma = anon_vma_of(world, world.child, DATA);
+        world.update::<AnonVma, _>(anon_vma, |anon_vma| anon_vma.active.fetch_sub(1, Relaxed));
     });
 }

@@ -22,7 +22,7 @@ fn change_root(world: &World, mm: u64, change: impl FnOnce(&mut VmaNode)) {
 fn v01_two_vmas_overlap() {
     fires(&["V-01"], |world| {
         change_vma(world, world.parent, TEXT, |vma| {
-            vma.end.store(DATA + PAGE_SIZE, Relaxed)
+            vma.end.store(DATA + PAGE_SIZE, Relaxed);
         });
     });
 }
@@ -31,7 +31,7 @@ fn v01_two_vmas_overlap() {
 fn v02_a_vma_ends_inside_a_page() {
     fires(&["V-02"], |world| {
         change_vma(world, world.parent, LAST, |vma| {
-            _ = vma.end.fetch_add(8, Relaxed)
+            _ = vma.end.fetch_add(8, Relaxed);
         });
     });
 }
@@ -40,7 +40,7 @@ fn v02_a_vma_ends_inside_a_page() {
 fn v02_a_vma_is_empty() {
     fires(&["V-02"], |world| {
         change_vma(world, world.parent, LAST, |vma| {
-            vma.end.store(LAST, Relaxed)
+            vma.end.store(LAST, Relaxed);
         });
     });
 }
@@ -49,7 +49,7 @@ fn v02_a_vma_is_empty() {
 fn v02_a_vma_leaves_user_space() {
     fires(&["V-02"], |world| {
         change_vma(world, world.parent, LAST, |vma| {
-            vma.end.store(USER_END + PAGE_SIZE, Relaxed)
+            vma.end.store(USER_END + PAGE_SIZE, Relaxed);
         });
     });
 }
@@ -102,7 +102,7 @@ fn v04_a_tree_bites_its_tail() {
 fn v05_a_slot_names_the_wrong_start() {
     fires(&["V-05"], |world| {
         change_root(world, world.child, |leaf| {
-            _ = leaf.slots[0].start.fetch_add(4096, Relaxed)
+            _ = leaf.slots[0].start.fetch_add(4096, Relaxed);
         });
     });
 }
@@ -111,7 +111,7 @@ fn v05_a_slot_names_the_wrong_start() {
 fn v06_a_slot_names_the_wrong_hole() {
     fires(&["V-06"], |world| {
         change_root(world, world.parent, |root| {
-            _ = root.slots[1].gap.fetch_sub(4096, Relaxed)
+            _ = root.slots[1].gap.fetch_sub(4096, Relaxed);
         });
     });
 }
@@ -120,7 +120,7 @@ fn v06_a_slot_names_the_wrong_hole() {
 fn v07_a_detached_vma_is_in_the_tree() {
     fires(&["V-07"], |world| {
         change_vma(world, world.parent, EMPTY, |vma| {
-            vma.attached.store(0, Relaxed)
+            vma.attached.store(0, Relaxed);
         });
     });
 }
@@ -129,7 +129,7 @@ fn v07_a_detached_vma_is_in_the_tree() {
 fn v07_a_recycled_vma_is_in_the_tree() {
     fires(&["V-07"], |world| {
         change_vma(world, world.parent, EMPTY, |vma| {
-            vma.generation.store(2, Relaxed)
+            vma.generation.store(2, Relaxed);
         });
     });
 }
@@ -138,7 +138,7 @@ fn v07_a_recycled_vma_is_in_the_tree() {
 fn v07_a_vma_belongs_to_another_mm() {
     fires(&["V-07"], |world| {
         change_vma(world, world.parent, EMPTY, |vma| {
-            vma.mm.set(Pa::new(world.child))
+            vma.mm.set(Pa::new(world.child));
         });
     });
 }

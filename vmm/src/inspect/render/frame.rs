@@ -201,8 +201,10 @@ impl Display for FrameReport {
         };
         writeln!(
             f,
-            "  folio      {}, order {}{exclusive}, allocated {} times",
-            self.kind, folio.order, folio.generation
+            "  folio      {}, order {}{exclusive}, allocated {}",
+            self.kind,
+            folio.order,
+            super::count(folio.generation, "time")
         )?;
         writeln!(
             f,

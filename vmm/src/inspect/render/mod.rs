@@ -54,6 +54,10 @@ pub fn vma_flag_names(flags: u64) -> Vec<String> {
         (vma_flags::EXEC, "EXEC"),
         (vma_flags::SHARED, "SHARED"),
         (vma_flags::GROWSDOWN, "GROWSDOWN"),
+        (vma_flags::SEQ_READ, "SEQ_READ"),
+        (vma_flags::RAND_READ, "RAND_READ"),
+        (vma_flags::ACCOUNT, "ACCOUNT"),
+        (vma_flags::NOHUGEPAGE, "NOHUGEPAGE"),
         (vma_flags::HEAP, "HEAP"),
         (vma_flags::NORESERVE, "NORESERVE"),
     ];
@@ -202,3 +206,6 @@ impl Display for Walk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

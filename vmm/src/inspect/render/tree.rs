@@ -95,10 +95,10 @@ impl<M: PhysMem + ?Sized> Drawing<'_, M> {
     /// there are none.
     fn table(&mut self, gpa: u64, level: u8, base: u64) -> Result<Vec<Node>, &'static str> {
         if self.path.contains(&gpa) {
-            return Err("leads back to a table above");
+            return Err("back to a table above");
         }
         let mem = self.mem;
-        let entries = mem.table(gpa).map_err(|_| "leads outside guest memory")?;
+        let entries = mem.table(gpa).map_err(|_| "outside guest memory")?;
         self.path.push(gpa);
         let mut nodes: Vec<Node> = Vec::new();
         for (slot, entry) in entries.iter().enumerate() {
@@ -192,7 +192,7 @@ impl Node {
             format!("table {:#x}", self.entry.address())
         };
         let gva = short(self.gva);
-        write!(f, "{lead:<21} {gva:>16}  → {target:<25}  {}", self.flags)?;
+        write!(f, "{lead:<19} {gva:>16}  → {target:<23}  {}", self.flags)?;
         if self.times > 1 {
             write!(f, "  … ×{}", self.times)?;
         }

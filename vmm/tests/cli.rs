@@ -158,7 +158,10 @@ fn a_trace_with_an_unknown_call_is_refused_at_its_line() {
         scenario("[program]\nname = \"replay\"\n[program.trace]\nfile = \"bad.trace\"\n");
     let text = "stalemate-trace 1\ncommand \"true\"\n0 mmapp(0x0, 4096) = 0x1000\n";
     std::fs::write(directory.path().join("bad.trace"), text).expect("the file is written");
-    refused(&["run", &path], &["bad.trace:3:3", "mmapp", "expected a call (mmap,"]);
+    refused(
+        &["run", &path],
+        &["bad.trace:3:3", "mmapp", "expected a call (mmap,"],
+    );
 }
 
 #[test]
@@ -356,7 +359,7 @@ fn fake_path(script: Option<&str>) -> tempfile::TempDir {
 fn record_without_strace_says_how_to_get_it() {
     let empty = fake_path(None);
     let output = Command::new(env!("CARGO_BIN_EXE_stalemate"))
-        .args(["record", "-o", "x.trace", "--", "true"])
+        .args(["record", "-o", "x.trace", "--", "/bin/true"])
         .current_dir(empty.path())
         .env("PATH", empty.path())
         .output()

@@ -99,7 +99,7 @@ fn clean(words: &[&str]) -> Value {
     let invariants = result["invariants"].as_array().expect("a list");
     let checked = invariants
         .iter()
-        .filter(|one| one["checked"].as_u64() > Some(0))
+        .filter(|one| one["examined"].as_u64() > Some(0))
         .count();
     assert!(
         checked >= 5,
@@ -116,10 +116,10 @@ fn doctor_names_the_kind_of_host() {
         Host::Kvm => {
             let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").expect("cpuinfo");
             let has = |flag: &str| cpuinfo.split_whitespace().any(|word| word == flag);
-            let expected = match (has("vmx"), has("svm")) {
-                (true, _) => "intel",
-                (_, true) => "amd",
-                _ => "emulating",
+            let expected = if has("vmx") || has("svm") {
+                "hardware"
+            } else {
+                "emulating"
             };
             assert_eq!(kind, expected);
         }
@@ -201,7 +201,7 @@ fn recorded_traces_are_clean_and_say_what_became_of_their_calls() {
 fn a_skipped_shootdown_is_caught_where_hardware_can_show_it() {
     let words = ["unmap-race", "--bug", "shootdown-skip-remote"];
     let doctor = doctor();
-    if doctor["host"]["shows_stale_translations"] == true {
+    if doctor["shows_stale_translations"] == true {
         let result = run(1, &[&words[..], &["--runs", "20"]].concat());
         let violations = result["violations"].as_array().expect("a list");
         let probe = violations
@@ -237,11 +237,14 @@ fn inspect_shows_a_page_table_tree_as_text_and_as_json() {
     let output = stalemate(&words);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     let shown = String::from_utf8_lossy(&output.stdout);
-    for word in ["pte-install", "vCPU 0", "mm ", "present", "user"] {
-        assert!(
-            shown.to_lowercase().contains(&word.to_lowercase()),
-            "no '{word}' in:\n{shown}"
-        );
+    for word in [
+        "pte-install",
+        "vCPU 0",
+        "Page tables of mm 1",
+        "L1[",
+        "P W U",
+    ] {
+        assert!(shown.contains(word), "no '{word}' in:\n{shown}");
     }
     let output = stalemate(&[&words[..], &["--json"]].concat());
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));

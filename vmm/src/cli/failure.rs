@@ -11,6 +11,7 @@ use crate::inspect::InspectError;
 use crate::report::json::WriteError;
 use crate::report::verdict::Paint;
 use crate::scenario::ScenarioError;
+use crate::scenario::record::RecordError;
 use crate::session::MachineError;
 
 /// Why a command ended without a verdict.
@@ -41,6 +42,9 @@ pub(super) enum Failure {
     /// The guest's kernel cannot be looked into.
     #[error(transparent)]
     Inspect(#[from] InspectError),
+    /// Nothing was recorded.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// A result cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -81,6 +85,16 @@ impl Failure {
                 | MachineError::Io { .. } => Exit::Internal,
             },
             Self::Inspect(_) => Exit::GuestFailed,
+            Self::Record(error) => match error {
+                RecordError::NoCommand
+                | RecordError::Exists(_)
+                | RecordError::CommandNotFound(_)
+                | RecordError::Nothing(_)
+                | RecordError::File { .. } => Exit::BadInput,
+                RecordError::NoStrace
+                | RecordError::Strace(_)
+                | RecordError::PtraceNotPermitted(_) => Exit::HostCannot,
+            },
         }
     }
 
@@ -94,6 +108,12 @@ impl Failure {
         match self {
             Self::Usage { help, .. } => {
                 let _ = writeln!(text, "  {} {help}", paint.bold("help:"));
+            }
+            Self::Record(RecordError::NoStrace) => {
+                let _ = writeln!(text, "  {} apt-get install strace", paint.bold("help:"));
+            }
+            Self::Record(RecordError::Exists(_)) => {
+                let _ = writeln!(text, "  {} --force replaces it", paint.bold("help:"));
             }
             Self::Machine(_) if self.exit() == Exit::HostCannot => {
                 let _ = write!(text, "{}", lab::advice(paint));

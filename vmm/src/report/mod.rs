@@ -52,7 +52,7 @@ pub struct RunResult {
     #[serde(skip)]
     pub crash_text: Option<String>,
     /// What became of the calls of the replayed trace.
-    pub trace: Option<serde_json::Value>,
+    pub trace: Option<crate::scenario::trace::Summary>,
     /// What this host cannot show, and other remarks that bear on the verdict.
     pub notes: Vec<String>,
     /// Where the time went, in nanoseconds.

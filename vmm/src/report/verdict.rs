@@ -228,26 +228,12 @@ fn not_decided(text: &mut String, result: &RunResult, paint: Paint, detail: Deta
 }
 
 fn trace(text: &mut String, result: &RunResult, paint: Paint) {
-    let Some(serde_json::Value::Object(summary)) = &result.trace else {
-        return;
-    };
-    let mut words = Vec::new();
-    for (key, value) in summary {
-        match value {
-            serde_json::Value::Object(parts) if !parts.is_empty() => {
-                let parts: Vec<String> = parts
-                    .iter()
-                    .map(|(name, count)| format!("{name} {count}"))
-                    .collect();
-                words.push(format!("{} ({})", key.replace('_', " "), parts.join(", ")));
-            }
-            serde_json::Value::Number(number) => {
-                words.push(format!("{} {number}", key.replace('_', " ")));
-            }
-            _ => {}
+    if let Some(summary) = &result.trace {
+        let _ = writeln!(text, "  {}", paint.dim("trace:"));
+        for line in summary.to_string().lines() {
+            let _ = writeln!(text, "    {line}");
         }
     }
-    let _ = writeln!(text, "  {} {}", paint.dim("trace:"), words.join("; "));
 }
 
 fn times(text: &mut String, result: &RunResult, paint: Paint) {

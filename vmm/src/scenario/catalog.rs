@@ -72,19 +72,3 @@ pub fn form(arg: &guest::Arg) -> String {
 pub fn has_argument(name: &str, argument: &str) -> bool {
     guest::find(name).is_some_and(|program| program.args.iter().any(|arg| arg.name == argument))
 }
-
-/// Compiles the text of a recorded trace.
-///
-/// # Errors
-/// A line that is no call that the replay knows.
-pub fn compile_trace(
-    path: &std::path::Path,
-    text: &str,
-) -> Result<super::Trace, super::ScenarioError> {
-    let _ = text;
-    Ok(super::Trace {
-        path: path.to_path_buf(),
-        blob: Vec::new(),
-        summary: serde_json::Value::Null,
-    })
-}

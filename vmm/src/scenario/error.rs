@@ -75,17 +75,6 @@ impl Located {
             help: refused.help,
         }
     }
-
-    /// Puts `refused` at a whole line of `text`, counted from 1.
-    pub(crate) fn at_line(file: &Path, text: &str, line: usize, refused: Refused) -> Self {
-        let start: usize = text
-            .split_inclusive('\n')
-            .take(line.saturating_sub(1))
-            .map(str::len)
-            .sum();
-        let len = text[start..].lines().next().map_or(0, str::len);
-        Self::new(file, text, start..start + len, "here", refused)
-    }
 }
 
 impl From<Located> for ScenarioError {
@@ -117,13 +106,5 @@ mod tests {
         assert_eq!(inside.to_string(), "f:2:1: no");
         let beyond = Located::new(Path::new("f"), text, 99..100, "", Refused::new("no"));
         assert_eq!(beyond.to_string(), "f:3:1: no");
-        assert_eq!(
-            Located::at_line(Path::new("f"), text, 2, Refused::new("no")).to_string(),
-            "f:2:1: no"
-        );
-        assert_eq!(
-            Located::at_line(Path::new("f"), text, 9, Refused::new("no")).to_string(),
-            "f:3:1: no"
-        );
     }
 }

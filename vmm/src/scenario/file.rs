@@ -10,6 +10,7 @@ use toml::Spanned;
 
 use super::catalog::{self, BadArgument, Data};
 use super::error::{Located, ScenarioError};
+use super::trace;
 use super::values::{self, Refused};
 use super::{CheckWhen, Program, Scenario};
 
@@ -212,7 +213,16 @@ impl Reader<'_> {
                     .with_help("the path is relative to the scenario's directory");
             self.locate(file.span(), refused)
         })?;
-        catalog::compile_trace(&path, &text)
+        let recorded = trace::parse(&text).map_err(|error| {
+            let problem = format!("found {}, expected {}", error.found, error.expected);
+            Located::new(&path, &text, error.span, "here", Refused::new(problem))
+        })?;
+        let compiled = trace::compile(&recorded);
+        Ok(super::Trace {
+            path,
+            blob: compiled.blob,
+            summary: compiled.summary,
+        })
     }
 
     fn params(

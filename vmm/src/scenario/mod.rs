@@ -88,7 +88,7 @@ pub struct Trace {
     /// The compiled form ([`abi::trace`]).
     pub blob: Vec<u8>,
     /// What became of its calls.
-    pub summary: serde_json::Value,
+    pub summary: trace::Summary,
 }
 
 impl Scenario {

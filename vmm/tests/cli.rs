@@ -1,0 +1,387 @@
+//! The command line from outside: what it refuses, with which code and in which words, and what it
+//! lists. Nothing here boots a machine.
+
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+/// Runs the binary at the root of the repository; no terminal, no colours.
+fn stalemate(words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_stalemate"))
+        .args(words)
+        .current_dir(REPOSITORY)
+        .env_remove("STALEMATE_HOST_KIND")
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .output()
+        .expect("the binary runs")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).expect("stdout is UTF-8")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).expect("stderr is UTF-8")
+}
+
+/// Asserts that `words` are refused as bad input and that stderr has each of `essential`.
+#[track_caller]
+fn refused(words: &[&str], essential: &[&str]) {
+    let output = stalemate(words);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{words:?}\n{text}");
+    for word in essential {
+        assert!(
+            text.contains(word),
+            "{words:?} does not say '{word}':\n{text}"
+        );
+    }
+    assert!(!text.contains('\x1b'), "{words:?} colours a pipe:\n{text}");
+    assert_eq!(stdout(&output), "", "{words:?}");
+}
+
+/// A scenario file with this text, in a directory that lives as long as the value.
+fn scenario(text: &str) -> (tempfile::TempDir, String) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("bad.toml");
+    std::fs::write(&path, text).expect("the file is written");
+    let path = path.to_str().expect("UTF-8").to_owned();
+    (directory, path)
+}
+
+#[test]
+fn a_missing_scenario_is_refused_with_the_nearest_name() {
+    refused(&["run", "smoek"], &["no scenario 'smoek'", "'smoke'"]);
+    refused(
+        &["run", "absent/dir/x.toml"],
+        &["no scenario 'absent/dir/x.toml'"],
+    );
+    refused(&["run"], &["SCENARIO"]);
+    refused(&["run", "--json"], &["<SCENARIO> is missing"]);
+}
+
+#[test]
+fn a_malformed_scenario_is_refused_at_its_line_and_column() {
+    let (_dir, path) = scenario("name = \"x\"\n[program\nname = \"smoke\"\n");
+    refused(&["run", &path], &["bad.toml:2:9", "[program"]);
+    let (_dir, path) = scenario("[program]\nname = \"smoke\"\n[machine]\nvcpus = \"many\"\n");
+    refused(
+        &["run", &path],
+        &["bad.toml:4:9", "vcpus = \"many\"", "invalid type"],
+    );
+    let (_dir, path) = scenario("[program]\nname = \"smoke\"\n[machin]\nvcpus = 2\n");
+    refused(
+        &["run", &path],
+        &[
+            "bad.toml:3:2",
+            "unknown field 'machin'",
+            "did you mean 'machine'",
+        ],
+    );
+    let (_dir, path) = scenario("");
+    refused(&["run", &path], &["missing field 'program'"]);
+}
+
+#[test]
+fn a_scenario_that_is_not_text_is_refused() {
+    let (directory, _) = scenario("");
+    let path = directory.path().join("binary.toml");
+    std::fs::write(&path, [0xff, 0xfe, 0x00]).expect("the file is written");
+    refused(
+        &["run", path.to_str().expect("UTF-8")],
+        &["cannot read", "binary.toml"],
+    );
+}
+
+#[test]
+fn an_unknown_program_is_refused_with_the_nearest_name() {
+    let (_dir, path) = scenario("[program]\nname = \"unmaprace\"\n");
+    refused(
+        &["run", &path],
+        &["bad.toml:2:8", "no program 'unmaprace'", "'unmap-race'"],
+    );
+    let (_dir, path) = scenario("[program]\nname = \"smoke\"\nargs = { nonsense = 1 }\n");
+    refused(
+        &["run", &path],
+        &[
+            "bad.toml:3:10",
+            "program 'smoke' has no argument 'nonsense'",
+        ],
+    );
+}
+
+#[test]
+fn zero_and_a_thousand_vcpus_are_refused() {
+    for count in ["0", "17", "1000", "-1"] {
+        refused(
+            &["run", "smoke", "--vcpus", count],
+            &["--vcpus", count, "1 to 16"],
+        );
+        let (_dir, path) = scenario(&format!(
+            "[program]\nname = \"smoke\"\n[machine]\nvcpus = {count}\n"
+        ));
+        refused(&["run", &path], &["bad.toml:4:9", count, "1 to 16"]);
+    }
+}
+
+#[test]
+fn too_little_memory_is_refused_with_the_minimum() {
+    refused(
+        &["run", "smoke", "--memory", "1M"],
+        &["too small", "the minimum is 16M"],
+    );
+    refused(
+        &["run", "smoke", "--memory", "lots"],
+        &["'lots' is not a size", "64M"],
+    );
+    let (_dir, path) = scenario("[program]\nname = \"smoke\"\n[machine]\nmemory = \"8M\"\n");
+    refused(
+        &["run", &path],
+        &["bad.toml:4:10", "8M", "the minimum is 16M"],
+    );
+}
+
+#[test]
+fn a_kernel_that_is_no_elf_is_refused() {
+    refused(
+        &["run", "smoke", "--kernel", "Cargo.toml"],
+        &["Cargo.toml", "ELF"],
+    );
+    refused(&["run", "smoke", "--kernel", "absent.elf"], &["absent.elf"]);
+}
+
+#[test]
+fn a_trace_with_an_unknown_call_is_refused_at_its_line() {
+    let (directory, path) =
+        scenario("[program]\nname = \"replay\"\n[program.trace]\nfile = \"bad.trace\"\n");
+    let text = "stalemate-trace 1\ncommand \"true\"\n0 mmapp(0x0, 4096) = 0x1000\n";
+    std::fs::write(directory.path().join("bad.trace"), text).expect("the file is written");
+    refused(
+        &["run", &path],
+        &["bad.trace:3:3", "mmapp", "expected a call (mmap,"],
+    );
+}
+
+#[test]
+fn unknown_parameters_bugs_and_points_name_the_nearest() {
+    refused(
+        &["run", "smoke", "--param", "poisn=on"],
+        &["no kernel parameter 'poisn'", "'poison'"],
+    );
+    refused(&["run", "smoke", "--param", "poison=3"], &["poison=on|off"]);
+    refused(&["run", "smoke", "--param", "poison"], &["KEY=VALUE"]);
+    refused(
+        &["run", "smoke", "--bug", "shootdown-skip"],
+        &["no seeded bug 'shootdown-skip'", "'shootdown-skip-remote'"],
+    );
+    refused(
+        &["inspect", "smoke", "--at", "pte-instal"],
+        &["'pte-install'"],
+    );
+    refused(&["inspect", "smoke", "--at", "pte-install:0"], &["from 1"]);
+    refused(&["inspect", "smoke"], &["--at", "--after"]);
+    refused(
+        &[
+            "inspect", "smoke", "--at", "idle", "--vcpu", "9", "--vcpus", "2",
+        ],
+        &["vCPU 9", "0 to 1"],
+    );
+    refused(&["list", "pionts"], &["points"]);
+}
+
+#[test]
+fn usage_errors_are_bad_input() {
+    refused(&["runn", "smoke"], &["runn", "run"]);
+    refused(&["explore", "smoke"], &["explore"]);
+    refused(
+        &["run", "smoke", "--memry", "64M"],
+        &["--memry", "--memory"],
+    );
+    refused(
+        &["run", "smoke", "--quiet", "--verbose"],
+        &["--quiet", "--verbose"],
+    );
+    refused(&["run", "smoke", "--runs", "0"], &["--runs"]);
+    refused(&["run", "smoke", "--timeout", "5"], &["'5' has no unit"]);
+    refused(&["record", "-o", "x.trace"], &["COMMAND"]);
+}
+
+#[test]
+fn a_result_of_another_program_is_not_overwritten() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    std::fs::write(directory.path().join("result.json"), "{}").expect("the file is written");
+    let out = directory.path().to_str().expect("UTF-8");
+    refused(&["run", "smoke", "--out", out], &["result.json", "--force"]);
+    let kept = std::fs::read_to_string(directory.path().join("result.json")).expect("still there");
+    assert_eq!(kept, "{}");
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_refused_before_the_run() {
+    refused(
+        &["run", "smoke", "--out", "/dev/null/x"],
+        &["cannot write /dev/null/x"],
+    );
+    refused(
+        &["run", "smoke", "--json", "/dev/null/x.json"],
+        &["cannot write /dev/null/x.json"],
+    );
+}
+
+#[test]
+fn help_teaches_with_examples_and_exit_codes() {
+    let output = stalemate(&["--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = stdout(&output);
+    for word in [
+        "doctor",
+        "run",
+        "inspect",
+        "record",
+        "list",
+        "Examples:",
+        "Exit codes:",
+    ] {
+        assert!(text.contains(word), "{word}:\n{text}");
+    }
+    for command in ["doctor", "run", "inspect", "record", "list"] {
+        let output = stalemate(&[command, "--help"]);
+        assert_eq!(output.status.code(), Some(0), "{command}");
+        assert!(
+            stdout(&output).contains(&format!("stalemate {command}")),
+            "{}",
+            stdout(&output)
+        );
+        assert!(stdout(&output).contains("--json"), "{}", stdout(&output));
+    }
+    let version = stdout(&stalemate(&["--version"]));
+    assert_eq!(
+        version.trim(),
+        concat!("stalemate ", env!("CARGO_PKG_VERSION"))
+    );
+    assert_eq!(stalemate(&[]).status.code(), Some(2));
+}
+
+#[test]
+fn list_shows_every_name_as_text_and_as_json() {
+    let expected = [
+        (
+            "programs",
+            vec!["smoke", "unmap-race", "cow-fork", "mprotect-race", "replay"],
+        ),
+        ("params", vec!["flush_ceiling", "poison", "bug"]),
+        (
+            "bugs",
+            vec![
+                "shootdown-skip-remote",
+                "fork-no-writeprotect-flush",
+                "free-before-flush",
+            ],
+        ),
+        (
+            "points",
+            vec!["syscall-enter", "pte-install", "flush-sync", "idle"],
+        ),
+        ("invariants", vec!["P-01"]),
+        (
+            "scenarios",
+            vec![
+                "smoke",
+                "unmap-race",
+                "cow-fork",
+                "mprotect-race",
+                "trace-python3",
+                "trace-rustc",
+                "trace-git",
+            ],
+        ),
+    ];
+    for (what, names) in expected {
+        let text = stalemate(&["list", what]);
+        assert_eq!(text.status.code(), Some(0), "{}", stderr(&text));
+        let json = stalemate(&["list", what, "--json"]);
+        let entries: Vec<serde_json::Value> =
+            serde_json::from_slice(&json.stdout).expect("stdout is JSON only");
+        assert_eq!(
+            stderr(&json),
+            stdout(&text),
+            "the text goes to stderr beside JSON"
+        );
+        for name in names {
+            assert!(
+                stdout(&text).lines().any(|line| line.starts_with(name)),
+                "{what}: {name}"
+            );
+            let entry = entries.iter().find(|entry| entry["name"] == name);
+            let help = entry
+                .and_then(|entry| entry["help"].as_str())
+                .unwrap_or_default();
+            assert!(
+                help.len() > 10 && !help.starts_with("invalid"),
+                "{what} {name}: '{help}'"
+            );
+        }
+        let swallowed = stalemate(&["list", "--json", what]);
+        assert_eq!(swallowed.stdout, json.stdout, "list --json {what}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_stalemate"))
+        .args(["list", "points"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary runs");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+/// A directory with a `strace` that behaves as told, to put before PATH.
+fn fake_path(script: Option<&str>) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    if let Some(script) = script {
+        let path = directory.path().join("strace");
+        let mut file = std::fs::File::create(&path).expect("the script is created");
+        file.write_all(script.as_bytes())
+            .expect("the script is written");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(path, mode).expect("the script is executable");
+    }
+    directory
+}
+
+#[test]
+fn record_without_strace_says_how_to_get_it() {
+    let empty = fake_path(None);
+    let output = Command::new(env!("CARGO_BIN_EXE_stalemate"))
+        .args(["record", "-o", "x.trace", "--", "/bin/true"])
+        .current_dir(empty.path())
+        .env("PATH", empty.path())
+        .output()
+        .expect("the binary runs");
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    let text = stderr(&output);
+    assert!(text.contains("strace") && text.contains("apt"), "{text}");
+    assert!(!empty.path().join("x.trace").exists());
+}
+
+#[test]
+fn record_does_not_overwrite_without_force() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = directory.path().join("x.trace");
+    std::fs::write(&trace, "precious").expect("the file is written");
+    let trace_name = trace.to_str().expect("UTF-8");
+    refused(
+        &["record", "-o", trace_name, "--", "true"],
+        &["x.trace", "--force"],
+    );
+    assert_eq!(
+        std::fs::read_to_string(&trace).expect("still there"),
+        "precious"
+    );
+}

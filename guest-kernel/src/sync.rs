@@ -58,6 +58,25 @@ impl<A: Arch> Kernel<A> {
         self.acquired(word, class)
     }
 
+    /// The guard of a spin lock that this CPU took on another stack: the scheduler's lock is held
+    /// across a context switch and released by whoever runs next.
+    ///
+    /// # Panics
+    /// Where this CPU does not hold it.
+    pub(crate) fn adopt_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
+        assert!(self.holds(word), "{class:?} lock adopted but not held");
+        Guard {
+            kernel: self,
+            word,
+            class,
+        }
+    }
+
+    /// True where this CPU holds the spin lock `word`.
+    pub(crate) fn holds(&self, word: &AtomicU64) -> bool {
+        word.load(Relaxed) == self.arch.cpu() as u64 + 1
+    }
+
     /// Takes the reader-writer lock `word` for reading: shared with other readers.
     pub fn read_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
         loop {

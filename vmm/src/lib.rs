@@ -11,3 +11,4 @@ pub mod kvm;
 pub mod memory;
 pub mod report;
 pub mod scenario;
+pub mod session;

@@ -1,5 +1,5 @@
 //! The `stalemate` binary.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+    vmm::cli::main()
 }

@@ -37,15 +37,15 @@ pub const fn layout_hash() -> u64 {
         BootInfo { segments, kernel_root, cmdline }
         channel::Control { trap, event_mask, ring_head, point, report, message, fail }
         channel::Event { tsc, kind, task, args, sequence }
-        KernelRoot { folios, nr_frames, buddy, slabs, mms, tasks, online, cpus }
+        KernelRoot { folios, nr_frames, buddy, slabs, mms, tasks, futex_queue, online, cpus }
         Folio { kind, order, flags, refcount, mapcount, generation, owner, index, next, lock, used }
         Vma { start, end, flags, pgoff, mm, attached, generation, anon_vma, chains }
         VmaNode { level, count, slots }
         Mm { id, pgd, users, count, cpumask, tlb_gen, mmap_lock, vmas, map_count, rss, tables, brk, next }
         AnonVma { root, parent, chains, refcount, degree }
         AnonVmaChain { vma, anon_vma, next_of_vma, next_of_anon }
-        Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame }
-        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush }
+        Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame, leader, flags, threads }
+        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush, idle_sp, dead }
         Slab { object_bytes, used, frames, free }
     };
     mix(mix(hash, Point::ALL.len()), channel::EventKind::ALL.len())

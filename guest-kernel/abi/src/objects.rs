@@ -185,6 +185,15 @@ pub mod vma_flags {
     pub const SHARED: u64 = 8;
     /// Grows down on faults below it (MAP_GROWSDOWN; the initial stack).
     pub const GROWSDOWN: u64 = 0x100;
+    /// Read in order (MADV_SEQUENTIAL).
+    pub const SEQ_READ: u64 = 0x8000;
+    /// Read at random (MADV_RANDOM).
+    pub const RAND_READ: u64 = 0x1_0000;
+    /// Was writable and private once, so it counts against memory: keeps it apart from neighbours
+    /// that never were.
+    pub const ACCOUNT: u64 = 0x10_0000;
+    /// No 2 MiB folios (MAP_STACK).
+    pub const NOHUGEPAGE: u64 = 0x4000_0000;
     /// The `brk` heap.
     pub const HEAP: u64 = 1 << 32;
     /// Not counted against memory (MAP_NORESERVE).
@@ -226,7 +235,8 @@ pub struct VmaSlot {
     pub start: AtomicU64,
     /// GPA of the [`Vma`] (leaf) or of the child [`VmaNode`].
     pub child: AtomicU64,
-    /// Bytes of the largest hole below it: in a leaf the hole between the VMA before and this one.
+    /// Bytes of the largest hole below it: in a leaf the hole between the VMA before and this one
+    /// (before the first: from address 0).
     pub gap: AtomicU64,
 }
 
@@ -280,8 +290,8 @@ pub struct Mm {
     pub next: Link<Mm>,
     /// +1 at every allocation and every free of this slot: odd while live.
     pub generation: AtomicU32,
-    /// Zero.
-    pub reserved: AtomicU32,
+    /// Unmaps in flight that have cleared entries and not yet flushed (Linux's tlb_flush_pending).
+    pub flush_pending: AtomicU32,
 }
 
 /// Encoding of a reader-writer lock word.
@@ -314,8 +324,8 @@ pub struct AnonVma {
     pub degree: AtomicU32,
     /// +1 at every allocation and every free of this slot: odd while live.
     pub generation: AtomicU32,
-    /// Zero.
-    pub reserved: AtomicU32,
+    /// VMAs whose `anon_vma` it is: the part of `degree` that is not children.
+    pub active: AtomicU32,
 }
 
 /// Puts one VMA on one anon_vma's list.
@@ -403,6 +413,29 @@ pub struct Task {
     pub next_task: Link<Task>,
     /// GVA of the saved user registers on its kernel stack ([`UserFrame`]), 0 before the first.
     pub frame: AtomicU64,
+    /// First task of its process, which stays (as a zombie) until the whole process was waited for.
+    /// Its `status`, once it has exited, is the process's.
+    pub leader: Link<Task>,
+    /// Address to which it writes its number when it first runs (CLONE_CHILD_SETTID), 0 for none.
+    pub set_tid: AtomicU64,
+    /// [`task_flags`].
+    pub flags: AtomicU32,
+    /// Leader: tasks of the process that have not exited.
+    pub threads: AtomicU32,
+}
+
+impl Task {
+    /// Value of [`Task::waits_for`] while it waits for the exit of a child.
+    pub const WAITS_FOR_CHILD: u64 = 1;
+}
+
+/// Bits of [`Task::flags`].
+pub mod task_flags {
+    /// It exits instead of returning to CPL 3.
+    pub const KILLED: u32 = 1;
+    /// Leader: the whole process exits, and the leader's `status` is final
+    /// (Linux's SIGNAL_GROUP_EXIT).
+    pub const GROUP_EXIT: u32 = 2;
 }
 
 /// User registers as the kernel's entry code saves them.
@@ -456,8 +489,12 @@ pub struct Cpu {
     pub queued: AtomicU64,
     /// The flush that this CPU has asked others for.
     pub flush: FlushRequest,
+    /// Saved stack pointer of its idle loop while a task runs.
+    pub idle_sp: AtomicU64,
+    /// The task that exited here last, until the context after it has freed its stack.
+    pub dead: Link<Task>,
     /// Zero.
-    pub reserved: [AtomicU64; 4],
+    pub reserved: [AtomicU64; 1],
 }
 
 /// A shootdown in flight: written by its CPU, acknowledged by the others.
@@ -472,6 +509,8 @@ pub struct FlushRequest {
     pub end: AtomicU64,
     /// CPUs that have not acknowledged.
     pub pending: AtomicU64,
+    /// `tlb_gen` of the address space that this flush brings a CPU up to.
+    pub tlb_gen: AtomicU64,
 }
 
 /// Orders that the buddy allocator keeps, 0 to 10 (4 KiB to 4 MiB).
@@ -503,7 +542,9 @@ pub struct Slab {
     pub used: AtomicU64,
     /// Frames that it has taken.
     pub frames: AtomicU64,
-    /// First free object, linked by its first word; 0 for none.
+    /// First free object; 0 for none. A free object is zero but for its generation and one link to
+    /// the next: `Mm::next`, `Vma::chains`, `VmaNode::slots[0].child`, `AnonVma::chains`,
+    /// `AnonVmaChain::next_of_vma`, `Task::next`.
     pub free: AtomicU64,
     /// Spin lock word.
     pub lock: AtomicU64,
@@ -542,6 +583,8 @@ pub struct KernelRoot {
     pub tasks: Link<Task>,
     /// Lock of tasks, run queues and wait queues.
     pub sched_lock: AtomicU64,
+    /// First of the tasks that wait for a futex, in the order of their arrival.
+    pub futex_queue: Link<Task>,
     /// Next number of a task.
     pub next_task: AtomicU64,
     /// Next number of an mm.

@@ -66,6 +66,7 @@ errnos! {
     EACCES = 13;
     EFAULT = 14;
     EEXIST = 17;
+    ENODEV = 19;
     EINVAL = 22;
     ENOSYS = 38;
     ETIMEDOUT = 110;
@@ -168,6 +169,31 @@ pub mod futex {
     pub const WAIT: u64 = 0;
     pub const WAKE: u64 = 1;
     pub const PRIVATE_FLAG: u64 = 128;
+}
+
+/// Options of wait4, and the wait statuses that it gives.
+pub mod wait {
+    /// Return 0 where no child has exited yet.
+    pub const WNOHANG: u64 = 1;
+
+    /// Status of a process that exited with `code`.
+    #[must_use]
+    pub const fn exited(code: u64) -> u32 {
+        (code as u32 & 0xff) << 8
+    }
+    /// Status of a process that `signal` killed.
+    #[must_use]
+    pub const fn signaled(signal: u64) -> u32 {
+        signal as u32 & 0x7f
+    }
+    /// The status as a shell shows it: the exit code, or 128 plus the signal.
+    #[must_use]
+    pub const fn shell(status: u32) -> u32 {
+        match status & 0x7f {
+            0 => status >> 8 & 0xff,
+            signal => 128 + signal,
+        }
+    }
 }
 
 /// Signals that appear in wait statuses.

@@ -4,7 +4,7 @@
 //! `image`), and in host tests a single-threaded arena (`testing`). A back end never calls upwards
 //! but through the entry points that it documents (trap, interrupt, thread start).
 
-#[cfg(feature = "image")]
+#[cfg(any(feature = "image", test))]
 pub mod x86_64;
 
 use core::sync::atomic::AtomicU64;

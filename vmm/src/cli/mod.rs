@@ -1,1 +1,135 @@
-//! (room: cli)
+//! The command line: parses it, calls the other rooms, prints, and turns every ending into an exit
+//! code. The only room that prints or knows about terminals.
+
+pub mod args;
+mod doctor;
+pub mod exit;
+mod failure;
+mod inspect;
+mod interrupt;
+mod lab;
+mod list;
+mod output;
+mod record;
+mod run;
+
+use std::io::IsTerminal;
+use std::panic;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _, ValueEnum as _};
+
+use args::{Cli, Command, Listed};
+use exit::Exit;
+use failure::Failure;
+use output::Output;
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    panic::set_hook(Box::new(|info| {
+        output::complain(&format!(
+            "internal error: {info}\n  this is a defect of stalemate, not of your input; \
+             RUST_BACKTRACE=1 shows where\n  stalemate {}\n{}",
+            env!("CARGO_PKG_VERSION"),
+            backtrace()
+        ));
+    }));
+    panic::catch_unwind(parse_and_run)
+        .unwrap_or(Exit::Internal)
+        .into()
+}
+
+fn backtrace() -> String {
+    let backtrace = std::backtrace::Backtrace::capture();
+    match backtrace.status() {
+        std::backtrace::BacktraceStatus::Captured => format!("{backtrace}\n"),
+        _ => String::new(),
+    }
+}
+
+fn parse_and_run() -> Exit {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // --help and --version are errors to clap, not to a shell.
+            let asked_for = !error.use_stderr();
+            let _ = error.print();
+            return if asked_for {
+                Exit::Held
+            } else {
+                Exit::BadInput
+            };
+        }
+    };
+    start_log(cli.talk.verbose);
+    match dispatch(cli) {
+        Ok(exit) => exit,
+        Err(failure) => {
+            output::complain(&failure.render(output::paint(std::io::stderr().is_terminal())));
+            failure.exit()
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<Exit, Failure> {
+    let talk = cli.talk;
+    match cli.command {
+        Command::Doctor(doctor) => doctor::doctor(&Output::new(&doctor.json, talk)),
+        Command::Run(mut run) => {
+            let path = |text: &str| Some(text.into());
+            run.scenario = run.json.give_back(run.scenario, path);
+            let scenario = run
+                .scenario
+                .clone()
+                .ok_or_else(|| missing("run", "<SCENARIO>"))?;
+            run::run(&scenario, &run, &Output::new(&run.json, talk))
+        }
+        Command::Inspect(mut inspect) => {
+            let path = |text: &str| Some(text.into());
+            inspect.scenario = inspect.json.give_back(inspect.scenario, path);
+            let scenario = inspect
+                .scenario
+                .clone()
+                .ok_or_else(|| missing("inspect", "<SCENARIO>"))?;
+            inspect::inspect(&scenario, &inspect, &Output::new(&inspect.json, talk))
+        }
+        Command::Record(record) => record::record(&record, &Output::new(&record.json, talk)),
+        Command::List(mut list) => {
+            let what = list
+                .json
+                .give_back(list.what, |text| Listed::from_str(text, false).ok());
+            list::list(
+                what.ok_or_else(|| missing("list", "<WHAT>"))?,
+                &Output::new(&list.json, talk),
+            )
+        }
+    }
+}
+
+fn missing(command: &str, argument: &str) -> Failure {
+    let usage = Cli::command()
+        .find_subcommand_mut(command)
+        .map(|command| command.render_usage().to_string())
+        .unwrap_or_default();
+    Failure::Usage {
+        problem: format!("{argument} is missing"),
+        help: usage.replace("Usage: ", ""),
+    }
+}
+
+/// The log of this program's own doings; RUST_LOG chooses finer.
+fn start_log(verbose: bool) {
+    let default = if verbose { "debug" } else { "warn" };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .with_ansi(
+            output::paint(std::io::stderr().is_terminal()) == crate::report::verdict::Paint::Colour,
+        )
+        .try_init();
+}

@@ -4,9 +4,13 @@
 //! and so do small in-memory fakes in tests. Nothing behind it trusts the guest: every address is
 //! checked, live tables are read with atomic loads only.
 
+mod ram;
+
 use std::sync::atomic::AtomicU64;
 
 use abi::layout::ENTRIES_PER_TABLE;
+
+pub use ram::{GuestRam, RamError};
 
 /// An access outside guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,0 +1,178 @@
+//! The mmu_gather: clears entries, flushes, and only then gives frames and tables back.
+//!
+//! Several CPUs may clear entries of one mm at once (madvise under the mmap_lock held for reading). One
+//! that finds an entry already cleared by another must not return before the flush that covers it, so
+//! `mm.flush_pending` counts the gathers in flight, and one that is not alone flushes everything
+//! (Linux 4647706ebeee, 7a30df49f63a).
+
+use core::convert::Infallible;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use abi::bug::Bug;
+use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
+use abi::objects::{AnonVmaChain, Mm, Pa};
+use abi::point::Point;
+use abi::pte::Pte;
+
+use super::{Field, FreedTables, Slot};
+use crate::Kernel;
+use crate::arch::Arch;
+
+/// Most frames that a gather collects: bounds its size on the kernel stack.
+pub(super) const MAX_BATCH: usize = 128;
+
+/// Who unmaps: the seeded bugs are those of system calls.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unmap {
+    /// munmap, madvise and what is built on them.
+    Syscall,
+    /// The end of an address space.
+    Exit,
+}
+
+/// What was cleared and not yet flushed.
+pub(super) struct Gather {
+    pub(super) mm: Pa<Mm>,
+    by: Unmap,
+    start: u64,
+    end: u64,
+    frames: [u64; MAX_BATCH],
+    nr_frames: usize,
+    room: usize,
+    /// Unlinked tables, a list of frame numbers through `Folio::next`.
+    tables: u64,
+    /// Chains taken off their anon_vmas, which they keep alive as long as folios may point there.
+    pub(super) chains: Pa<AnonVmaChain>,
+}
+
+impl Gather {
+    /// Notes an unlinked table that covered `start..end`.
+    pub(super) fn add_table<A: Arch>(
+        &mut self,
+        kernel: &Kernel<A>,
+        table: u64,
+        (start, end): (u64, u64),
+    ) {
+        kernel.folio(table).next.set(self.tables);
+        self.tables = table >> PAGE_SHIFT;
+        self.cover(start, end);
+    }
+
+    fn add_frame(&mut self, gpa: u64, gva: u64) {
+        self.frames[self.nr_frames] = gpa;
+        self.nr_frames += 1;
+        self.cover(gva, gva + PAGE_SIZE);
+    }
+
+    fn cover(&mut self, start: u64, end: u64) {
+        self.start = self.start.min(start);
+        self.end = self.end.max(end);
+    }
+
+    fn is_full(&self) -> bool {
+        self.nr_frames >= self.room
+    }
+}
+
+impl<A: Arch> Kernel<A> {
+    /// Begins to unmap parts of `mm`.
+    pub(super) fn gather(&self, mm: Pa<Mm>, by: Unmap) -> Gather {
+        // Relaxed: the page-table lock that both take orders this before what a second gather finds.
+        self.obj(mm).flush_pending.fetch_add(1, Relaxed);
+        Gather {
+            mm,
+            by,
+            start: u64::MAX,
+            end: 0,
+            frames: [0; MAX_BATCH],
+            nr_frames: 0,
+            room: (self.config.gather_batch as usize).clamp(1, MAX_BATCH),
+            tables: 0,
+            chains: Pa::NULL,
+        }
+    }
+
+    /// Clears the entries of `start..end`.
+    pub(super) fn zap_range(&self, gather: &mut Gather, start: u64, end: u64) {
+        let mm = self.obj(gather.mm);
+        let Ok(()) = self.for_each_leaf_table(mm, start, end, |table, from, to| {
+            let mut gva = from;
+            while gva < to {
+                gva = self.zap_table(gather, table, gva, to);
+                if gather.is_full() {
+                    self.gather_flush(gather);
+                }
+            }
+            Ok::<(), Infallible>(())
+        });
+    }
+
+    /// Clears entries of one table until the gather is full; returns where it stopped.
+    fn zap_table(&self, gather: &mut Gather, table: u64, start: u64, end: u64) -> u64 {
+        let mm = self.obj(gather.mm);
+        let _guard = self.lock_table(table);
+        let mut gva = start;
+        while gva < end && !gather.is_full() {
+            if self.folio(table).used.get() == 0 {
+                return end;
+            }
+            let slot = Slot::new(table, 1, gva);
+            let entry = self.read_pte(slot);
+            if entry.is_present() {
+                self.set_pte(mm, gva, slot, entry, Pte::NONE);
+                self.folio_unmap(entry.address());
+                gather.add_frame(entry.address(), gva);
+                self.point(Point::PteClear, [mm.id.get(), gva]);
+            }
+            gva += PAGE_SIZE;
+        }
+        gva
+    }
+
+    /// Flushes what was gathered and frees it.
+    fn gather_flush(&self, gather: &mut Gather) {
+        if gather.start >= gather.end {
+            return;
+        }
+        let bugs = self.config.bugs;
+        let early = gather.by == Unmap::Syscall && bugs.has(Bug::FreeBeforeFlush);
+        if early {
+            self.free_gathered_frames(gather);
+        }
+        let freed = if gather.tables == 0 {
+            FreedTables::No
+        } else {
+            FreedTables::Yes
+        };
+        match gather.by {
+            Unmap::Syscall => self.flush_change(gather.mm, gather.start, gather.end, freed),
+            Unmap::Exit => self.flush_range(gather.mm, gather.start, gather.end, freed),
+        }
+        self.free_gathered_frames(gather);
+        while gather.tables != 0 {
+            let table = gather.tables << PAGE_SHIFT;
+            gather.tables = self.folio(table).next.get();
+            self.table_free(table);
+        }
+        (gather.start, gather.end) = (u64::MAX, 0);
+    }
+
+    fn free_gathered_frames(&self, gather: &mut Gather) {
+        for &gpa in &gather.frames[..gather.nr_frames] {
+            self.folio_put(gpa);
+        }
+        gather.nr_frames = 0;
+    }
+
+    /// Ends the unmap: when it returns, no CPU can reach what was cleared.
+    pub(super) fn gather_finish(&self, mut gather: Gather) {
+        // Acquire: pairs with the Release below; a gather that is gone has flushed.
+        let pending = &self.obj(gather.mm).flush_pending;
+        if pending.load(Acquire) > 1 {
+            gather.cover(0, u64::MAX);
+        }
+        self.gather_flush(&mut gather);
+        self.release_chains(gather.chains);
+        pending.fetch_sub(1, Release);
+    }
+}

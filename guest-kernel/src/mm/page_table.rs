@@ -1,0 +1,274 @@
+//! Page tables: walking, and the one function that writes entries.
+//!
+//! Locks (Linux's split page-table locks): entries of a level-1 table are under that table's own
+//! [`Folio::lock`], entries of all higher levels under the lock of the mm's level-4 table. Entries are
+//! read without a lock, and what was read is checked again under it. Upper entries are set by any
+//! fault and cleared only under the mmap_lock held for writing, so a walk under the mmap_lock reaches
+//! tables that stay.
+//!
+//! [`Folio::lock`]: abi::objects::Folio::lock
+
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+
+use abi::channel::EventKind;
+use abi::layout::ENTRIES_PER_TABLE;
+use abi::objects::{FrameKind, Mm, Pa};
+use abi::point::Point;
+use abi::pte::{Pte, PteFlags, index, level_size};
+use abi::syscall::Errno;
+
+use super::Field;
+use super::gather::Gather;
+use crate::Kernel;
+use crate::arch::Arch;
+use crate::sync::{Guard, LockClass};
+
+/// Place of one entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Guest physical address of the table.
+    pub table: u64,
+    /// 1 for a table of leaf entries, to 4.
+    pub level: u8,
+    /// Entry in the table.
+    pub index: usize,
+}
+
+impl Slot {
+    /// The entry for `gva` in the `table` of `level`.
+    #[must_use]
+    pub const fn new(table: u64, level: u8, gva: u64) -> Self {
+        Self {
+            table,
+            level,
+            index: index(gva, level),
+        }
+    }
+}
+
+/// What the processor sets by itself.
+const HARDWARE: u64 = PteFlags::ACCESSED.bits() | PteFlags::DIRTY.bits();
+/// An entry that refers to a table. A is set in advance: hardware never has to write it.
+const TABLE: PteFlags = PteFlags::PRESENT
+    .union(PteFlags::WRITE)
+    .union(PteFlags::USER)
+    .union(PteFlags::ACCESSED);
+
+impl<A: Arch> Kernel<A> {
+    /// Reads an entry.
+    pub fn read_pte(&self, slot: Slot) -> Pte {
+        // Acquire: pairs with `set_pte`; a table that the entry refers to reads as it was published.
+        Pte(self.entry(slot).load(Acquire))
+    }
+
+    /// Writes an entry, under its page-table lock, and keeps `rss`, `tables` and `used` true.
+    /// Returns what was there: `old`, with the A and D bits that the processor has set since.
+    ///
+    /// # Panics
+    /// Where the entry is not `old`: somebody wrote it without the lock.
+    pub fn set_pte(&self, mm: &Mm, gva: u64, slot: Slot, old: Pte, new: Pte) -> Pte {
+        let entry = self.entry(slot);
+        let (mut seen, mut value) = (old, new);
+        // AcqRel: what the entry refers to is visible before the entry is.
+        while let Err(now) = entry.compare_exchange(seen.0, value.0, AcqRel, Acquire) {
+            assert!(
+                (now ^ old.0) & !HARDWARE == 0,
+                "entry for {gva:#x} at level {} is {now:#x}, expected {:#x}",
+                slot.level,
+                old.0
+            );
+            // A bit that hardware sets meanwhile is kept: a lost D is a lost write.
+            if new.is_present() && new.address() == old.address() {
+                value = Pte(new.0 | (now & !old.0 & HARDWARE));
+            }
+            seen = Pte(now);
+        }
+        if seen.is_present() != value.is_present() {
+            let delta = if value.is_present() { 1 } else { -1 };
+            let used = &self.folio(slot.table).used;
+            used.set(used.get().wrapping_add_signed(delta));
+            let counter = if slot.level == 1 { &mm.rss } else { &mm.tables };
+            counter.fetch_add(delta.cast_unsigned(), Relaxed);
+        }
+        self.event(
+            EventKind::PteChange,
+            [mm.id.get(), gva, u64::from(slot.level), seen.0, value.0],
+        );
+        seen
+    }
+
+    /// Takes the split page-table lock of the level-1 table at `table`.
+    pub(super) fn lock_table(&self, table: u64) -> Guard<'_, A> {
+        self.lock(&self.folio(table).lock, LockClass::PageTable)
+    }
+
+    /// Takes the lock of all levels above.
+    pub(super) fn lock_upper(&self, mm: &Mm) -> Guard<'_, A> {
+        self.lock_table(mm.pgd.get())
+    }
+
+    /// The level-1 table that covers `gva`; where there is none, the level at which the walk ends.
+    ///
+    /// # Errors
+    /// The level whose entry is not present.
+    pub fn leaf_table(&self, mm: &Mm, gva: u64) -> Result<u64, u8> {
+        let mut table = mm.pgd.get();
+        for level in [4, 3, 2] {
+            let entry = self.read_pte(Slot::new(table, level, gva));
+            if !entry.is_present() {
+                return Err(level);
+            }
+            table = entry.address();
+        }
+        Ok(table)
+    }
+
+    /// The level-1 table that covers `gva`, made on the way where it is missing.
+    ///
+    /// # Errors
+    /// ENOMEM; tables made before it stay, and go with the VMA around them.
+    pub fn leaf_table_alloc(&self, mm: Pa<Mm>, gva: u64) -> Result<u64, Errno> {
+        let space = self.obj(mm);
+        let mut table = space.pgd.get();
+        for level in [4, 3, 2] {
+            let slot = Slot::new(table, level, gva);
+            let entry = self.read_pte(slot);
+            table = if entry.is_present() {
+                entry.address()
+            } else {
+                self.table_link(mm, gva, slot)?
+            };
+        }
+        Ok(table)
+    }
+
+    /// Puts a new table behind the empty entry `slot`, or finds that somebody else just did.
+    fn table_link(&self, mm: Pa<Mm>, gva: u64, slot: Slot) -> Result<u64, Errno> {
+        let table = self.table_alloc(mm, slot.level - 1)?;
+        let space = self.obj(mm);
+        let guard = self.lock_upper(space);
+        let entry = self.read_pte(slot);
+        if entry.is_present() {
+            drop(guard);
+            self.free_frames(table);
+            return Ok(entry.address());
+        }
+        self.set_pte(space, gva, slot, Pte::NONE, Pte::new(table, TABLE));
+        Ok(table)
+    }
+
+    /// An empty table that nothing refers to yet.
+    pub(super) fn table_alloc(&self, mm: Pa<Mm>, level: u8) -> Result<u64, Errno> {
+        let table = self.alloc_frames(0, FrameKind::Table)?;
+        self.arch.zero_frame(table);
+        let folio = self.folio(table);
+        folio.owner.set(mm.0);
+        folio.index.set(u64::from(level));
+        Ok(table)
+    }
+
+    /// Calls `f(table, from, to)` for each level-1 table in `start..end`, with the part of the range
+    /// that it covers.
+    pub(super) fn for_each_leaf_table<E>(
+        &self,
+        mm: &Mm,
+        start: u64,
+        end: u64,
+        mut f: impl FnMut(u64, u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut gva = start;
+        while gva < end {
+            let (level, table) = match self.leaf_table(mm, gva) {
+                Ok(table) => (2, Some(table)),
+                Err(level) => (level, None),
+            };
+            let size = level_size(level);
+            let next = ((gva & !(size - 1)) + size).min(end);
+            if let Some(table) = table {
+                f(table, gva, next)?;
+            }
+            gva = next;
+        }
+        Ok(())
+    }
+
+    /// Unlinks the tables in `start..end` that no VMA needs any more: those whose whole range lies in
+    /// `floor..ceiling`, the hole around `start..end` (Linux's free_pgtables). `gather` frees them
+    /// after the flush. Under the mmap_lock held for writing.
+    pub(super) fn unlink_tables(
+        &self,
+        gather: &mut Gather,
+        (start, end): (u64, u64),
+        hole: (u64, u64),
+    ) {
+        let pgd = self.obj(gather.mm).pgd.get();
+        self.unlink_below(gather, (pgd, 4), (start, end), hole);
+    }
+
+    fn unlink_below(
+        &self,
+        gather: &mut Gather,
+        (table, level): (u64, u8),
+        (start, end): (u64, u64),
+        (floor, ceiling): (u64, u64),
+    ) {
+        let size = level_size(level);
+        let mut region = start & !(size - 1);
+        while region < end {
+            let slot = Slot::new(table, level, region);
+            let entry = self.read_pte(slot);
+            let past = region + size;
+            if entry.is_present() {
+                let child = entry.address();
+                if level > 2 {
+                    let part = (start.max(region), end.min(past));
+                    self.unlink_below(gather, (child, level - 1), part, (floor, ceiling));
+                }
+                if region >= floor && past <= ceiling && self.folio(child).used.get() == 0 {
+                    let space = self.obj(gather.mm);
+                    let guard = self.lock_upper(space);
+                    self.set_pte(space, region, slot, entry, Pte::NONE);
+                    drop(guard);
+                    gather.add_table(self, child, (region, past));
+                }
+            }
+            region = past;
+        }
+    }
+
+    /// Copies the upper half of the kernel's level-4 table, which never changes after boot, to `pgd`.
+    pub(super) fn share_kernel_half(&self, pgd: u64) {
+        let kernel = self.root().pgd.get();
+        let half = ENTRIES_PER_TABLE / 2 * size_of::<Pte>();
+        // SAFETY: both are whole frames of the direct map; `pgd` is a fresh table that only the caller
+        // knows, and nobody writes the source; they differ, so the halves do not overlap.
+        unsafe {
+            core::ptr::copy_nonoverlapping(
+                self.arch.phys_to_virt(kernel).add(half),
+                self.arch.phys_to_virt(pgd).add(half),
+                half,
+            );
+        }
+        self.folio(pgd).used.set(self.folio(kernel).used.get());
+    }
+
+    fn entry(&self, slot: Slot) -> &AtomicU64 {
+        assert!(slot.index < ENTRIES_PER_TABLE && slot.table != 0);
+        // SAFETY: `table` is a frame of the direct map, which stays mapped for the kernel's life, and
+        // `index` lies inside it; entries are only ever accessed atomically while they are a table's.
+        unsafe {
+            &*self
+                .arch
+                .phys_to_virt(slot.table)
+                .cast::<AtomicU64>()
+                .add(slot.index)
+        }
+    }
+
+    /// Frees a table that no CPU can walk any more.
+    pub(super) fn table_free(&self, table: u64) {
+        self.point(Point::TableFree, [table, self.folio(table).index.get()]);
+        self.free_frames(table);
+    }
+}

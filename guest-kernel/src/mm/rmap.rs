@@ -1,0 +1,346 @@
+//! The reverse mapping of anonymous folios: anon_vmas and their chains.
+//!
+//! A folio points to the anon_vma of the VMA that it was first mapped in; every VMA that may map it is
+//! on that anon_vma's list, at the address that the folio's index gives. A VMA is on the lists of its
+//! own anon_vma and of those its ancestors had at fork. The lock of the family's root protects all
+//! lists and `degree`/`active` of the family (Linux's mm/rmap.c).
+
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+
+use abi::layout::PAGE_SHIFT;
+use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Vma};
+use abi::pte::Pte;
+use abi::syscall::Errno;
+
+use super::{Field, Slot, pages};
+use crate::Kernel;
+use crate::arch::Arch;
+use crate::sync::{Guard, LockClass};
+
+impl<A: Arch> Kernel<A> {
+    /// Gives `vma` an anon_vma before its first folio: a neighbour's, where the two may merge one day,
+    /// or a new one. Under the mmap_lock held for reading at least.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub(super) fn anon_vma_prepare(&self, mm: Pa<Mm>, vma: Pa<Vma>) -> Result<(), Errno> {
+        let area = self.obj(vma);
+        if !area.anon_vma.load(Acquire).is_null() {
+            return Ok(());
+        }
+        let chain = self.slab_alloc::<AnonVmaChain>()?;
+        let neighbour = self.mergeable_anon_vma(mm, vma);
+        let anon = match neighbour {
+            Some(anon) => anon,
+            None => match self.anon_vma_alloc(Pa::NULL) {
+                Ok(anon) => anon,
+                Err(error) => {
+                    self.slab_free(chain);
+                    return Err(error);
+                }
+            },
+        };
+        let family = self.lock_family(anon);
+        // Two faults of one VMA may come here at once: the page-table lock decides.
+        let upper = self.lock_upper(self.obj(mm));
+        let first = area.anon_vma.get().is_null();
+        if first {
+            self.chain_link(chain, vma, anon);
+            self.anon_vma_activate(vma, anon);
+        }
+        drop(upper);
+        drop(family);
+        if !first {
+            self.slab_free(chain);
+            if neighbour.is_none() {
+                self.anon_vma_free(anon);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts `to` on every list that `from` is on (split, merge, fork). Where `to` has no anon_vma of
+    /// its own yet, a forked child's VMA reuses one that has lost all its VMAs and has but one child
+    /// (Linux's `degree` rule, with the counts kept apart as since 2555283eb40d).
+    ///
+    /// # Errors
+    /// ENOMEM; `to` is then on no list and has no anon_vma.
+    pub(super) fn anon_vma_clone(
+        &self,
+        to: Pa<Vma>,
+        from: Pa<Vma>,
+        reuse: Reuse,
+    ) -> Result<(), Errno> {
+        let first = self.obj(from).chains.get();
+        let Some(first) = first.some() else {
+            return Ok(());
+        };
+        let _family = self.lock_family(self.obj(first).anon_vma.get());
+        let mut next = Some(first);
+        while let Some(chain) = next {
+            let copy = match self.slab_alloc::<AnonVmaChain>() {
+                Ok(copy) => copy,
+                Err(error) => {
+                    self.abandon_chains(to);
+                    return Err(error);
+                }
+            };
+            let anon = self.obj(chain).anon_vma.get();
+            self.chain_link(copy, to, anon);
+            let object = self.obj(anon);
+            // The root is never reused: it is its own parent.
+            if reuse == Reuse::Allowed
+                && self.obj(to).anon_vma.get().is_null()
+                && object.root.get() != anon
+                && object.active.get() == 0
+                && object.degree.get() < 2
+            {
+                self.anon_vma_activate(to, anon);
+            }
+            next = self.obj(chain).next_of_vma.get().some();
+        }
+        Ok(())
+    }
+
+    /// Makes `vma` one of the VMAs whose anon_vma `anon` is. Under the family's lock.
+    pub(super) fn anon_vma_activate(&self, vma: Pa<Vma>, anon: Pa<AnonVma>) {
+        let object = self.obj(anon);
+        object.active.set(object.active.get() + 1);
+        object.degree.set(object.degree.get() + 1);
+        object.refcount.fetch_add(1, Relaxed);
+        // Release: a fault that finds it finds it on the list too.
+        self.obj(vma).anon_vma.store(anon, Release);
+    }
+
+    /// Gives the child's VMA at fork its anon_vma: on the lists of all of the parent's, and a new one of
+    /// its own for the folios that it will not share, a child of the parent's.
+    ///
+    /// # Errors
+    /// ENOMEM; `child` is then on no list.
+    pub(super) fn anon_vma_fork(&self, child: Pa<Vma>, parent: Pa<Vma>) -> Result<(), Errno> {
+        let Some(parent_anon) = self.obj(parent).anon_vma.get().some() else {
+            return Ok(());
+        };
+        self.anon_vma_clone(child, parent, Reuse::Allowed)?;
+        if !self.obj(child).anon_vma.get().is_null() {
+            return Ok(());
+        }
+        let own = self.anon_vma_alloc(parent_anon).and_then(|anon| {
+            self.slab_alloc::<AnonVmaChain>()
+                .inspect_err(|_| self.anon_vma_free(anon))
+                .map(|chain| (anon, chain))
+        });
+        let _family = self.lock_family(parent_anon);
+        match own {
+            Ok((anon, chain)) => {
+                let parent = self.obj(parent_anon);
+                parent.degree.set(parent.degree.get() + 1);
+                parent.refcount.fetch_add(1, Relaxed);
+                self.chain_link(chain, child, anon);
+                self.anon_vma_activate(child, anon);
+                Ok(())
+            }
+            Err(error) => {
+                self.abandon_chains(child);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes `vma` off all lists: from here on no walk finds it. Its chains, put before `rest`, keep the
+    /// anon_vmas alive until [`Kernel::release_chains`], after the folios are gone.
+    pub(super) fn unlink_chains(&self, vma: Pa<Vma>, rest: Pa<AnonVmaChain>) -> Pa<AnonVmaChain> {
+        let Some(first) = self.obj(vma).chains.get().some() else {
+            return rest;
+        };
+        let _family = self.lock_family(self.obj(first).anon_vma.get());
+        let mut last = first;
+        loop {
+            self.chain_unlink(last);
+            match self.obj(last).next_of_vma.get().some() {
+                Some(next) => last = next,
+                None => break,
+            }
+        }
+        self.deactivate(vma);
+        self.obj(last).next_of_vma.set(rest);
+        self.obj(vma).chains.set(Pa::NULL);
+        first
+    }
+
+    /// Frees chains that [`Kernel::unlink_chains`] took off, and the anon_vmas that only they kept.
+    pub(super) fn release_chains(&self, first: Pa<AnonVmaChain>) {
+        let mut next = first;
+        while let Some(chain) = next.some() {
+            next = self.obj(chain).next_of_vma.get();
+            let anon = self.obj(chain).anon_vma.get();
+            self.slab_free(chain);
+            self.anon_vma_put(anon);
+        }
+    }
+
+    /// Calls `f(mm, vma, gva, entry)` for every present entry that maps the anonymous folio at `gpa`,
+    /// under the family's lock and the entry's page-table lock.
+    pub fn rmap_walk(&self, gpa: u64, mut f: impl FnMut(Pa<Mm>, Pa<Vma>, u64, Pte)) {
+        let folio = self.folio(gpa);
+        if folio.kind.get() != FrameKind::Anon as u8 {
+            return;
+        }
+        let Some(anon) = Pa::<AnonVma>::new(folio.owner.get()).some() else {
+            return;
+        };
+        let index = folio.index.get();
+        let _family = self.lock_family(anon);
+        let mut next = self.obj(anon).chains.get();
+        while let Some(chain) = next.some() {
+            next = self.obj(chain).next_of_anon.get();
+            let vma = self.obj(chain).vma.get();
+            let area = self.obj(vma);
+            let (start, pgoff) = (area.start.get(), area.pgoff.get());
+            if index < pgoff || index - pgoff >= pages(area.end.get() - start) {
+                continue;
+            }
+            let gva = start + ((index - pgoff) << PAGE_SHIFT);
+            let mm = area.mm.get();
+            let Ok(table) = self.leaf_table(self.obj(mm), gva) else {
+                continue;
+            };
+            let _guard = self.lock_table(table);
+            let entry = self.read_pte(Slot::new(table, 1, gva));
+            if entry.is_present() && entry.address() == gpa {
+                f(mm, vma, gva, entry);
+            }
+        }
+    }
+
+    /// Takes the lock of the family of `anon`.
+    pub(super) fn lock_family(&self, anon: Pa<AnonVma>) -> Guard<'_, A> {
+        let root = self.obj(anon).root.get();
+        self.lock(&self.obj(root).lock, LockClass::AnonVma)
+    }
+}
+
+/// Whether a clone may take an existing anon_vma over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reuse {
+    /// Fork.
+    Allowed,
+    /// Split and merge: the VMA shares the one it was cloned from.
+    No,
+}
+
+impl<A: Arch> Kernel<A> {
+    /// A child of `parent`, or a root where that is null. Nothing counts it yet but itself.
+    fn anon_vma_alloc(&self, parent: Pa<AnonVma>) -> Result<Pa<AnonVma>, Errno> {
+        let anon = self.slab_alloc::<AnonVma>()?;
+        let object = self.obj(anon);
+        match parent.some() {
+            Some(parent) => {
+                object.parent.set(parent);
+                object.root.set(self.obj(parent).root.get());
+            }
+            None => {
+                object.parent.set(anon);
+                object.root.set(anon);
+                object.refcount.set(1);
+            }
+        }
+        Ok(anon)
+    }
+
+    /// Frees an anon_vma that nobody counts.
+    fn anon_vma_free(&self, anon: Pa<AnonVma>) {
+        let object = self.obj(anon);
+        assert!(object.chains.get().is_null() && object.degree.get() == 0);
+        self.slab_free(anon);
+    }
+
+    /// Gives a reference up; with the last one the anon_vma goes, and with it its count at its parent.
+    fn anon_vma_put(&self, anon: Pa<AnonVma>) {
+        let mut anon = anon;
+        loop {
+            let object = self.obj(anon);
+            let (parent, is_root) = (object.parent.get(), object.root.get() == anon);
+            // AcqRel: whoever frees it sees it as the other holders left it.
+            let left = object.refcount.fetch_sub(1, AcqRel) - 1;
+            if left > u32::from(is_root) {
+                return;
+            }
+            if is_root {
+                return self.anon_vma_free(anon);
+            }
+            {
+                let _family = self.lock_family(parent);
+                let degree = &self.obj(parent).degree;
+                degree.set(degree.get() - 1);
+            }
+            self.anon_vma_free(anon);
+            anon = parent;
+        }
+    }
+
+    /// `vma` has no anon_vma any more. Under the family's lock; the VMA's chains, which outlive this,
+    /// hold the reference that keeps it from being the last.
+    fn deactivate(&self, vma: Pa<Vma>) {
+        if let Some(anon) = self.obj(vma).anon_vma.get().some() {
+            let object = self.obj(anon);
+            object.active.set(object.active.get() - 1);
+            object.degree.set(object.degree.get() - 1);
+            let before = object.refcount.fetch_sub(1, AcqRel);
+            assert!(before > 1, "anon_vma {anon:?} without its chain");
+            self.obj(vma).anon_vma.set(Pa::NULL);
+        }
+    }
+
+    /// Undoes a clone that ran out of memory. Under the family's lock, which the other chains of the
+    /// source keep alive: none of the references here is the last.
+    fn abandon_chains(&self, vma: Pa<Vma>) {
+        self.deactivate(vma);
+        let mut next = self.obj(vma).chains.get();
+        self.obj(vma).chains.set(Pa::NULL);
+        while let Some(chain) = next.some() {
+            next = self.obj(chain).next_of_vma.get();
+            self.chain_unlink(chain);
+            let before = self
+                .obj(self.obj(chain).anon_vma.get())
+                .refcount
+                .fetch_sub(1, AcqRel);
+            assert!(before > 1);
+            self.slab_free(chain);
+        }
+    }
+
+    /// Puts `vma` on the list of `anon` through `chain`. Under the family's lock.
+    fn chain_link(&self, chain: Pa<AnonVmaChain>, vma: Pa<Vma>, anon: Pa<AnonVma>) {
+        let (link, area, object) = (self.obj(chain), self.obj(vma), self.obj(anon));
+        link.vma.set(vma);
+        link.anon_vma.set(anon);
+        link.next_of_vma.set(area.chains.get());
+        area.chains.set(chain);
+        let next = object.chains.get();
+        link.next_of_anon.set(next);
+        link.prev_of_anon.set(Pa::NULL);
+        if !next.is_null() {
+            self.obj(next).prev_of_anon.set(chain);
+        }
+        object.chains.set(chain);
+        object.refcount.fetch_add(1, Relaxed);
+    }
+
+    /// Takes `chain` off its anon_vma's list. Under the family's lock.
+    fn chain_unlink(&self, chain: Pa<AnonVmaChain>) {
+        let link = self.obj(chain);
+        let (next, prev) = (link.next_of_anon.get(), link.prev_of_anon.get());
+        if !next.is_null() {
+            self.obj(next).prev_of_anon.set(prev);
+        }
+        if prev.is_null() {
+            self.obj(link.anon_vma.get()).chains.set(next);
+        } else {
+            self.obj(prev).next_of_anon.set(next);
+        }
+        link.next_of_anon.set(Pa::NULL);
+        link.prev_of_anon.set(Pa::NULL);
+        link.vma.set(Pa::NULL);
+    }
+}

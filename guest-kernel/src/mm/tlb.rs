@@ -1,0 +1,292 @@
+//! Address spaces on CPUs: loading them, lazy TLB mode, and shootdown.
+//!
+//! Every flush of an mm has a number: `mm.tlb_gen` counts them, `cpu.tlb_gen` says up to which one this
+//! CPU has flushed (Linux's arch/x86/mm/tlb.c). The pairs that make a flush miss nobody:
+//!
+//! - *flusher* changes entries, then raises `tlb_gen`, then reads `cpumask`;
+//!   *switcher* sets its bit in `cpumask`, then reads `tlb_gen`, then loads CR3. Both middles are full
+//!   barriers (locked instructions, SeqCst), so either the flusher sees the bit and sends an IPI, which
+//!   the switcher takes after it has finished because interrupts are off meanwhile, or the switcher
+//!   loads CR3 after the entries changed (CVE-2016-2069; Linux 71b3c126e611). The flusher never asks
+//!   which mm a CPU has loaded: that field is the switcher's own (Linux fea4e317f9e7, 83b0177a6c48).
+//! - *flusher* raises `tlb_gen`, then reads `lazy`; a CPU that *leaves lazy mode* clears `lazy`, full
+//!   barrier, then reads `tlb_gen`: it gets the IPI or sees that it is behind.
+//!
+//! A flush that frees tables reaches lazy CPUs too: they run no user code, but they may walk the
+//! tables speculatively (Linux 2ff6ddf19c0e, CVE-2025-22045).
+//!
+//! A flusher may hold locks, page-table locks included: the CPUs it waits for take IPIs while they
+//! spin, and the handler takes no lock.
+
+use core::sync::atomic::Ordering::{Acquire, Release, SeqCst};
+use core::sync::atomic::fence;
+
+use abi::bug::Bug;
+use abi::channel::EventKind;
+use abi::layout::PAGE_SIZE;
+use abi::objects::{Mm, Pa};
+use abi::point::Point;
+
+use super::{Field, pages};
+use crate::Kernel;
+use crate::arch::{Arch, CpuMask, Ipi};
+
+/// Whether page-table pages are freed after a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FreedTables {
+    /// Only leaf entries changed: lazy CPUs may flush when they stop being lazy.
+    No,
+    /// Lazy CPUs must flush now.
+    Yes,
+}
+
+/// One flush: what a CPU has to do to be at `tlb_gen`.
+#[derive(Clone, Copy)]
+struct Flush {
+    mm: Pa<Mm>,
+    start: u64,
+    end: u64,
+    tlb_gen: u64,
+}
+
+/// `end` of a flush of a whole address space.
+const EVERYTHING: u64 = u64::MAX;
+
+impl<A: Arch> Kernel<A> {
+    /// Makes every CPU forget its translations of `start..end` in `mm` that were made before the call;
+    /// when it returns, none uses them. The caller has changed the entries.
+    pub fn flush_range(&self, mm: Pa<Mm>, start: u64, end: u64, freed: FreedTables) {
+        let flush = self.flush_issue(mm, start, end);
+        let targets = self.flush_targets(mm, freed);
+        if targets != 0 {
+            self.flush_dispatch(flush, targets);
+        }
+        self.flush_here(flush);
+        if targets != 0 {
+            self.flush_sync(flush, targets);
+        }
+    }
+
+    /// As [`Kernel::flush_range`], for everything that `mm` maps.
+    pub fn flush_mm(&self, mm: Pa<Mm>, freed: FreedTables) {
+        self.flush_range(mm, 0, EVERYTHING, freed);
+    }
+
+    /// The flush of munmap, mprotect and madvise: as [`Kernel::flush_range`], but for the seeded bug
+    /// that forgets the other CPUs.
+    pub(super) fn flush_change(&self, mm: Pa<Mm>, start: u64, end: u64, freed: FreedTables) {
+        if self.config.bugs.has(Bug::ShootdownSkipRemote) {
+            let flush = self.flush_issue(mm, start, end);
+            self.flush_here(flush);
+        } else {
+            self.flush_range(mm, start, end, freed);
+        }
+    }
+
+    /// Serves the flush requests that name this CPU. The back end calls it when it takes
+    /// [`Ipi::Shootdown`]; a late or doubled IPI finds nothing to do.
+    pub fn handle_shootdown(&self) {
+        let vector = u64::from(Ipi::Shootdown as u8);
+        self.event(EventKind::IpiReceive, [vector, 0, 0, 0, 0]);
+        self.point(Point::IpiReceive, [vector, 0]);
+        let root = self.root();
+        let me = 1 << self.arch.cpu();
+        for from in 0..root.nr_cpus.get() {
+            let request = &root.cpus[from as usize].flush;
+            // Acquire: pairs with the Release in `flush_dispatch`; the request is complete.
+            if request.pending.load(Acquire) & me == 0 {
+                continue;
+            }
+            self.flush_here(Flush {
+                mm: request.mm.get(),
+                start: request.start.get(),
+                end: request.end.get(),
+                tlb_gen: request.tlb_gen.get(),
+            });
+            self.event(EventKind::IpiAck, [from, 0, 0, 0, 0]);
+            // Release: pairs with the Acquire in `flush_sync`; whoever sees the bit gone may reuse
+            // what this CPU has just stopped using. The request is not read after this.
+            request.pending.fetch_and(!me, Release);
+            self.point(Point::IpiAck, [from, 0]);
+        }
+    }
+
+    /// Numbers a flush. SeqCst is the full barrier between the changed entries and the reads of
+    /// `cpumask` and `lazy` that follow.
+    fn flush_issue(&self, mm: Pa<Mm>, start: u64, end: u64) -> Flush {
+        self.point(Point::FlushIssue, [self.obj(mm).id.get(), start]);
+        let tlb_gen = self.obj(mm).tlb_gen.fetch_add(1, SeqCst) + 1;
+        Flush {
+            mm,
+            start,
+            end,
+            tlb_gen,
+        }
+    }
+
+    fn flush_targets(&self, mm: Pa<Mm>, freed: FreedTables) -> CpuMask {
+        let mut targets = self.obj(mm).cpumask.load(SeqCst) & !(1 << self.arch.cpu());
+        if freed == FreedTables::No {
+            let mut rest = targets;
+            while rest != 0 {
+                let cpu = rest.trailing_zeros();
+                rest &= rest - 1;
+                if self.root().cpus[cpu as usize].lazy.load(SeqCst) != 0 {
+                    targets &= !(1 << cpu);
+                }
+            }
+        }
+        targets
+    }
+
+    fn flush_dispatch(&self, flush: Flush, targets: CpuMask) {
+        let id = self.obj(flush.mm).id.get();
+        self.event(
+            EventKind::ShootdownBegin,
+            [id, flush.start, flush.end, targets, 0],
+        );
+        let request = &self.this_cpu().flush;
+        request.mm.set(flush.mm);
+        request.start.set(flush.start);
+        request.end.set(flush.end);
+        request.tlb_gen.set(flush.tlb_gen);
+        // Release: pairs with the Acquire in `handle_shootdown`.
+        request.pending.store(targets, Release);
+        self.event(
+            EventKind::IpiSend,
+            [u64::from(Ipi::Shootdown as u8), targets, 0, 0, 0],
+        );
+        self.arch.send_ipi(targets, Ipi::Shootdown);
+        self.point(Point::FlushDispatch, [id, targets]);
+    }
+
+    fn flush_sync(&self, flush: Flush, targets: CpuMask) {
+        let id = self.obj(flush.mm).id.get();
+        let pending = &self.this_cpu().flush.pending;
+        loop {
+            // Acquire: pairs with the Release in `handle_shootdown`; the frames and tables that are
+            // freed next are no longer in use there.
+            let left = pending.load(Acquire);
+            if left == 0 {
+                break;
+            }
+            self.point(Point::FlushWait, [id, left]);
+            self.arch.relax();
+        }
+        self.event(EventKind::ShootdownEnd, [id, targets, 0, 0, 0]);
+        self.point(Point::FlushSync, [id, targets]);
+    }
+
+    /// Brings this CPU up to `flush`, if it has that mm loaded.
+    fn flush_here(&self, flush: Flush) {
+        let cpu = self.this_cpu();
+        if cpu.loaded_mm.get() != flush.mm {
+            return; // It has left that mm since, and the CR3 load flushed.
+        }
+        let (have, mm) = (cpu.tlb_gen.get(), self.obj(flush.mm));
+        // Read before flushing: a flush covers the changes that were numbered before it began.
+        let latest = mm.tlb_gen.load(Acquire);
+        if have >= flush.tlb_gen {
+            return; // A full flush has covered this one.
+        }
+        // The range alone is enough only if nothing else is outstanding (Linux's flush_tlb_func).
+        let next_in_line = have + 1 == flush.tlb_gen && flush.tlb_gen == latest;
+        if next_in_line && pages(flush.end - flush.start) <= self.config.flush_ceiling {
+            self.event(
+                EventKind::FlushLocal,
+                [mm.id.get(), flush.start, flush.end, 0, 0],
+            );
+            let mut gva = flush.start;
+            while gva < flush.end {
+                self.arch.flush_page(gva);
+                gva += PAGE_SIZE;
+            }
+            cpu.tlb_gen.set(flush.tlb_gen);
+        } else {
+            self.flush_everything_here(mm);
+            cpu.tlb_gen.set(latest);
+        }
+    }
+
+    fn flush_everything_here(&self, mm: &Mm) {
+        self.event(EventKind::FlushAll, [mm.id.get(), 0, 0, 0, 0]);
+        self.arch.flush_all();
+    }
+}
+
+/// Which address space this CPU has loaded.
+impl<A: Arch> Kernel<A> {
+    /// Loads `next` on this CPU for user code. A CPU holds a reference (`count`) to the mm that it has
+    /// loaded.
+    pub fn switch_mm(&self, next: Pa<Mm>) {
+        let cpu = self.this_cpu();
+        let prev = cpu.loaded_mm.get();
+        if prev == next {
+            return self.leave_lazy(next);
+        }
+        self.mm_grab(next);
+        let (space, bit) = (self.obj(next), 1 << self.arch.cpu());
+        // SeqCst, before `tlb_gen` is read and before CR3: see the module's first pair.
+        space.cpumask.fetch_or(bit, SeqCst);
+        let tlb_gen = space.tlb_gen.load(SeqCst);
+        self.load_pgd(space.pgd.get(), space.id.get());
+        cpu.loaded_mm.set(next);
+        cpu.tlb_gen.set(tlb_gen);
+        cpu.lazy.store(0, SeqCst);
+        self.forget_mm(prev, bit);
+    }
+
+    /// This CPU runs no user code from now on and keeps what it has loaded.
+    pub fn enter_lazy(&self) {
+        let cpu = self.this_cpu();
+        if !cpu.loaded_mm.get().is_null() {
+            // Release: its user code is over before a flusher may pass it by.
+            cpu.lazy.store(1, Release);
+        }
+    }
+
+    /// Leaves the loaded mm for the kernel's own tables.
+    pub fn leave_mm(&self) {
+        let cpu = self.this_cpu();
+        let prev = cpu.loaded_mm.get();
+        if prev.is_null() {
+            return;
+        }
+        self.load_pgd(self.root().pgd.get(), 0);
+        cpu.loaded_mm.set(Pa::NULL);
+        cpu.tlb_gen.set(0);
+        cpu.lazy.store(0, SeqCst);
+        self.forget_mm(prev, 1 << self.arch.cpu());
+    }
+
+    /// Back to user code on the mm that this CPU kept loaded while it was lazy.
+    fn leave_lazy(&self, mm: Pa<Mm>) {
+        let (cpu, space) = (self.this_cpu(), self.obj(mm));
+        if cpu.lazy.get() == 0 {
+            return;
+        }
+        cpu.lazy.store(0, SeqCst);
+        // The full barrier of the module's second pair.
+        fence(SeqCst);
+        let latest = space.tlb_gen.load(SeqCst);
+        if cpu.tlb_gen.get() < latest {
+            self.flush_everything_here(space);
+            cpu.tlb_gen.set(latest);
+        }
+    }
+
+    fn load_pgd(&self, pgd: u64, mm: u64) {
+        self.point(Point::Cr3Load, [mm, pgd]);
+        self.event(EventKind::Cr3Load, [pgd, mm, 0, 0, 0]);
+        self.arch.load_root(pgd);
+    }
+
+    /// CR3 is elsewhere: nothing of `prev` can be cached here any more.
+    fn forget_mm(&self, prev: Pa<Mm>, bit: CpuMask) {
+        if !prev.is_null() {
+            // Release: a flusher that sees the bit gone relies on the CR3 load before it.
+            self.obj(prev).cpumask.fetch_and(!bit, Release);
+            self.mm_drop(prev);
+        }
+    }
+}

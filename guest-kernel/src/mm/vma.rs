@@ -1,0 +1,227 @@
+//! VMAs: making, linking, splitting and freeing them. Under the mmap_lock held for writing.
+
+use core::sync::atomic::Ordering::{Acquire, Release};
+
+use abi::channel::EventKind;
+use abi::layout::PAGE_SHIFT;
+use abi::objects::{Mm, Pa, Vma, vma_flags};
+use abi::point::Point;
+use abi::pte::{PteFlags, fault};
+use abi::syscall::{Errno, prot};
+
+use super::rmap::Reuse;
+use super::vma_tree::Reserve;
+use super::{Field, pages};
+use crate::Kernel;
+use crate::arch::Arch;
+use crate::sync::Guard;
+
+/// Most VMAs of one mm (Linux's vm.max_map_count).
+pub(super) const MAX_MAP_COUNT: u64 = 65530;
+
+/// The bits of `vma_flags` that say what an access may do.
+pub(super) const ACCESS: u64 = vma_flags::READ | vma_flags::WRITE | vma_flags::EXEC;
+
+/// A stretch of address space and what it is to be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Area {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) flags: u64,
+    pub(super) pgoff: u64,
+}
+
+impl Area {
+    /// An anonymous area: its page offset is its address, so that neighbours may merge.
+    pub(super) const fn anonymous(start: u64, end: u64, flags: u64) -> Self {
+        Self {
+            start,
+            end,
+            flags,
+            pgoff: start >> PAGE_SHIFT,
+        }
+    }
+}
+
+/// A VMA and tree nodes set aside, for a mapping that must not fail any more.
+pub(super) struct Spare {
+    vma: Pa<Vma>,
+    nodes: Reserve,
+}
+
+/// The `vma_flags` of `PROT_*` bits, which have the same values.
+pub(super) const fn prot_flags(prot: u64) -> u64 {
+    prot & (prot::READ | prot::WRITE | prot::EXEC)
+}
+
+/// The flags of a leaf entry of a VMA with `flags`, but for W and D. An entry that nobody may use
+/// (PROT_NONE) stays present, for the supervisor only: its folio stays mapped.
+pub(super) fn leaf_flags(flags: u64) -> PteFlags {
+    let mut leaf = PteFlags::PRESENT | PteFlags::ACCESSED;
+    if flags & ACCESS != 0 {
+        leaf |= PteFlags::USER;
+    }
+    if flags & vma_flags::EXEC == 0 {
+        leaf |= PteFlags::NO_EXECUTE;
+    }
+    leaf
+}
+
+/// True where a VMA with `flags` permits the access of page-fault `error` (Linux's access_error:
+/// whoever may write or execute may read).
+pub(super) const fn permits(flags: u64, error: u64) -> bool {
+    let needed = if error & fault::WRITE != 0 {
+        vma_flags::WRITE
+    } else if error & fault::FETCH != 0 {
+        vma_flags::EXEC
+    } else {
+        ACCESS
+    };
+    flags & needed != 0
+}
+
+impl<A: Arch> Kernel<A> {
+    /// Makes room for one more VMA whatever the tree looks like then.
+    pub(super) fn spare(&self, mm: &Mm) -> Result<Spare, Errno> {
+        let vma = self.slab_alloc::<Vma>()?;
+        match self.reserve_any(mm) {
+            Ok(nodes) => Ok(Spare { vma, nodes }),
+            Err(error) => {
+                self.slab_free(vma);
+                Err(error)
+            }
+        }
+    }
+
+    /// As [`Kernel::spare`], for one insertion at `start` next.
+    fn spare_at(&self, mm: &Mm, start: u64) -> Result<Spare, Errno> {
+        let vma = self.slab_alloc::<Vma>()?;
+        match self.reserve_insert(mm, start) {
+            Ok(nodes) => Ok(Spare { vma, nodes }),
+            Err(error) => {
+                self.slab_free(vma);
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn free_spare(&self, spare: Spare) {
+        self.slab_free(spare.vma);
+        self.unreserve(spare.nodes);
+    }
+
+    /// Maps `area`, which overlaps nothing, as a VMA of its own.
+    ///
+    /// # Errors
+    /// ENOMEM without a `spare`.
+    pub(super) fn vma_create(
+        &self,
+        mm: Pa<Mm>,
+        area: Area,
+        spare: Option<Spare>,
+    ) -> Result<Pa<Vma>, Errno> {
+        let spare = match spare {
+            Some(spare) => spare,
+            None => self.spare_at(self.obj(mm), area.start)?,
+        };
+        let vma = self.obj(spare.vma);
+        vma.start.set(area.start);
+        vma.end.set(area.end);
+        vma.flags.set(area.flags);
+        vma.pgoff.set(area.pgoff);
+        vma.mm.set(mm);
+        Ok(self.vma_attach(mm, spare))
+    }
+
+    fn vma_attach(&self, mm: Pa<Mm>, mut spare: Spare) -> Pa<Vma> {
+        let (space, vma) = (self.obj(mm), spare.vma);
+        self.tree_insert(space, vma, &mut spare.nodes);
+        self.unreserve(spare.nodes);
+        space.map_count.set(space.map_count.get() + 1);
+        let area = self.obj(vma);
+        // Release: pairs with readers that find it without the mmap_lock; it is complete.
+        area.attached.store(1, Release);
+        self.event(
+            EventKind::VmaAttach,
+            [
+                space.id.get(),
+                vma.0,
+                area.start.get(),
+                area.end.get(),
+                area.flags.get(),
+            ],
+        );
+        self.point(Point::VmaAttach, [space.id.get(), area.start.get()]);
+        vma
+    }
+
+    /// Takes `vma` out of its mm. Its entries and chains are the caller's business.
+    pub(super) fn vma_detach(&self, mm: &Mm, vma: Pa<Vma>) {
+        let area = self.obj(vma);
+        self.tree_erase(mm, vma);
+        mm.map_count.set(mm.map_count.get() - 1);
+        area.attached.store(0, Release);
+        let (start, end) = (area.start.get(), area.end.get());
+        self.event(EventKind::VmaDetach, [mm.id.get(), vma.0, start, end, 0]);
+        self.point(Point::VmaDetach, [mm.id.get(), start]);
+    }
+
+    /// Refuses to make one VMA too many.
+    pub(super) fn check_map_count(&self, mm: Pa<Mm>) -> Result<(), Errno> {
+        if self.obj(mm).map_count.get() >= MAX_MAP_COUNT {
+            Err(Errno::ENOMEM)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Splits `vma` at `at`, inside it. Returns the upper part, a new VMA.
+    ///
+    /// # Errors
+    /// ENOMEM; nothing changed.
+    pub(super) fn vma_split(&self, mm: Pa<Mm>, vma: Pa<Vma>, at: u64) -> Result<Pa<Vma>, Errno> {
+        let (space, lower) = (self.obj(mm), self.obj(vma));
+        let spare = self.spare_at(space, at)?;
+        let upper = self.obj(spare.vma);
+        upper.start.set(at);
+        upper.end.set(lower.end.get());
+        upper.flags.set(lower.flags.get());
+        upper
+            .pgoff
+            .set(lower.pgoff.get() + pages(at - lower.start.get()));
+        upper.mm.set(mm);
+        if let Err(error) = self.anon_vma_copy(spare.vma, vma) {
+            self.free_spare(spare);
+            return Err(error);
+        }
+        {
+            // A walk that still finds the whole VMA and the upper part sees one entry twice, never none.
+            let _family = self.lock_vma_family(vma);
+            lower.end.set(at);
+        }
+        self.tree_update(space, vma, lower.start.get());
+        Ok(self.vma_attach(mm, spare))
+    }
+
+    /// Gives `to` the anon_vma of `from`, and all its chains.
+    ///
+    /// # Errors
+    /// ENOMEM; `to` is as it was.
+    pub(super) fn anon_vma_copy(&self, to: Pa<Vma>, from: Pa<Vma>) -> Result<(), Errno> {
+        let Some(anon) = self.obj(from).anon_vma.get().some() else {
+            return Ok(());
+        };
+        // The chains come first: a folio that a fault gives to this anon_vma is found by a walk, and
+        // an allocation that fails leaves nothing behind (Linux d8ab9f7b644a).
+        self.anon_vma_clone(to, from, Reuse::No)?;
+        let _family = self.lock_family(anon);
+        self.anon_vma_activate(to, anon);
+        Ok(())
+    }
+
+    /// The lock under which the bounds of a VMA that walks may find change.
+    pub(super) fn lock_vma_family(&self, vma: Pa<Vma>) -> Option<Guard<'_, A>> {
+        let anon = self.obj(vma).anon_vma.load(Acquire).some()?;
+        Some(self.lock_family(anon))
+    }
+}

@@ -1,0 +1,111 @@
+//! futex: WAIT and WAKE. Every futex is private to its mm, with or without `PRIVATE_FLAG`: memory is
+//! never shared between address spaces. There is no clock, so WAIT takes no timeout (EINVAL).
+
+use abi::objects::{Mm, Pa};
+use abi::syscall::{Errno, futex};
+
+use crate::Kernel;
+use crate::arch::Arch;
+use crate::mm::Field;
+
+/// What a futex call does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FutexOp {
+    /// Sleep if the word has this value.
+    Wait(u32),
+    /// Wake up to this many.
+    Wake(u32),
+}
+
+impl FutexOp {
+    /// Decodes futex's operation. As in Linux, WAKE wakes one even where none is asked for.
+    pub(super) fn decode(op: u64, value: u64, timeout: u64) -> Result<Self, Errno> {
+        match u64::from(op as u32) & !futex::PRIVATE_FLAG {
+            futex::WAIT if timeout == 0 => Ok(Self::Wait(value as u32)),
+            futex::WAIT => Err(Errno::EINVAL),
+            futex::WAKE => Ok(Self::Wake((value as i32).max(1).cast_unsigned())),
+            _ => Err(Errno::ENOSYS),
+        }
+    }
+}
+
+impl<A: Arch> Kernel<A> {
+    /// futex.
+    pub(super) fn futex(&self, gva: u64, op: u64, value: u64, timeout: u64) -> Result<u64, Errno> {
+        let op = FutexOp::decode(op, value, timeout)?;
+        if !gva.is_multiple_of(4) {
+            return Err(Errno::EINVAL);
+        }
+        self.check_user(gva, 4)?;
+        match op {
+            FutexOp::Wait(expected) => self.futex_wait(gva, expected),
+            FutexOp::Wake(most) => Ok(self.futex_wake(self.current().mm.get(), gva, most)),
+        }
+    }
+
+    /// Blocks until a wake, if the word still holds `expected`.
+    ///
+    /// The word is compared under the lock that a waker must take, so that no wake is lost between
+    /// the look and the sleep. A fault cannot be handled under a spin lock, so one there is refused
+    /// ([`Kernel::kernel_user_fault`]) and the word is read in again without (Linux's
+    /// `futex_get_value_locked()`).
+    fn futex_wait(&self, gva: u64, expected: u32) -> Result<u64, Errno> {
+        loop {
+            self.get_user(gva)?;
+            let lock = self.sched_lock();
+            let Ok(value) = self.get_user(gva) else {
+                continue;
+            };
+            if value != expected {
+                return Err(Errno::EAGAIN);
+            }
+            self.may_block()?;
+            let task = self.this_cpu().current.get();
+            self.queue_push(&self.root().futex_queue, task);
+            self.block(lock, gva);
+            return Ok(0);
+        }
+    }
+
+    /// Wakes up to `most` tasks of `mm` that wait for the word at `gva`, in the order of their
+    /// arrival. Returns how many.
+    pub(super) fn futex_wake(&self, mm: Pa<Mm>, gva: u64, most: u32) -> u64 {
+        let lock = self.sched_lock();
+        let mut woken = 0;
+        while woken < u64::from(most) {
+            let waiter = self.queue_take(&self.root().futex_queue, |_, task| {
+                task.waits_for.get() == gva && task.mm.get() == mm
+            });
+            let Some(task) = waiter else { break };
+            self.wake(task);
+            woken += 1;
+        }
+        drop(lock);
+        woken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_decode_as_in_linux() {
+        let wait = futex::WAIT | futex::PRIVATE_FLAG;
+        assert_eq!(FutexOp::decode(wait, 7, 0), Ok(FutexOp::Wait(7)));
+        assert_eq!(FutexOp::decode(futex::WAIT, 7, 0), Ok(FutexOp::Wait(7)));
+        assert_eq!(FutexOp::decode(wait, 7, 0x1000), Err(Errno::EINVAL));
+        let all = i32::MAX as u64;
+        assert_eq!(
+            FutexOp::decode(futex::WAKE, all, 0x1000),
+            Ok(FutexOp::Wake(i32::MAX as u32))
+        );
+        assert_eq!(FutexOp::decode(futex::WAKE, 0, 0), Ok(FutexOp::Wake(1)));
+        assert_eq!(
+            FutexOp::decode(futex::WAKE, u64::MAX, 0),
+            Ok(FutexOp::Wake(1))
+        );
+        const REQUEUE: u64 = 3;
+        assert_eq!(FutexOp::decode(REQUEUE, 0, 0), Err(Errno::ENOSYS));
+    }
+}

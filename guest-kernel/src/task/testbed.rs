@@ -1,0 +1,49 @@
+//! The testbed's own system calls.
+
+use abi::channel::{Doorbell, ReportKind};
+use abi::layout::USER_END;
+use abi::syscall::Errno;
+
+use crate::Kernel;
+use crate::arch::Arch;
+use crate::mm::Field;
+
+impl<A: Arch> Kernel<A> {
+    /// `report(kind, gva, expected, found)`: tells the host; returns when it lets this CPU go on.
+    pub(super) fn testbed_report(
+        &self,
+        kind: u64,
+        gva: u64,
+        expected: u64,
+        found: u64,
+    ) -> Result<u64, Errno> {
+        ReportKind::from_u64(kind).ok_or(Errno::EINVAL)?;
+        let report = &self.arch.channel().report;
+        report.kind.set(kind);
+        report.gva.set(gva);
+        report.expected.set(expected);
+        report.found.set(found);
+        report.task.set(self.current().id.get().into());
+        self.arch.doorbell(Doorbell::Report);
+        Ok(0)
+    }
+
+    /// `fault_fixup(start, end, fixup)`; an empty range switches it off.
+    pub(super) fn testbed_fault_fixup(
+        &self,
+        start: u64,
+        end: u64,
+        fixup: u64,
+    ) -> Result<u64, Errno> {
+        // A fixup inside the range would fault for ever, and one outside user space would fault
+        // in the kernel's return.
+        if start > end || end > USER_END || fixup >= USER_END || (start..end).contains(&fixup) {
+            return Err(Errno::EINVAL);
+        }
+        let words = &self.obj(self.current().mm.get()).fixup;
+        for (word, value) in words.iter().zip([start, end, fixup]) {
+            word.set(value);
+        }
+        Ok(0)
+    }
+}

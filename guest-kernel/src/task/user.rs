@@ -1,0 +1,113 @@
+//! User memory, with the bounds of user space, and lines on the console.
+
+use core::fmt::{self, Write};
+
+use abi::layout::USER_END;
+use abi::syscall::Errno;
+
+use crate::Kernel;
+use crate::arch::Arch;
+
+/// Bytes that go to the console at a time.
+const CHUNK: usize = 128;
+/// Most that one write takes (Linux's MAX_RW_COUNT).
+const MAX_WRITE: u64 = 0x7fff_f000;
+
+impl<A: Arch> Kernel<A> {
+    /// Refuses a range that does not lie in user space (Linux's `access_ok()`).
+    pub(super) fn check_user(&self, gva: u64, len: u64) -> Result<(), Errno> {
+        match gva.checked_add(len) {
+            Some(end) if end <= USER_END => Ok(()),
+            _ => Err(Errno::EFAULT),
+        }
+    }
+
+    /// Copies from the running task's memory.
+    pub(super) fn copy_in(&self, dst: &mut [u8], gva: u64) -> Result<(), Errno> {
+        self.check_user(gva, dst.len() as u64)?;
+        self.arch
+            .copy_from_user(dst, gva)
+            .map_err(|_| Errno::EFAULT)
+    }
+
+    /// Copies to the running task's memory.
+    pub(super) fn copy_out(&self, gva: u64, src: &[u8]) -> Result<(), Errno> {
+        self.check_user(gva, src.len() as u64)?;
+        self.arch.copy_to_user(gva, src).map_err(|_| Errno::EFAULT)
+    }
+
+    /// Reads an `int` of the running task.
+    pub(super) fn get_user(&self, gva: u64) -> Result<u32, Errno> {
+        let mut bytes = [0; 4];
+        self.copy_in(&mut bytes, gva)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// Writes an `int` of the running task.
+    pub(super) fn put_user(&self, gva: u64, value: u32) -> Result<(), Errno> {
+        self.copy_out(gva, &value.to_le_bytes())
+    }
+
+    /// write: descriptors 1 and 2 are the console, there are no others to write to.
+    pub(super) fn write(&self, fd: u64, gva: u64, len: u64) -> Result<u64, Errno> {
+        if !matches!(fd as u32, 1 | 2) {
+            return Err(Errno::EBADF);
+        }
+        let len = len.min(MAX_WRITE);
+        self.check_user(gva, len)?;
+        let mut written = 0;
+        while written < len {
+            let mut buffer = [0; CHUNK];
+            let chunk = &mut buffer[..(len - written).min(CHUNK as u64) as usize];
+            match self.copy_in(chunk, gva + written) {
+                Ok(()) => self.arch.console(chunk),
+                Err(errno) if written == 0 => return Err(errno),
+                Err(_) => break,
+            }
+            written += chunk.len() as u64;
+        }
+        Ok(written)
+    }
+
+    /// Prints one line on the console, in one piece where it is short.
+    pub(super) fn print_line(&self, text: fmt::Arguments<'_>) {
+        let mut line = Line {
+            arch: &self.arch,
+            bytes: [0; CHUNK],
+            used: 0,
+        };
+        // Neither `Line` nor the formatters of integers and strings fail.
+        let _ = line.write_fmt(text);
+        let _ = line.write_str("\n");
+        line.flush();
+    }
+}
+
+struct Line<'k, A: Arch> {
+    arch: &'k A,
+    bytes: [u8; CHUNK],
+    used: usize,
+}
+
+impl<A: Arch> Line<'_, A> {
+    fn flush(&mut self) {
+        self.arch.console(&self.bytes[..self.used]);
+        self.used = 0;
+    }
+}
+
+impl<A: Arch> Write for Line<'_, A> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut text = text.as_bytes();
+        while !text.is_empty() {
+            if self.used == CHUNK {
+                self.flush();
+            }
+            let (now, later) = text.split_at(text.len().min(CHUNK - self.used));
+            self.bytes[self.used..self.used + now.len()].copy_from_slice(now);
+            self.used += now.len();
+            text = later;
+        }
+        Ok(())
+    }
+}

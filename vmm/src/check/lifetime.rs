@@ -1,0 +1,441 @@
+//! L: who is alive, who has whom loaded, and what is left at the end.
+
+use std::collections::{BTreeSet, HashMap};
+
+use abi::layout::PAGE_SHIFT;
+use abi::objects::{FrameKind, SlabId, TaskState};
+use abi::pte::Pte;
+
+use super::{Applies, Context, Family, Finding, Findings, Invariant};
+use crate::inspect::objects::CpuView;
+use crate::inspect::{Stop, VcpuFacts};
+
+const LAZY: &str = "Linux arch/x86/mm/tlb.c, switch_mm_irqs_off; Documentation/mm/active_mm.rst";
+
+pub(super) const INVARIANTS: &[Invariant] = &[
+    Invariant {
+        id: "L-01",
+        family: Family::Lifetime,
+        predicate: "a vCPU's CR3 is the kernel's level-4 table or that of a live mm",
+        applies: Applies::Always,
+        source: "SDM vol. 3A, 5.10.5; Linux mm/mmu_gather.c",
+        run: cr3_is_live,
+    },
+    Invariant {
+        id: "L-02",
+        family: Family::Lifetime,
+        predicate: "a CPU's loaded_mm is the mm whose level-4 table is in its CR3",
+        applies: Applies::QuiescentVcpu,
+        source: LAZY,
+        run: loaded_mm_agrees,
+    },
+    Invariant {
+        id: "L-03",
+        family: Family::Lifetime,
+        predicate: "a CPU that has an mm loaded is in the mm's cpumask",
+        applies: Applies::QuiescentVcpu,
+        source: "Linux arch/x86/mm/tlb.c (71b3c126e611, CVE-2016-2069)",
+        run: loaded_mm_has_bit,
+    },
+    Invariant {
+        id: "L-04",
+        family: Family::Lifetime,
+        predicate: "a CPU has not flushed up to a tlb_gen that its mm has not reached",
+        applies: Applies::QuiescentVcpu,
+        source: "Linux arch/x86/mm/tlb.c, flush_tlb_func",
+        run: tlb_gen_not_ahead,
+    },
+    Invariant {
+        id: "L-05",
+        family: Family::Lifetime,
+        predicate: "in user mode a CPU runs a running task of its own, with that task's mm loaded",
+        applies: Applies::QuiescentVcpu,
+        source: "Linux kernel/sched/core.c, context_switch",
+        run: current_is_consistent,
+    },
+    Invariant {
+        id: "L-06",
+        family: Family::Lifetime,
+        predicate: "every running task is the current one of exactly one CPU, its own",
+        applies: Applies::QuiescentKernel,
+        source: "abi::objects::TaskState::Running",
+        run: running_tasks_run,
+    },
+    Invariant {
+        id: "L-07",
+        family: Family::Lifetime,
+        predicate: "an mm on the kernel's list is live and referenced",
+        applies: Applies::QuiescentMm,
+        source: "Linux include/linux/mm_types.h, mm_count",
+        run: mms_are_referenced,
+    },
+    Invariant {
+        id: "L-08",
+        family: Family::Lifetime,
+        predicate: "mm.users is the number of tasks that have the mm",
+        applies: Applies::QuiescentKernel,
+        source: "Linux include/linux/mm_types.h, mm_users",
+        run: users_are_tasks,
+    },
+    Invariant {
+        id: "L-09",
+        family: Family::Lifetime,
+        predicate: "a task's state exists, its number is its own, its mm is live",
+        applies: Applies::QuiescentKernel,
+        source: "abi::objects::Task",
+        run: tasks_well_formed,
+    },
+    Invariant {
+        id: "L-10",
+        family: Family::Lifetime,
+        predicate: "every link between kernel objects leads to a live object of its type",
+        applies: Applies::QuiescentKernel,
+        source: "Linux Documentation/mm/process_addrs.rst, lifetimes",
+        run: links_are_sound,
+    },
+    Invariant {
+        id: "L-11",
+        family: Family::Lifetime,
+        predicate: "a slab's objects in use are those that the kernel's lists lead to",
+        applies: Applies::QuiescentKernel,
+        source: "Linux mm/kmemleak.c",
+        run: no_leaked_objects,
+    },
+    Invariant {
+        id: "L-12",
+        family: Family::Lifetime,
+        predicate: "after the last exit no user memory and no page table of a process is left",
+        applies: Applies::AfterExit,
+        source: "Linux mm/mmap.c, exit_mmap",
+        run: nothing_left,
+    },
+];
+
+fn cr3_is_live(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    for facts in context.vcpus {
+        let pgd = Pte(facts.cr3).address();
+        let mm = snapshot.mms.iter().find(|mm| mm.pgd == pgd);
+        let live = pgd == snapshot.root.pgd || mm.is_some_and(|mm| mm.generation % 2 == 1);
+        findings.require(live, || {
+            let folio = snapshot.folio(pgd);
+            Finding::new("a vCPU has a dead address space loaded")
+                .expected(format!(
+                    "the kernel's table {:#x} or a live mm's",
+                    snapshot.root.pgd
+                ))
+                .found(folio.map_or("a table outside memory".into(), |folio| {
+                    format!(
+                        "frame {:#x}: {}, generation {}",
+                        folio.frame,
+                        folio.kind_name(),
+                        folio.generation
+                    )
+                }))
+                .vcpu(facts.index)
+                .frame(pgd >> PAGE_SHIFT)
+                .details(
+                    snapshot
+                        .mms
+                        .iter()
+                        .map(|mm| format!("mm {} has table {:#x}", mm.id, mm.pgd))
+                        .take(8),
+                )
+        });
+    }
+}
+
+/// CPUs outside the kernel with the facts about their vCPU; the others are counted as skipped.
+fn quiet_cpus<'c>(
+    context: &'c Context<'_>,
+    findings: &mut Findings,
+) -> Vec<(&'c CpuView, &'c VcpuFacts)> {
+    let mut quiet = Vec::new();
+    for cpu in &context.snapshot.cpus {
+        let facts = context.vcpus.iter().find(|facts| facts.index == cpu.index);
+        match (context.in_flight.vcpu(cpu.index), facts) {
+            (None, Some(facts)) => quiet.push((cpu, facts)),
+            (Some(busy), _) => findings.skip(busy),
+            (None, None) => {}
+        }
+    }
+    quiet
+}
+
+fn loaded_mm_agrees(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    for (cpu, facts) in quiet_cpus(context, findings) {
+        let expected = match cpu.loaded_mm {
+            0 => Some(snapshot.root.pgd),
+            mm => snapshot.mm_at(mm).map(|mm| mm.pgd),
+        };
+        let pgd = Pte(facts.cr3).address();
+        findings.require(expected == Some(pgd), || {
+            let expected =
+                expected.map_or("an mm on the list".into(), |pgd| format!("CR3 = {pgd:#x}"));
+            Finding::new("CR3 is not what the kernel believes to be loaded")
+                .expected(format!(
+                    "{expected}, of {}",
+                    snapshot.mm_name(cpu.loaded_mm)
+                ))
+                .found(format!("CR3 = {pgd:#x}"))
+                .vcpu(cpu.index)
+        });
+    }
+}
+
+fn loaded_mm_has_bit(context: &Context<'_>, findings: &mut Findings) {
+    for (cpu, _) in quiet_cpus(context, findings) {
+        let Some(mm) = context.snapshot.mm_at(cpu.loaded_mm) else {
+            continue;
+        };
+        findings.require(mm.cpumask >> cpu.index & 1 == 1, || {
+            Finding::new("shootdowns of an mm miss a CPU that has it loaded")
+                .expected(format!("bit {} set", cpu.index))
+                .found(format!("cpumask = {:#b}", mm.cpumask))
+                .vcpu(cpu.index)
+                .mm(mm.id)
+        });
+    }
+}
+
+fn tlb_gen_not_ahead(context: &Context<'_>, findings: &mut Findings) {
+    for (cpu, _) in quiet_cpus(context, findings) {
+        let Some(mm) = context.snapshot.mm_at(cpu.loaded_mm) else {
+            continue;
+        };
+        findings.require(cpu.tlb_gen <= mm.tlb_gen, || {
+            Finding::new("a CPU claims a flush that was never asked for")
+                .expected(format!("tlb_gen <= {}, the mm's", mm.tlb_gen))
+                .found(format!("tlb_gen = {}", cpu.tlb_gen))
+                .vcpu(cpu.index)
+                .mm(mm.id)
+        });
+    }
+}
+
+fn current_is_consistent(context: &Context<'_>, findings: &mut Findings) {
+    for (cpu, facts) in quiet_cpus(context, findings) {
+        if facts.cpl != 3 {
+            continue;
+        }
+        let task = context.snapshot.task_at(cpu.current);
+        let right = task.is_some_and(|task| {
+            task.state() == Some(TaskState::Running)
+                && task.cpu as usize == cpu.index
+                && task.mm != 0
+                && task.mm == cpu.loaded_mm
+                && !cpu.lazy
+        });
+        findings.require(right, || {
+            let loaded = context.snapshot.mm_name(cpu.loaded_mm);
+            let lazy = if cpu.lazy { ", lazily" } else { "" };
+            Finding::new("a user program runs on a CPU that is not set up for it")
+                .expected(format!(
+                    "a running task of CPU {} whose mm is loaded",
+                    cpu.index
+                ))
+                .found(match task {
+                    None => "no task".into(),
+                    Some(task) => format!(
+                        "task {} ({}, CPU {}, {}); {loaded} is loaded{lazy}",
+                        task.id,
+                        task.state_name(),
+                        task.cpu,
+                        context.snapshot.mm_name(task.mm)
+                    ),
+                })
+                .vcpu(cpu.index)
+        });
+    }
+}
+
+fn running_tasks_run(context: &Context<'_>, findings: &mut Findings) {
+    let exited = |cpu: usize| {
+        let facts = context.vcpus.iter().find(|facts| facts.index == cpu);
+        facts.is_some_and(|facts| facts.stop == Stop::Exited)
+    };
+    for task in &context.snapshot.tasks {
+        let on: Vec<_> = context
+            .snapshot
+            .cpus
+            .iter()
+            .filter(|cpu| cpu.current == task.gpa)
+            .map(|cpu| cpu.index)
+            .collect();
+        // The task that ended the run never gave its CPU away.
+        if on.iter().any(|&cpu| exited(cpu)) {
+            continue;
+        }
+        let runs = task.state() == Some(TaskState::Running);
+        let right = if runs {
+            on == [task.cpu as usize]
+        } else {
+            on.is_empty()
+        };
+        findings.require(right, || {
+            Finding::new(format!(
+                "task {} and the CPUs disagree about where it runs",
+                task.id
+            ))
+            .expected(if runs {
+                format!("current of CPU {} only", task.cpu)
+            } else {
+                "current of no CPU".into()
+            })
+            .found(format!("{}, current of CPUs {on:?}", task.state_name()))
+            .object("Task", task.gpa)
+        });
+    }
+}
+
+fn mms_are_referenced(context: &Context<'_>, findings: &mut Findings) {
+    for space in context.quiet_spaces(findings) {
+        let mm = space.mm;
+        let live = mm.count > 0 && mm.generation % 2 == 1 && mm.id != 0;
+        findings.require(live, || {
+            Finding::new("an mm on the kernel's list is dead")
+                .expected("count > 0, odd generation")
+                .found(format!(
+                    "count = {}, users = {}, generation {}",
+                    mm.count, mm.users, mm.generation
+                ))
+                .mm(mm.id)
+                .object("Mm", mm.gpa)
+        });
+    }
+}
+
+fn users_are_tasks(context: &Context<'_>, findings: &mut Findings) {
+    for mm in &context.snapshot.mms {
+        let tasks = context
+            .snapshot
+            .tasks
+            .iter()
+            .filter(|task| task.mm == mm.gpa);
+        let users: Vec<_> = tasks.map(|task| task.id).collect();
+        findings.require(mm.users as usize == users.len(), || {
+            Finding::new("mm.users is wrong")
+                .expected(format!("{}: tasks {users:?}", users.len()))
+                .found(mm.users)
+                .mm(mm.id)
+        });
+    }
+}
+
+fn tasks_well_formed(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    let mut numbers = HashMap::new();
+    for task in &snapshot.tasks {
+        let first = *numbers.entry(task.id).or_insert(task.gpa);
+        let state = task.state().is_some_and(|state| state != TaskState::Free);
+        let mm = task.mm == 0 || snapshot.mm_at(task.mm).is_some();
+        findings.require(state && mm && task.id != 0 && first == task.gpa, || {
+            let shared = if first == task.gpa {
+                ""
+            } else {
+                " (another task's too)"
+            };
+            Finding::new("a task makes no sense")
+                .expected("a number of its own, a state, an mm on the list or none")
+                .found(format!(
+                    "number {}{shared}, {}, {}",
+                    task.id,
+                    task.state_name(),
+                    snapshot.mm_name(task.mm)
+                ))
+                .object("Task", task.gpa)
+        });
+    }
+}
+
+fn links_are_sound(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    let vmas: usize = snapshot.mms.iter().map(|mm| mm.vmas.len()).sum();
+    let objects = snapshot.mms.len() + snapshot.tasks.len() + snapshot.anon_vmas.len() + vmas;
+    findings.examined += objects as u64;
+    // What goes wrong inside a VMA tree is V-04's and V-07's.
+    let own = |link: &str| !matches!(link, "Mm.vmas" | "VmaNode.slots");
+    for anomaly in snapshot
+        .anomalies
+        .iter()
+        .filter(|anomaly| own(anomaly.link))
+    {
+        findings.report(|| {
+            Finding::new(format!("{} cannot be followed", anomaly.link))
+                .expected("a live object of its type, linked once")
+                .found(format!(
+                    "{:#x}: {}",
+                    anomaly.target,
+                    anomaly.problem.describe()
+                ))
+                .object("holder", anomaly.holder)
+        });
+    }
+}
+
+fn no_leaked_objects(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    let vmas = || snapshot.mms.iter().flat_map(|mm| &mm.vmas);
+    let chains: BTreeSet<_> = vmas()
+        .flat_map(|vma| &vma.chains)
+        .chain(
+            snapshot
+                .anon_vmas
+                .values()
+                .flat_map(|anon_vma| &anon_vma.chains),
+        )
+        .map(|chain| chain.gpa)
+        .collect();
+    let reached = [
+        (SlabId::Mm, snapshot.mms.len()),
+        (SlabId::Vma, vmas().count()),
+        (
+            SlabId::VmaNode,
+            snapshot.mms.iter().map(|mm| mm.nodes.len()).sum(),
+        ),
+        (SlabId::AnonVma, snapshot.anon_vmas.len()),
+        (SlabId::AnonVmaChain, chains.len()),
+        (SlabId::Task, snapshot.tasks.len()),
+    ];
+    for (slab, reached) in reached {
+        let used = snapshot.root.slabs[slab as usize].used;
+        findings.require(used == reached as u64, || {
+            Finding::new(format!(
+                "{slab:?} objects are in use that nothing leads to, or the reverse"
+            ))
+            .expected(format!("{reached} in use, as many as can be reached"))
+            .found(format!("{used} in use"))
+        });
+    }
+}
+
+fn nothing_left(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    findings.examined += snapshot.folios.len() as u64;
+    // A CPU may keep the last mm loaded: then its level-4 table is rightly alive, and nothing else.
+    let kept = |mm: &u64| snapshot.cpus.iter().any(|cpu| cpu.loaded_mm == *mm);
+    let left = snapshot.folios.iter().filter(|folio| match folio.kind() {
+        Some(FrameKind::Anon) => true,
+        Some(FrameKind::Table) => folio.index != 4 || !kept(&folio.owner),
+        _ => false,
+    });
+    for folio in left {
+        findings.report(|| {
+            Finding::new(format!(
+                "a frame is left after the last exit: {}",
+                folio.kind_name()
+            ))
+            .expected("a free frame")
+            .found(format!(
+                "{}, refcount {}, mapcount {}, owner {:#x}",
+                folio.kind_name(),
+                folio.refcount,
+                folio.mapcount,
+                folio.owner
+            ))
+            .frame(folio.frame)
+            .details(context.describe_mappings(folio.frame))
+        });
+    }
+}

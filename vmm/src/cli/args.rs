@@ -1,0 +1,424 @@
+//! The command line: names, values and help texts. `docs/cli.md` is its manual.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use abi::boot::InterruptMode;
+use abi::bug::Bug;
+use abi::point::Point;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::scenario::{CheckWhen, values};
+
+const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  all invariants held          3  this host cannot (says what is missing, and how to get it)
+  1  a violation was found        4  the guest crashed, hung or did not finish
+  2  bad input or usage           5  internal error";
+
+const EXAMPLES: &str = "\
+Examples:
+  stalemate doctor                               can this host run anything, and what can it show?
+  stalemate list scenarios                       the questions that are ready to be asked
+  stalemate run smoke                            boot, run, check, verdict
+  stalemate run unmap-race --vcpus 4 --runs 20   twenty times, until one is not clean
+  stalemate inspect smoke --at pte-install:3     pause in the middle and look
+  stalemate record -o ls.trace -- ls -l /        record a real program's memory calls
+  scripts/lab -- run unmap-race                  the same without KVM, with TLBs that can be stale";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  stalemate run smoke --interrupts controlled --vcpus 1
+  stalemate run unmap-race --bug shootdown-skip-remote --param flush_ceiling=1
+  stalemate run smoke --check every-point --json result.json
+  stalemate run trace-python3 --vcpus 4 --out results/python3";
+
+const INSPECT_EXAMPLES: &str = "\
+Examples:
+  stalemate inspect smoke --at flush-issue            before the first shootdown chooses its CPUs
+  stalemate inspect smoke --at pte-install:100 --mm 1 --range 0x400000..0x500000
+  stalemate inspect unmap-race --after 50ms --gva 0x7fffdffff000
+  stalemate inspect cow-fork --at fork-flush --frame 0x823000 --json";
+
+const RECORD_EXAMPLES: &str = "\
+Examples:
+  stalemate record -o python3.trace -- python3 -c 'print(1)'
+Replay it with a scenario of program 'replay' (docs/scenarios.md).";
+
+/// The whole command line.
+#[derive(Parser, Debug)]
+#[command(name = "stalemate", version, about = ABOUT, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"),
+    arg_required_else_help = true, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// How to say it.
+    #[command(flatten)]
+    pub talk: Talk,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Say what kind of host this is, what it can do and what is missing
+    Doctor(Doctor),
+    /// Boot a scenario, run it, check every invariant and give a verdict
+    #[command(after_help = format!("{RUN_EXAMPLES}\n\n{EXIT_CODES}"))]
+    Run(Run),
+    /// Pause a scenario at a scheduling point or after a time and show what is inside
+    #[command(after_help = INSPECT_EXAMPLES)]
+    Inspect(Inspect),
+    /// Record the memory calls of a real program (needs strace)
+    #[command(after_help = RECORD_EXAMPLES)]
+    Record(Record),
+    /// List what can be named: programs, params, bugs, points, invariants, scenarios
+    List(List),
+}
+
+/// How much is said.
+#[derive(Args, Debug, Clone, Copy)]
+pub struct Talk {
+    /// Only the verdict, and errors
+    #[arg(
+        short,
+        long,
+        global = true,
+        conflicts_with = "verbose",
+        help_heading = "Output"
+    )]
+    pub quiet: bool,
+    /// Each invariant, KVM's statistics, the serial output, and the log
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub verbose: bool,
+}
+
+/// `--json [FILE]`.
+#[derive(Args, Debug, Clone)]
+pub struct Json {
+    /// Write the result as JSON to FILE, or to stdout; the text for people then goes to stderr
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-", help_heading = "Output")]
+    pub json: Option<PathBuf>,
+}
+
+impl Json {
+    /// The positional argument, which `--json` swallows where it stands right before it:
+    /// `run --json smoke` means the scenario, for a file without a scenario means nothing.
+    pub(super) fn give_back<T>(
+        &mut self,
+        positional: Option<T>,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Option<T> {
+        positional.or_else(|| {
+            let swallowed = parse(self.json.as_deref()?.to_str().filter(|text| *text != "-")?)?;
+            self.json = Some("-".into());
+            Some(swallowed)
+        })
+    }
+}
+
+/// Overrides of the scenario's machine and kernel.
+#[derive(Args, Debug, Clone)]
+pub struct MachineOptions {
+    /// vCPUs, 1 to 16
+    #[arg(long, value_name = "N", value_parser = vcpus, allow_negative_numbers = true, help_heading = "Machine")]
+    pub vcpus: Option<u32>,
+    /// Guest memory: 64M, 1G
+    #[arg(long, value_name = "SIZE", value_parser = memory, help_heading = "Machine")]
+    pub memory: Option<u64>,
+    /// In-kernel irqchip, or our own local APIC, where every IPI is an exit
+    #[arg(long, value_enum, help_heading = "Machine")]
+    pub interrupts: Option<Interrupts>,
+    /// Boot this kernel ELF instead of the embedded one
+    #[arg(long, value_name = "FILE", help_heading = "Machine")]
+    pub kernel: Option<PathBuf>,
+    /// Kernel parameter; repeatable (`list params`)
+    #[arg(long = "param", value_name = "KEY=VALUE", value_parser = param, help_heading = "Kernel")]
+    pub params: Vec<(String, String)>,
+    /// Switch a seeded bug on; repeatable (`list bugs`)
+    #[arg(long = "bug", value_name = "NAME", value_parser = bug, help_heading = "Kernel")]
+    pub bugs: Vec<Bug>,
+    /// Seed of the program's random choices
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Longest wall time of one run: 500ms, 30s, 2m
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub timeout: Option<Duration>,
+}
+
+/// Where results go.
+#[derive(Args, Debug, Clone)]
+pub struct Out {
+    /// Write result.json, report.txt and serial.log into DIR
+    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    pub out: Option<PathBuf>,
+    /// Overwrite files that stalemate did not write
+    #[arg(long, help_heading = "Output")]
+    pub force: bool,
+}
+
+/// `doctor`.
+#[derive(Args, Debug)]
+pub struct Doctor {
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `run`.
+#[derive(Args, Debug)]
+#[command(override_usage = "stalemate run [OPTIONS] <SCENARIO>")]
+pub struct Run {
+    /// A scenario file, or the name of one in scenarios/
+    #[arg(required_unless_present = "json")]
+    pub scenario: Option<PathBuf>,
+    /// Overrides.
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// When to check the invariants
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub check: Option<CheckWhen>,
+    /// Repeat until a run is not clean, at most N times
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+    /// `--out`.
+    #[command(flatten)]
+    pub out: Out,
+}
+
+/// `inspect`.
+#[derive(Args, Debug)]
+#[command(
+    override_usage = "stalemate inspect [OPTIONS] <--at <POINT[:NTH]>|--after <TIME>> <SCENARIO>"
+)]
+#[command(group = clap::ArgGroup::new("when").required(true))]
+pub struct Inspect {
+    /// A scenario file, or the name of one in scenarios/
+    #[arg(required_unless_present = "json")]
+    pub scenario: Option<PathBuf>,
+    /// Pause at the NTH passage (default 1) of a scheduling point (`list points`)
+    #[arg(long, value_name = "POINT[:NTH]", value_parser = at, group = "when", help_heading = "When to pause")]
+    pub at: Option<At>,
+    /// Pause after this time, counted from the first user instruction
+    #[arg(long, value_name = "TIME", value_parser = duration, group = "when", help_heading = "When to pause")]
+    pub after: Option<Duration>,
+    /// Only passages on this vCPU
+    #[arg(
+        long,
+        value_name = "I",
+        requires = "at",
+        help_heading = "When to pause"
+    )]
+    pub vcpu: Option<u32>,
+    /// Show the page-table tree of this mm only
+    #[arg(long, value_name = "ID", help_heading = "What to show")]
+    pub mm: Option<u64>,
+    /// Show the page-table tree of these addresses only
+    #[arg(long, value_name = "A..B", value_parser = range, help_heading = "What to show")]
+    pub range: Option<(u64, u64)>,
+    /// Show every mapping of the frame at this guest physical address
+    #[arg(long, value_name = "GPA", value_parser = address, help_heading = "What to show")]
+    pub frame: Option<u64>,
+    /// Show the walk of this address, and the folio behind it
+    #[arg(long, value_name = "GVA", value_parser = address, help_heading = "What to show")]
+    pub gva: Option<u64>,
+    /// Overrides.
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+    /// `--out`.
+    #[command(flatten)]
+    pub out: Out,
+}
+
+/// `record`.
+#[derive(Args, Debug)]
+pub struct Record {
+    /// File of the trace
+    #[arg(short, long, value_name = "FILE", default_value = "stalemate.trace")]
+    pub output: PathBuf,
+    /// Overwrite FILE
+    #[arg(long)]
+    pub force: bool,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+    /// The program and its arguments, after `--`
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<std::ffi::OsString>,
+}
+
+/// `list`.
+#[derive(Args, Debug)]
+#[command(override_usage = "stalemate list [OPTIONS] <WHAT>")]
+pub struct List {
+    /// What to list
+    #[arg(value_enum, required_unless_present = "json")]
+    pub what: Option<Listed>,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// What can be listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Listed {
+    /// User programs that a scenario can run
+    Programs,
+    /// Kernel parameters
+    Params,
+    /// Seeded bugs
+    Bugs,
+    /// Scheduling points
+    Points,
+    /// Invariants that are checked
+    Invariants,
+    /// Scenario files
+    Scenarios,
+}
+
+/// The interrupt modes by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Interrupts {
+    /// In-kernel irqchip, x2APIC
+    Hardware,
+    /// Our own local APIC
+    Controlled,
+}
+
+impl From<Interrupts> for InterruptMode {
+    fn from(mode: Interrupts) -> Self {
+        match mode {
+            Interrupts::Hardware => Self::Hardware,
+            Interrupts::Controlled => Self::Controlled,
+        }
+    }
+}
+
+/// A passage of a scheduling point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct At {
+    /// The point.
+    pub point: Point,
+    /// Which passage, from 1.
+    pub nth: u64,
+}
+
+fn vcpus(text: &str) -> Result<u32, String> {
+    let count = text
+        .parse()
+        .map_err(|_| format!("'{text}' is not a number"))?;
+    values::vcpus(count).map_err(|refused| refused.to_string())
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    values::memory(text).map_err(|refused| refused.to_string())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    values::duration(text).map_err(|refused| refused.to_string())
+}
+
+fn address(text: &str) -> Result<u64, String> {
+    values::address(text).map_err(|refused| refused.to_string())
+}
+
+fn bug(text: &str) -> Result<Bug, String> {
+    values::bug(text).map_err(|refused| refused.to_string())
+}
+
+fn param(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text
+        .split_once('=')
+        .ok_or_else(|| "write KEY=VALUE; `list params` shows all".to_owned())?;
+    values::param(key, value).map_err(|refused| refused.to_string())?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+fn at(text: &str) -> Result<At, String> {
+    let (name, nth) = text.split_once(':').unwrap_or((text, "1"));
+    let point = values::point(name).map_err(|refused| refused.to_string())?;
+    match nth.parse() {
+        Ok(nth) if nth > 0 => Ok(At { point, nth }),
+        _ => Err(format!("'{nth}' is no passage: they count from 1")),
+    }
+}
+
+fn range(text: &str) -> Result<(u64, u64), String> {
+    let (start, end) = text
+        .split_once("..")
+        .ok_or("write START..END, as 0x400000..0x500000")?;
+    let (start, end) = (address(start)?, address(end)?);
+    if start < end {
+        Ok((start, end))
+    } else {
+        Err(format!("{start:#x}..{end:#x} is empty"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn json_gives_the_scenario_back() {
+        let parse = |words: &[&str]| match Cli::try_parse_from(words).unwrap().command {
+            Command::Run(mut run) => {
+                let scenario = run.json.give_back(run.scenario, |text| Some(text.into()));
+                (scenario, run.json.json)
+            }
+            _ => unreachable!(),
+        };
+        let smoke = Some(PathBuf::from("smoke"));
+        assert_eq!(
+            parse(&["stalemate", "run", "--json", "smoke"]),
+            (smoke.clone(), Some("-".into()))
+        );
+        assert_eq!(
+            parse(&["stalemate", "run", "smoke", "--json"]),
+            (smoke.clone(), Some("-".into()))
+        );
+        assert_eq!(
+            parse(&["stalemate", "run", "smoke", "--json", "f"]),
+            (smoke.clone(), Some("f".into()))
+        );
+        assert_eq!(parse(&["stalemate", "run", "smoke"]), (smoke, None));
+        assert_eq!(parse(&["stalemate", "run", "--json"]).0, None);
+    }
+
+    #[test]
+    fn passages_and_ranges() {
+        assert_eq!(
+            at("pte-install"),
+            Ok(At {
+                point: Point::PteInstall,
+                nth: 1
+            })
+        );
+        assert_eq!(
+            at("flush-sync:12"),
+            Ok(At {
+                point: Point::FlushSync,
+                nth: 12
+            })
+        );
+        assert!(at("flush-sync:0").unwrap_err().contains("from 1"));
+        assert!(at("flush").unwrap_err().contains("flush-"));
+        assert_eq!(range("0x1000..0x2000"), Ok((0x1000, 0x2000)));
+        assert!(range("0x2000..0x1000").unwrap_err().contains("empty"));
+        assert!(range("0x2000").is_err());
+    }
+}

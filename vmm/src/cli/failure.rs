@@ -1,0 +1,169 @@
+//! Why a command ends without a verdict: every cause, its exit code, and the next thing to try.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use super::exit::Exit;
+use super::lab;
+use crate::boot::{BootError, ElfError};
+use crate::inspect::InspectError;
+use crate::report::json::WriteError;
+use crate::report::verdict::Paint;
+use crate::scenario::ScenarioError;
+use crate::session::MachineError;
+
+/// Why a command ended without a verdict.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    /// The scenario is refused.
+    #[error(transparent)]
+    Scenario(#[from] ScenarioError),
+    /// The command line is refused for a reason that clap cannot know.
+    #[error("{problem}")]
+    Usage {
+        /// What is wrong.
+        problem: String,
+        /// What to write instead.
+        help: String,
+    },
+    /// The machine cannot be made or cannot go on.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The file of `--kernel` is no kernel.
+    #[error("--kernel {}: not a kernel that can be booted", path.display())]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ElfError,
+    },
+    /// The guest's kernel cannot be looked into.
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
+    /// A result cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+impl Failure {
+    /// Why there is no machine; where `kernel` was given, that may be its fault.
+    pub(super) fn of_machine(error: MachineError, kernel: Option<&Path>) -> Self {
+        match (error, kernel) {
+            (MachineError::BadKernel(BootError::Kernel(source)), Some(path)) => Self::Kernel {
+                path: path.into(),
+                source,
+            },
+            (error, _) => Self::Machine(error),
+        }
+    }
+
+    /// The exit code of this cause.
+    #[must_use]
+    pub(super) fn exit(&self) -> Exit {
+        match self {
+            Self::Scenario(_) | Self::Usage { .. } | Self::Kernel { .. } | Self::Write(_) => {
+                Exit::BadInput
+            }
+            Self::Machine(error) => match error {
+                MachineError::NoKvm { .. }
+                | MachineError::NoPermission { .. }
+                | MachineError::MissingCapability { .. } => Exit::HostCannot,
+                MachineError::KernelFile(_)
+                | MachineError::BadKernel(_)
+                | MachineError::MemoryTooSmall { .. }
+                | MachineError::BadVcpus { .. }
+                | MachineError::NoSuchVcpu { .. } => Exit::BadInput,
+                MachineError::Memory(_)
+                | MachineError::Kvm { .. }
+                | MachineError::Vcpu(_)
+                | MachineError::Timeout { .. }
+                | MachineError::Io { .. } => Exit::Internal,
+            },
+            Self::Inspect(_) => Exit::GuestFailed,
+        }
+    }
+
+    /// The text on stderr: the cause, the chain behind it, the next thing to try.
+    #[must_use]
+    pub(super) fn render(&self, paint: Paint) -> String {
+        let mut text = match self {
+            Self::Scenario(error) => scenario(error, paint),
+            _ => chain(self, paint),
+        };
+        match self {
+            Self::Usage { help, .. } => {
+                let _ = writeln!(text, "  {} {help}", paint.bold("help:"));
+            }
+            Self::Machine(_) if self.exit() == Exit::HostCannot => {
+                let _ = write!(text, "{}", lab::advice(paint));
+            }
+            _ => {}
+        }
+        text
+    }
+}
+
+fn scenario(error: &ScenarioError, paint: Paint) -> String {
+    let theme = match paint {
+        Paint::Plain => miette::GraphicalTheme::unicode_nocolor(),
+        Paint::Colour => miette::GraphicalTheme::unicode(),
+    };
+    let mut text = String::new();
+    let handler = miette::GraphicalReportHandler::new_themed(theme).with_width(100);
+    match handler.render_report(&mut text, error) {
+        Ok(()) => {
+            // Our own "error:" says what its cross says.
+            let text = text.trim().replacen("× ", "", 1);
+            format!("{} {text}\n", paint.red("error:"))
+        }
+        Err(_) => chain(error, paint),
+    }
+}
+
+fn chain(error: &dyn Error, paint: Paint) -> String {
+    let mut text = format!("{} {error}\n", paint.red("error:"));
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let _ = writeln!(text, "  {} {cause}", paint.dim("because:"));
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn every_cause_has_its_code() {
+        let usage = Failure::Usage {
+            problem: "p".into(),
+            help: "h".into(),
+        };
+        assert_eq!(usage.exit(), Exit::BadInput);
+        assert!(usage.render(Paint::Plain).contains("help: h"));
+        let scenario =
+            crate::scenario::parse(Path::new("x.toml"), "[program]\nname = 'no'\n").unwrap_err();
+        let scenario = Failure::from(scenario);
+        assert_eq!(scenario.exit(), Exit::BadInput);
+        let text = scenario.render(Paint::Plain);
+        assert!(
+            text.contains("x.toml:2:8") && text.contains("name = 'no'"),
+            "{text}"
+        );
+        let missing = || std::io::Error::from_raw_os_error(libc::ENOENT);
+        for error in [
+            MachineError::NoKvm { source: missing() },
+            MachineError::NoPermission { source: missing() },
+            MachineError::MissingCapability {
+                name: "KVM_CAP_X".into(),
+            },
+        ] {
+            let failure = Failure::from(error);
+            assert_eq!(failure.exit(), Exit::HostCannot);
+            assert!(failure.render(Paint::Plain).contains("scripts/lab --"));
+        }
+    }
+}

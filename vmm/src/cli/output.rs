@@ -1,0 +1,111 @@
+//! Where text and JSON go. The only module that writes to the terminal.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::args::{Json, Talk};
+use super::failure::Failure;
+use crate::report::json;
+use crate::report::verdict::{Detail, Paint};
+
+/// The command's way to speak.
+#[derive(Debug)]
+pub(super) struct Output {
+    json: Option<PathBuf>,
+    /// How much is said.
+    pub(super) detail: Detail,
+    /// Whether the text is coloured.
+    pub(super) paint: Paint,
+}
+
+impl Output {
+    /// The output that the options ask for.
+    #[must_use]
+    pub(super) fn new(json: &Json, talk: Talk) -> Self {
+        let mut output = Self {
+            json: json.json.clone(),
+            detail: match talk {
+                Talk { quiet: true, .. } => Detail::Headline,
+                Talk { verbose: true, .. } => Detail::Full,
+                _ => Detail::Normal,
+            },
+            paint: Paint::Plain,
+        };
+        let is_terminal = if output.json_on_stdout() {
+            io::stderr().is_terminal()
+        } else {
+            io::stdout().is_terminal()
+        };
+        output.paint = paint(is_terminal);
+        output
+    }
+
+    /// Text for a person: to stdout, or to stderr where stdout carries JSON.
+    pub(super) fn say(&self, text: &str) {
+        if self.json_on_stdout() {
+            print(&mut io::stderr(), text);
+        } else {
+            print(&mut io::stdout(), text);
+        }
+    }
+
+    /// The machine-readable result, where one was asked for.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(super) fn json(&self, result: &impl Serialize) -> Result<(), Failure> {
+        match &self.json {
+            None => {}
+            Some(path) if path == Path::new("-") => {
+                print(&mut io::stdout(), &json::to_text(result));
+            }
+            Some(path) => json::write(path, &json::to_text(result))?,
+        }
+        Ok(())
+    }
+
+    /// Checks, before a run, that its JSON can be written after it.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(super) fn check_json(&self) -> Result<(), Failure> {
+        match &self.json {
+            Some(path) if path != Path::new("-") => Ok(json::probe(path)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// True where progress may be drawn: on a terminal, and not asked to be quiet.
+    #[must_use]
+    pub(super) fn shows_progress(&self) -> bool {
+        self.detail != Detail::Headline && io::stderr().is_terminal()
+    }
+
+    fn json_on_stdout(&self) -> bool {
+        self.json.as_deref() == Some(Path::new("-"))
+    }
+}
+
+/// Writes to stderr: errors and warnings.
+pub(super) fn complain(text: &str) {
+    print(&mut io::stderr(), text);
+}
+
+/// A reader that is gone (`stalemate list points | head`) is no error of ours.
+fn print(to: &mut impl Write, text: &str) {
+    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
+}
+
+/// Whether a stream may be coloured (<https://no-color.org>).
+#[must_use]
+pub(super) fn paint(is_terminal: bool) -> Paint {
+    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+    if is_terminal && !no_colour && !dumb {
+        Paint::Colour
+    } else {
+        Paint::Plain
+    }
+}

@@ -1,0 +1,237 @@
+//! `stalemate run`: boots a scenario, as often as asked, and gives the verdict.
+
+use std::path::Path;
+use std::time::Duration;
+
+use abi::boot::InterruptMode;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::args::{MachineOptions, Run};
+use super::exit::Exit;
+use super::failure::Failure;
+use super::output::Output;
+use super::{interrupt, lab};
+use crate::report::json::{OutDirectory, Overwrite};
+use crate::report::verdict::{self, Detail, Paint};
+use crate::report::{HostFacts, RunResult, SCHEMA, ScenarioFacts, Verdict};
+use crate::scenario::{Scenario, catalog};
+use crate::session::{self, Finished};
+
+/// The argument of programs that make random choices.
+const SEED: &str = "seed";
+
+pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, Failure> {
+    let mut scenario = Scenario::load(name)?;
+    override_with(&mut scenario, &options.machine);
+    scenario.check = options.check.unwrap_or(scenario.check);
+    let out = prepare(&options.out, output)?;
+    let host = session::host()?;
+    let kernel = options.machine.kernel.as_deref();
+    let interrupt = interrupt::on_ctrl_c();
+
+    let progress = Progress::start(options.runs, &scenario.name, output);
+    let mut done = 0;
+    let finished = loop {
+        seed(&mut scenario, options.machine.seed, done);
+        let finished = session::run(&scenario, kernel, interrupt)
+            .map_err(|error| Failure::of_machine(error, kernel))?;
+        done += 1;
+        progress.done(done);
+        if finished.observed.verdict != Verdict::Held || done == options.runs {
+            break finished;
+        }
+    };
+    progress.end();
+
+    let result = assemble(&scenario, options, host, done, finished);
+    if let Some(out) = &out {
+        let report = verdict::render(&result, Paint::Plain, Detail::Full);
+        out.write(&result, &report, &result.serial)?;
+    }
+    output.json(&result)?;
+    output.say(&verdict::render(&result, output.paint, output.detail));
+    Ok(Exit::from(result.verdict))
+}
+
+/// What the command line says wins over what the file says.
+pub(super) fn override_with(scenario: &mut Scenario, options: &MachineOptions) {
+    scenario.vcpus = options.vcpus.unwrap_or(scenario.vcpus);
+    scenario.memory_bytes = options.memory.unwrap_or(scenario.memory_bytes);
+    scenario.interrupts = options.interrupts.map_or(scenario.interrupts, Into::into);
+    scenario.timeout = options.timeout.unwrap_or(scenario.timeout);
+    scenario.params.extend(options.params.iter().cloned());
+    for bug in &options.bugs {
+        scenario.add_bug(*bug);
+    }
+}
+
+/// Everything that can be refused about the results is refused before the run.
+pub(super) fn prepare(
+    options: &super::args::Out,
+    output: &Output,
+) -> Result<Option<OutDirectory>, Failure> {
+    output.check_json()?;
+    let overwrite = if options.force {
+        Overwrite::Force
+    } else {
+        Overwrite::Ours
+    };
+    Ok(match &options.out {
+        Some(directory) => Some(OutDirectory::prepare(directory, overwrite)?),
+        None => None,
+    })
+}
+
+/// Run `index`, from 0, of several has its own seed.
+pub(super) fn seed(scenario: &mut Scenario, seed: Option<u64>, index: u32) {
+    if let Some(seed) = seed
+        && catalog::has_argument(&scenario.program.name, SEED)
+    {
+        let seed = seed.wrapping_add(u64::from(index)).to_string();
+        scenario.program.args.retain(|(key, _)| key != SEED);
+        scenario.program.args.push((SEED.into(), seed));
+    }
+}
+
+fn assemble(
+    scenario: &Scenario,
+    options: &Run,
+    host: HostFacts,
+    done: u32,
+    finished: Finished,
+) -> RunResult {
+    let observed = finished.observed;
+    let (crash, crash_text) = match observed.crash {
+        Some(crash) => (Some(crash.json), Some(crash.text)),
+        None => (None, None),
+    };
+    RunResult {
+        schema: SCHEMA,
+        kind: "run",
+        stalemate: env!("CARGO_PKG_VERSION"),
+        command: lab::own_command(),
+        notes: notes(scenario, options, &host, observed.verdict),
+        host,
+        scenario: facts(
+            scenario,
+            options.machine.seed.map(|seed| seed + u64::from(done - 1)),
+        ),
+        verdict: observed.verdict,
+        exit_code: Exit::from(observed.verdict).code(),
+        runs: options.runs,
+        runs_done: done,
+        program_status: observed.status,
+        invariants: observed.invariants,
+        violations: observed.violations,
+        crash,
+        crash_text,
+        trace: scenario
+            .program
+            .trace
+            .as_ref()
+            .map(|trace| trace.summary.clone()),
+        timings_ns: finished.timings,
+        kvm_stats: finished.kvm_stats,
+        points_checked: observed.points_checked,
+        serial: finished.serial,
+    }
+}
+
+/// The question with every default filled in.
+pub(super) fn facts(scenario: &Scenario, seed: Option<u64>) -> ScenarioFacts {
+    ScenarioFacts {
+        name: scenario.name.clone(),
+        path: scenario.path.display().to_string(),
+        description: scenario.description.clone(),
+        vcpus: scenario.vcpus,
+        memory_bytes: scenario.memory_bytes,
+        interrupts: match scenario.interrupts {
+            InterruptMode::Hardware => "hardware",
+            InterruptMode::Controlled => "controlled",
+        },
+        cmdline: scenario.cmdline(),
+        bugs: scenario.bugs.iter().map(|bug| bug.name()).collect(),
+        program: scenario.program.name.clone(),
+        args: scenario.args(),
+        check: scenario.check,
+        seed,
+    }
+}
+
+/// What a person must know before believing the verdict.
+fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict) -> Vec<String> {
+    let mut notes = Vec::new();
+    if options.machine.seed.is_some() && !catalog::has_argument(&scenario.program.name, SEED) {
+        notes.push(format!(
+            "--seed changed nothing: program '{}' makes no random choice",
+            scenario.program.name
+        ));
+    }
+    if !matches!(verdict, Verdict::Held | Verdict::Interrupted) {
+        return notes;
+    }
+    if !host.shows_stale_translations {
+        let bugs: Vec<&str> = scenario.bugs.iter().map(|bug| bug.name()).collect();
+        let bugs = match bugs[..] {
+            [] => String::new(),
+            _ => format!(", so the seeded bug {} cannot show itself", bugs.join(", ")),
+        };
+        let lab = lab::command()
+            .map(|lab| format!("; where it can: {lab}"))
+            .unwrap_or_default();
+        notes.push(format!(
+            "this host cannot show a stale translation after the guest changes a PTE{bugs}: \
+             a clean run says nothing about missing TLB flushes{lab}"
+        ));
+    } else if !scenario.bugs.is_empty() && verdict == Verdict::Held {
+        notes.push(
+            "a seeded bug is on and did not show itself in this run: --runs N tries again".into(),
+        );
+    }
+    if scenario.vcpus == 1 {
+        notes.push("one vCPU: nothing that needs two at once was tried".into());
+    }
+    notes
+}
+
+/// A bar for many runs, a spinner for a long one; nothing where nobody looks.
+struct Progress(Option<ProgressBar>);
+
+impl Progress {
+    fn start(runs: u32, name: &str, output: &Output) -> Self {
+        if !output.shows_progress() {
+            return Self(None);
+        }
+        let (bar, template) = if runs > 1 {
+            let bar = ProgressBar::new(u64::from(runs));
+            (bar, "{msg} {bar:30} {pos}/{len} clean, {elapsed}")
+        } else {
+            (ProgressBar::new_spinner(), "{spinner} {msg} {elapsed}")
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(name.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Self(Some(bar))
+    }
+
+    fn done(&self, runs: u32) {
+        if let Some(bar) = &self.0 {
+            bar.set_position(u64::from(runs));
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Progress {
+    /// An error message must not share a line with the bar.
+    fn drop(&mut self) {
+        self.end();
+    }
+}

@@ -1,0 +1,160 @@
+//! The board: devices on their buses, and the ways between the vCPUs.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use abi::boot::InterruptMode;
+use abi::layout::{LAPIC_GPA, PAGE_SIZE};
+use abi::port;
+use devices::channel::DoorbellPort;
+use devices::exit::ExitPort;
+use devices::lapic::{IpiKind, IpiRequest, LocalApics};
+use devices::serial::SerialPort;
+use devices::{Bus, Effect};
+
+use super::console::Console;
+use crate::kvm::vcpu::{Access, Event, Fault, Kick, Notice, Platform};
+
+/// What the controller is told.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// By a vCPU thread.
+    Vcpu(Notice),
+    /// By the watchdog: no sign of life since this run began or a while after.
+    Stalled {
+        /// Number of the run.
+        run: u64,
+    },
+    /// By an [`InterruptHandle`](super::InterruptHandle): its flag is set.
+    Interrupted,
+}
+
+/// Everything that the vCPU threads share.
+pub(super) struct Board {
+    ports: Bus,
+    mmio: Bus,
+    /// None with an in-kernel irqchip.
+    apics: Option<Arc<LocalApics>>,
+    kicks: Vec<Arc<Kick>>,
+    messages: Sender<Message>,
+}
+
+impl Board {
+    /// A board for `vcpus` vCPUs.
+    pub(super) fn new(
+        vcpus: usize,
+        interrupts: InterruptMode,
+        console: &Console,
+        messages: Sender<Message>,
+    ) -> Self {
+        let mut ports = Bus::default();
+        let mut mmio = Bus::default();
+        let fixed = "the addresses of abi are disjoint";
+        let serial = Arc::new(SerialPort::new(Box::new(console.clone())));
+        let word = |port: u16| u64::from(port)..u64::from(port) + 4;
+        let registers = u64::from(port::SERIAL)..u64::from(port::SERIAL + port::SERIAL_LEN);
+        ports.insert(registers, serial).expect(fixed);
+        ports
+            .insert(word(port::DOORBELL), Arc::new(DoorbellPort))
+            .expect(fixed);
+        ports
+            .insert(word(port::EXIT), Arc::new(ExitPort))
+            .expect(fixed);
+        let apics = (interrupts == InterruptMode::Controlled).then(|| {
+            let apics = Arc::new(LocalApics::new(vcpus));
+            mmio.insert(LAPIC_GPA..LAPIC_GPA + PAGE_SIZE, apics.clone())
+                .expect(fixed);
+            apics
+        });
+        Self {
+            ports,
+            mmio,
+            apics,
+            kicks: (0..vcpus).map(|_| Arc::default()).collect(),
+            messages,
+        }
+    }
+
+    /// Where kicks for `vcpu` go.
+    pub(super) fn kick(&self, vcpu: usize) -> Arc<Kick> {
+        Arc::clone(&self.kicks[vcpu])
+    }
+
+    /// Delivers an IPI at once.
+    fn deliver(&self, request: IpiRequest) -> Result<(), Event> {
+        let (IpiKind::Fixed(vector), Some(apics)) = (request.kind, &self.apics) else {
+            return Err(unexpected(format!(
+                "the guest sent an IPI that this machine does not deliver: {:?}",
+                request.kind
+            )));
+        };
+        for (cpu, kick) in self.kicks.iter().enumerate() {
+            if request.targets & 1 << cpu != 0 {
+                apics.deliver(cpu, vector);
+                // The sender looks at its own local APIC before it enters the guest again.
+                if cpu != request.from {
+                    kick.kick();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Platform for Board {
+    fn read(&self, cpu: usize, access: Access, data: &mut [u8]) -> Result<(), Event> {
+        let len = data.len();
+        let (bus, address) = self.bus(access);
+        bus.read(cpu, address, data)
+            .map_err(|_| nothing_there("read", access, len))
+    }
+
+    fn write(&self, cpu: usize, access: Access, data: &[u8]) -> Result<(), Event> {
+        let (bus, address) = self.bus(access);
+        let effect = bus
+            .write(cpu, address, data)
+            .map_err(|_| nothing_there("write", access, data.len()))?;
+        match effect {
+            Effect::None => Ok(()),
+            Effect::Doorbell(value) => Err(Event::Doorbell(value)),
+            Effect::Exit(status) => Err(Event::Exit(status)),
+            Effect::Ipi(request) => self.deliver(request),
+        }
+    }
+
+    fn pending_interrupt(&self, cpu: usize) -> Option<u8> {
+        self.apics.as_ref()?.pending(cpu)
+    }
+
+    fn accept_interrupt(&self, cpu: usize) -> Option<u8> {
+        self.apics.as_ref()?.accept(cpu)
+    }
+
+    fn notify(&self, notice: Notice) {
+        // A controller that is gone needs no notice.
+        let _ = self.messages.send(Message::Vcpu(notice));
+    }
+}
+
+impl Board {
+    fn bus(&self, access: Access) -> (&Bus, u64) {
+        match access {
+            Access::Port(port) => (&self.ports, port.into()),
+            Access::Mmio(gpa) => (&self.mmio, gpa),
+        }
+    }
+}
+
+fn nothing_there(verb: &str, access: Access, len: usize) -> Event {
+    let place = match access {
+        Access::Port(port) => format!("port {port:#x}"),
+        Access::Mmio(gpa) => format!("guest physical address {gpa:#x}"),
+    };
+    unexpected(format!(
+        "{verb} of {len} bytes at {place}, where nothing is"
+    ))
+}
+
+fn unexpected(text: String) -> Event {
+    Event::Fault(Fault::Unexpected(text))
+}

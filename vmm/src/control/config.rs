@@ -1,0 +1,46 @@
+//! What a machine is made of.
+
+use std::time::Duration;
+
+use crate::boot::{KernelImage, ProgramSpec};
+
+pub use abi::boot::InterruptMode as Interrupts;
+
+/// Description of a machine.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// vCPUs, 1 to [`abi::layout::MAX_CPUS`].
+    pub vcpus: u32,
+    /// Bytes of guest memory, whole frames.
+    pub memory_bytes: u64,
+    /// How interrupts reach the vCPUs.
+    pub interrupts: Interrupts,
+    /// Kernel command line ([`abi::param`]).
+    pub cmdline: String,
+    /// The first process.
+    pub program: ProgramSpec,
+    /// The kernel.
+    pub kernel: KernelImage,
+    /// Whether each vCPU thread is pinned to a host CPU, best effort: a migration flushes the TLB.
+    pub pin: bool,
+    /// How long the guest may show no sign of life before it counts as hung.
+    pub watchdog: Duration,
+    /// Which events the kernel records: bit `k` for [`abi::channel::EventKind`] `k`.
+    pub events: u64,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            vcpus: 2,
+            memory_bytes: 64 << 20,
+            interrupts: Interrupts::Hardware,
+            cmdline: String::new(),
+            program: ProgramSpec::default(),
+            kernel: KernelImage::Embedded,
+            pin: true,
+            watchdog: Duration::from_secs(10),
+            events: u64::MAX,
+        }
+    }
+}

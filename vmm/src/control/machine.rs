@@ -1,0 +1,604 @@
+//! The machine.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use abi::boot::BootInfo;
+use abi::channel::{Doorbell, Event};
+use abi::layout::{BOOT_INFO_GPA, MAX_CPUS, PAGE_SIZE};
+use abi::point::Point;
+use serde::Serialize;
+
+use super::board::{Board, Message};
+use super::channel::Channel;
+use super::config::MachineConfig;
+use super::console::Console;
+use super::error::MachineError;
+use super::io::{IoThread, RunNumber, Watchdog};
+use super::stop::{Crash, CrashCause, Stop};
+use crate::boot::{self, BootSpec};
+use crate::kvm::stats::KvmStats;
+use crate::kvm::vcpu::{self, Notice, State, Step, Vcpu, VcpuError, VcpuSnapshot, VcpuSpec};
+use crate::kvm::{host, vm};
+use crate::memory::{GuestRam, PhysMem};
+
+/// Longest sleep of the controller without a look at its flags.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How long the parts of a machine's life took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Timings {
+    /// Reserving and mapping guest memory.
+    pub memory: Duration,
+    /// Loading the images and building the page tables.
+    pub load: Duration,
+    /// Creating the VM.
+    pub create_vm: Duration,
+    /// Creating the vCPUs and their threads.
+    pub create_vcpus: Duration,
+    /// From the first resume to the first user instruction, if that was reached.
+    pub first_user: Option<Duration>,
+}
+
+/// How long it took to pause or resume every vCPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PauseTimings {
+    /// From the first request to the last reply.
+    pub total: Duration,
+    /// From the first request to each vCPU's reply, in order of the vCPUs that were asked.
+    pub each: Vec<Duration>,
+}
+
+/// Stops a machine from another thread, or from a signal handler's thread.
+#[derive(Clone, Debug)]
+pub struct InterruptHandle {
+    flag: Arc<AtomicBool>,
+    messages: Sender<Message>,
+}
+
+impl InterruptHandle {
+    /// Makes the current or next [`Machine::run_until`] return [`Stop::Interrupted`].
+    pub fn interrupt(&self) {
+        self.flag.store(true, Ordering::Relaxed);
+        // The message wakes the controller; the flag is what counts.
+        let _ = self.messages.send(Message::Interrupted);
+    }
+}
+
+/// A machine. Between two calls every vCPU is paused, between two instructions.
+///
+/// ```no_run
+/// use vmm::control::{Machine, MachineConfig, Stop};
+///
+/// let mut machine = Machine::new(MachineConfig::default())?;
+/// match machine.run_until(None)? {
+///     Stop::Exited { status } => println!("status {status}"),
+///     other => println!("{other:?}"),
+/// }
+/// # Ok::<(), vmm::control::MachineError>(())
+/// ```
+pub struct Machine {
+    /// First, so that the vCPU threads are gone before anything that they use.
+    vcpus: Vec<Vcpu>,
+    _io: IoThread,
+    vm: vm::Vm,
+    ram: GuestRam,
+    console: Console,
+    kernel: Cow<'static, [u8]>,
+    user: Vec<u8>,
+    watchdog: Duration,
+    messages: Receiver<Message>,
+    /// Messages that nobody has been told of, in order.
+    backlog: VecDeque<Message>,
+    interrupt: InterruptHandle,
+    traps: [u64; 4],
+    run: RunNumber,
+    runs: u64,
+    first_resume: Option<Instant>,
+    timings: Timings,
+    ended: Option<Stop>,
+}
+
+impl Machine {
+    /// A machine with everything loaded, its vCPUs paused before the kernel's first instruction.
+    ///
+    /// # Errors
+    /// A configuration that no machine can have, or a host that cannot do it.
+    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+        Self::with_user_image(config, boot::user_image())
+    }
+
+    /// The same with other user programs.
+    ///
+    /// # Errors
+    /// As [`Machine::new`].
+    #[allow(clippy::needless_pass_by_value)] // a machine is made of its configuration
+    pub fn with_user_image(config: MachineConfig, user: &[u8]) -> Result<Self, MachineError> {
+        if config.vcpus == 0 || config.vcpus as usize > MAX_CPUS {
+            return Err(MachineError::bad_vcpus(config.vcpus));
+        }
+        let mut timings = Timings::default();
+        let mut clock = Clock(Instant::now());
+        let ram = GuestRam::new(config.memory_bytes)?;
+        timings.memory = clock.lap();
+
+        let kernel = config.kernel.bytes()?;
+        let spec = BootSpec {
+            kernel: &kernel,
+            user,
+            program: &config.program,
+            cpus: config.vcpus,
+            interrupts: config.interrupts,
+            cmdline: &config.cmdline,
+        };
+        let boot = boot::load(&ram, &spec)?;
+        for vcpu in 0..config.vcpus as usize {
+            let channel = Channel::new(&ram, vcpu);
+            channel.set_budget(u64::MAX);
+            channel.set_event_mask(config.events);
+        }
+        timings.load = clock.lap();
+
+        let vm = vm::Vm::new(vm::open()?, &ram, config.interrupts)?;
+        timings.create_vm = clock.lap();
+
+        let io_error = |step| move |source| MachineError::Io { step, source };
+        let console = Console::new().map_err(io_error("create the console"))?;
+        let (sender, messages) = mpsc::channel();
+        let board = Arc::new(Board::new(
+            config.vcpus as usize,
+            config.interrupts,
+            &console,
+            sender.clone(),
+        ));
+        let host_cpus = if config.pin {
+            host::allowed_cpus()
+        } else {
+            Vec::new()
+        };
+        let mut vcpus = Vec::new();
+        for cpu in 0..config.vcpus {
+            let index = cpu as usize;
+            let mut vcpu = Vcpu::new(VcpuSpec {
+                index,
+                fd: vm.create_vcpu(cpu, config.vcpus, &boot)?,
+                ram: ram.clone(),
+                interrupts: config.interrupts,
+                platform: board.clone(),
+                kick: board.kick(index),
+                pin: host_cpus.get(index % host_cpus.len().max(1)).copied(),
+            });
+            vcpu.start()?;
+            vcpus.push(vcpu);
+        }
+        let run = RunNumber::default();
+        let io = IoThread::start(
+            console.clone(),
+            Watchdog {
+                ram: ram.clone(),
+                vcpus: vcpus.iter().map(|vcpu| vcpu.vitals().clone()).collect(),
+                run: run.clone(),
+                patience: config.watchdog,
+                messages: sender.clone(),
+            },
+        )
+        .map_err(io_error("start the I/O thread"))?;
+        timings.create_vcpus = clock.lap();
+
+        Ok(Self {
+            vcpus,
+            _io: io,
+            vm,
+            ram,
+            console,
+            kernel,
+            user: user.to_vec(),
+            watchdog: config.watchdog,
+            messages,
+            backlog: VecDeque::new(),
+            interrupt: InterruptHandle {
+                flag: Arc::default(),
+                messages: sender,
+            },
+            traps: [0; 4],
+            run,
+            runs: 0,
+            first_resume: None,
+            timings,
+            ended: None,
+        })
+    }
+
+    /// Lets the machine run until something happens or `deadline` is over, and pauses every vCPU.
+    ///
+    /// Where several vCPUs stop at once, each is told by a call of its own; the machine does not run
+    /// on before all were. After a [final](Stop::is_final) stop the same one is returned for ever.
+    ///
+    /// # Errors
+    /// A fault of the host's side; the machine should then be dropped.
+    pub fn run_until(&mut self, deadline: Option<Duration>) -> Result<Stop, MachineError> {
+        if let Some(stop) = &self.ended {
+            return Ok(stop.clone());
+        }
+        let until = deadline.and_then(|deadline| Instant::now().checked_add(deadline));
+        let stop = match self.queued_stop()? {
+            Some(stop) => stop,
+            None => {
+                self.resume_all()?;
+                let stop = self.wait_for_stop(until);
+                // Paused in any case: an error must not leave vCPUs running.
+                let paused = self.pause_all();
+                let stop = stop?;
+                paused?;
+                stop
+            }
+        };
+        let stop = self.complete(stop)?;
+        if stop.is_final() {
+            self.ended = Some(stop.clone());
+        }
+        Ok(stop)
+    }
+
+    /// Resumes every vCPU but those whose stop has not been told yet.
+    ///
+    /// # Errors
+    /// A vCPU thread that does not obey.
+    pub fn resume_all(&mut self) -> Result<PauseTimings, MachineError> {
+        self.absorb()?;
+        let waiting: Vec<usize> = self.backlog.iter().filter_map(told_by).collect();
+        self.runs += 1;
+        self.run.set(self.runs);
+        self.first_resume.get_or_insert_with(Instant::now);
+        self.all(Step::Resume, |vcpu| {
+            vcpu.state() == State::Paused && !waiting.contains(&vcpu.index())
+        })
+    }
+
+    /// Pauses every vCPU: all are asked before any is waited for. A half-done access completes first.
+    ///
+    /// # Errors
+    /// A vCPU thread that does not obey.
+    pub fn pause_all(&mut self) -> Result<PauseTimings, MachineError> {
+        self.run.set(0);
+        self.all(Step::Pause, |vcpu| vcpu.state() == State::Running)
+    }
+
+    fn all(
+        &mut self,
+        step: Step,
+        is_meant: impl Fn(&Vcpu) -> bool,
+    ) -> Result<PauseTimings, MachineError> {
+        let start = Instant::now();
+        let mut each = Vec::new();
+        let mut result = Ok(());
+        let mut asked = Vec::new();
+        for vcpu in &mut self.vcpus {
+            if is_meant(vcpu) {
+                match vcpu.request(step) {
+                    Ok(()) => asked.push(vcpu),
+                    Err(error) => result = result.and(Err(error)),
+                }
+            }
+        }
+        // One that fails does not keep the others from being waited for.
+        for vcpu in asked {
+            result = result.and(vcpu.wait(step));
+            each.push(start.elapsed());
+        }
+        result?;
+        Ok(PauseTimings {
+            total: start.elapsed(),
+            each,
+        })
+    }
+
+    /// The first stop among what was sent before now.
+    fn queued_stop(&mut self) -> Result<Option<Stop>, MachineError> {
+        self.absorb()?;
+        while let Some(message) = self.backlog.pop_front() {
+            if let Some(stop) = self.judge(message) {
+                return Ok(Some(stop));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Moves what was sent into the backlog, without waiting.
+    fn absorb(&mut self) -> Result<(), MachineError> {
+        while let Ok(message) = self.messages.try_recv() {
+            self.take_in(message)?;
+        }
+        Ok(())
+    }
+
+    fn wait_for_stop(&mut self, until: Option<Instant>) -> Result<Stop, MachineError> {
+        loop {
+            let left = until.map_or(TICK, |until| {
+                until.saturating_duration_since(Instant::now()).min(TICK)
+            });
+            match self.messages.recv_timeout(left) {
+                Ok(message) => self.take_in(message)?,
+                Err(RecvTimeoutError::Timeout) => {
+                    if until.is_some_and(|until| until <= Instant::now()) {
+                        return Ok(Stop::Deadline);
+                    }
+                }
+                // `self.interrupt` holds a sender.
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the machine sends to itself"),
+            }
+            if let Some(stop) = self.queued_stop()? {
+                return Ok(stop);
+            }
+        }
+    }
+
+    /// Notes what a message means for its vCPU, and keeps it if somebody must be told.
+    fn take_in(&mut self, message: Message) -> Result<(), MachineError> {
+        if let Message::Vcpu(Notice { vcpu, at, event }) = &message {
+            let handle = &mut self.vcpus[*vcpu];
+            if *event == vcpu::Event::ThreadPanic {
+                return Err(MachineError::Vcpu(VcpuError::Died {
+                    vcpu: *vcpu,
+                    state: handle.state(),
+                }));
+            }
+            let was_running = handle.state() == State::Running;
+            handle.parked()?;
+            if *event == vcpu::Event::Doorbell(Doorbell::FirstUser as u32) {
+                if let (None, Some(start)) = (self.timings.first_user, self.first_resume) {
+                    self.timings.first_user = Some(at.duration_since(start));
+                }
+                if was_running {
+                    handle.request(Step::Resume)?;
+                    handle.wait(Step::Resume)?;
+                }
+                return Ok(());
+            }
+        }
+        self.backlog.push_back(message);
+        Ok(())
+    }
+
+    /// The stop that a message stands for, if it still means anything. Snapshots follow later.
+    fn judge(&self, message: Message) -> Option<Stop> {
+        match message {
+            Message::Interrupted => self
+                .interrupt
+                .flag
+                .swap(false, Ordering::Relaxed)
+                .then_some(Stop::Interrupted),
+            Message::Stalled { run } => {
+                let seconds = self.watchdog.as_secs_f64();
+                (run == self.runs).then(|| crash(None, CrashCause::NoProgress { seconds }))
+            }
+            Message::Vcpu(Notice { vcpu, event, .. }) => Some(match event {
+                vcpu::Event::Exit(status) => Stop::Exited { status },
+                vcpu::Event::Doorbell(value) => self.doorbell(vcpu, value),
+                vcpu::Event::Fault(fault) => crash(Some(vcpu), fault.into()),
+                vcpu::Event::ThreadPanic => return None,
+            }),
+        }
+    }
+
+    fn doorbell(&self, vcpu: usize, value: u32) -> Stop {
+        let channel = Channel::new(&self.ram, vcpu);
+        let refuse = |text| crash(Some(vcpu), CrashCause::unexpected(text));
+        match Doorbell::from_u32(value) {
+            Some(Doorbell::Point) => channel
+                .point()
+                .map_or_else(refuse, |(point, args)| Stop::Point { vcpu, point, args }),
+            Some(Doorbell::Report) => channel
+                .report()
+                .map_or_else(refuse, |report| Stop::Report { vcpu, report }),
+            Some(Doorbell::Panic) => {
+                let message = channel.message();
+                crash(Some(vcpu), CrashCause::KernelPanic { message })
+            }
+            Some(Doorbell::RingFull) if channel.ring_exits() => Stop::RingFull { vcpu },
+            Some(Doorbell::RingFull) => {
+                refuse("the guest waits for a full event ring, which nobody asked for".into())
+            }
+            Some(Doorbell::FirstUser) | None => refuse(format!(
+                "the guest rang the doorbell with {value}, which is no reason"
+            )),
+        }
+    }
+
+    /// Adds what can only be read while every vCPU is paused.
+    fn complete(&self, stop: Stop) -> Result<Stop, MachineError> {
+        let Stop::Crashed(crash) = stop else {
+            return Ok(stop);
+        };
+        let snapshots = (0..self.vcpus.len())
+            .map(|vcpu| self.vcpu_state(vcpu))
+            .collect::<Result<_, _>>()?;
+        Ok(Stop::Crashed(Crash { snapshots, ..crash }))
+    }
+
+    /// Makes `point` always stop (or no longer), on every vCPU.
+    pub fn trap_point(&mut self, point: Point, on: bool) {
+        let (word, bit) = (point as usize / 64, 1 << (point as usize % 64));
+        if on {
+            self.traps[word] |= bit;
+        } else {
+            self.traps[word] &= !bit;
+        }
+        self.set_traps(self.traps);
+    }
+
+    /// Makes exactly the points in `mask` always stop, on every vCPU: bit `p % 64` of word `p / 64`
+    /// for point `p`.
+    pub fn set_traps(&mut self, mask: [u64; 4]) {
+        self.traps = mask;
+        for vcpu in 0..self.vcpus.len() {
+            Channel::new(&self.ram, vcpu).set_traps(mask);
+        }
+    }
+
+    /// Makes `vcpu` stop at the point after `points` more.
+    ///
+    /// # Errors
+    /// [`MachineError::NoSuchVcpu`].
+    pub fn set_budget(&mut self, vcpu: usize, points: u64) -> Result<(), MachineError> {
+        self.channel(vcpu)?.set_budget(points);
+        Ok(())
+    }
+
+    /// Makes a full event ring stop the machine ([`Stop::RingFull`]) instead of overwriting the
+    /// oldest events, or not; what the rings hold now counts as taken.
+    pub fn set_ring_exits(&mut self, on: bool) {
+        for vcpu in 0..self.vcpus.len() {
+            Channel::new(&self.ram, vcpu).set_ring_exits(on);
+        }
+    }
+
+    /// Takes the events of `vcpu` since the last call off its ring.
+    ///
+    /// # Errors
+    /// [`MachineError::NoSuchVcpu`].
+    pub fn take_events(&mut self, vcpu: usize) -> Result<Vec<Event>, MachineError> {
+        let channel = self.channel(vcpu)?;
+        let events = channel.unread_events();
+        channel.consume_events();
+        Ok(events)
+    }
+
+    /// The last events of `vcpu`, oldest first; none of a vCPU that does not exist. Records that are
+    /// torn are left out, unknown kinds are not.
+    #[must_use]
+    pub fn events(&self, vcpu: usize) -> Vec<Event> {
+        self.channel(vcpu)
+            .map(|channel| channel.events())
+            .unwrap_or_default()
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn nr_vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Registers and state of `vcpu`.
+    ///
+    /// # Errors
+    /// No such vCPU, or one that is not paused or does not answer.
+    pub fn vcpu_state(&self, vcpu: usize) -> Result<VcpuSnapshot, MachineError> {
+        let handle = self.vcpus.get(vcpu).ok_or(MachineError::NoSuchVcpu {
+            given: vcpu,
+            vcpus: self.vcpus.len(),
+        })?;
+        Ok(handle.snapshot()?)
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The kernel's ELF file.
+    #[must_use]
+    pub fn kernel_elf(&self) -> &[u8] {
+        &self.kernel
+    }
+
+    /// The user programs' ELF file.
+    #[must_use]
+    pub fn user_elf(&self) -> &[u8] {
+        &self.user
+    }
+
+    /// GPA of the kernel's root object, once the kernel is ready. Only the address is checked, not
+    /// what lies there.
+    #[must_use]
+    pub fn kernel_root(&self) -> Option<u64> {
+        let info: BootInfo = self.ram.read_value(BOOT_INFO_GPA).ok()?;
+        let root = info.kernel_root;
+        (root != 0 && root.is_multiple_of(8) && root <= self.ram.bytes() - PAGE_SIZE)
+            .then_some(root)
+    }
+
+    /// What the guest has written to its serial port.
+    #[must_use]
+    pub fn serial_output(&self) -> String {
+        self.console.text()
+    }
+
+    /// Also writes the serial port's output to `sink` as it comes, from the I/O thread.
+    pub fn stream_serial(&mut self, sink: Box<dyn Write + Send>) {
+        self.console.stream_to(sink);
+    }
+
+    /// How to stop the machine from elsewhere.
+    #[must_use]
+    pub fn interrupt_handle(&self) -> InterruptHandle {
+        self.interrupt.clone()
+    }
+
+    /// How long things took.
+    #[must_use]
+    pub fn timings(&self) -> Timings {
+        self.timings
+    }
+
+    /// Host CPU that each vCPU's thread is pinned to.
+    #[must_use]
+    pub fn pinning(&self) -> Vec<Option<usize>> {
+        self.vcpus.iter().map(Vcpu::pinned).collect()
+    }
+
+    /// KVM's counters (`insn_emulation`, `exits`, …), none where the host has none.
+    #[must_use]
+    pub fn kvm_stats(&self) -> Option<KvmStats> {
+        let vm = self.vm.counters().ok()?;
+        let vcpus = self
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.counters()?.ok())
+            .collect::<Option<_>>()?;
+        Some(KvmStats { vm, vcpus })
+    }
+
+    fn channel(&self, vcpu: usize) -> Result<Channel<'_>, MachineError> {
+        if vcpu < self.vcpus.len() {
+            Ok(Channel::new(&self.ram, vcpu))
+        } else {
+            Err(MachineError::NoSuchVcpu {
+                given: vcpu,
+                vcpus: self.vcpus.len(),
+            })
+        }
+    }
+}
+
+/// The vCPU that a message is from.
+fn told_by(message: &Message) -> Option<usize> {
+    match message {
+        Message::Vcpu(notice) => Some(notice.vcpu),
+        Message::Stalled { .. } | Message::Interrupted => None,
+    }
+}
+
+fn crash(vcpu: Option<usize>, cause: CrashCause) -> Stop {
+    Stop::Crashed(Crash {
+        cause,
+        vcpu,
+        snapshots: Vec::new(),
+    })
+}
+
+/// Times consecutive steps.
+struct Clock(Instant);
+
+impl Clock {
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now.duration_since(std::mem::replace(&mut self.0, now))
+    }
+}

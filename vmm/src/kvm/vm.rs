@@ -1,0 +1,214 @@
+//! A VM with its memory and interrupt controller, and its vCPUs in their first state.
+
+use std::fs::File;
+
+use abi::boot::InterruptMode;
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, Msrs, kvm_enable_cap,
+    kvm_mp_state, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+use super::stats::{self, Counters};
+use super::{KvmError, cpuid, failed, registers, sys};
+use crate::boot::Boot;
+use crate::memory::{GuestRam, PhysMem};
+
+/// Three pages that KVM needs on CPUs without unrestricted guests; out of the way of guest memory,
+/// below the BIOS area where PCs have them.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// Why there is no VM.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No such device.
+    #[error("/dev/kvm is not there")]
+    Absent(#[source] std::io::Error),
+    /// Not for this user.
+    #[error("no permission to open /dev/kvm")]
+    Permission(#[source] std::io::Error),
+    /// Another reason.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A KVM that speaks another protocol.
+    #[error("/dev/kvm has API version {0}, not {KVM_API_VERSION}")]
+    Version(i32),
+    /// Something that every machine needs is missing.
+    #[error("this host's KVM lacks {0}")]
+    Missing(&'static str),
+}
+
+/// Opens `/dev/kvm`.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn open() -> Result<Kvm, OpenError> {
+    let kvm = Kvm::new().map_err(|error| classify(error.into()))?;
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => Ok(kvm),
+        version => Err(OpenError::Version(version)),
+    }
+}
+
+fn classify(error: std::io::Error) -> OpenError {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenError::Absent(error),
+        Some(libc::EACCES | libc::EPERM) => OpenError::Permission(error),
+        _ => failed("opening /dev/kvm")(error).into(),
+    }
+}
+
+/// A VM.
+pub struct Vm {
+    kvm: Kvm,
+    fd: VmFd,
+    interrupts: InterruptMode,
+    /// Keeps the mapping that the memory slot refers to.
+    ram: GuestRam,
+}
+
+impl Vm {
+    /// A VM with `ram` at guest physical address 0, and an in-kernel irqchip in
+    /// [`InterruptMode::Hardware`].
+    ///
+    /// # Errors
+    /// A host without KVM, without a capability that is needed, or that refuses a call.
+    pub fn new(kvm: Kvm, ram: &GuestRam, interrupts: InterruptMode) -> Result<Self, OpenError> {
+        for (cap, name) in needed(interrupts) {
+            if !kvm.check_extension(*cap) {
+                return Err(OpenError::Missing(name));
+            }
+        }
+        let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        fd.set_tss_address(TSS_ADDRESS)
+            .map_err(failed("KVM_SET_TSS_ADDR"))?;
+        if interrupts == InterruptMode::Hardware {
+            if kvm.check_extension(Cap::X2ApicApi) {
+                let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+                fd.enable_cap(&kvm_enable_cap {
+                    cap: Cap::X2ApicApi as u32,
+                    args: [flags.into(), 0, 0, 0],
+                    ..kvm_enable_cap::default()
+                })
+                .map_err(failed("KVM_ENABLE_CAP(KVM_CAP_X2APIC_API)"))?;
+            }
+            fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        }
+        let slot = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: ram.bytes(),
+            userspace_addr: ram.host_address(),
+        };
+        // SAFETY: the slot is exactly `ram`'s mapping, which stays mapped while `self` or any vCPU of it
+        // lives, because each of them holds a clone of `ram`.
+        unsafe { fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        Ok(Self {
+            kvm,
+            fd,
+            interrupts,
+            ram: ram.clone(),
+        })
+    }
+
+    /// vCPU `cpu` of `cpus`, ready to execute the kernel's first instruction.
+    ///
+    /// # Errors
+    /// A call that the host refuses.
+    pub fn create_vcpu(&self, cpu: u32, cpus: u32, boot: &Boot) -> Result<VcpuFd, KvmError> {
+        let vcpu = self
+            .fd
+            .create_vcpu(cpu.into())
+            .map_err(failed("KVM_CREATE_VCPU"))?;
+        let supported = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        let entries = cpuid::for_vcpu(supported.as_slice(), cpu, cpus, self.interrupts);
+        let cpuid = CpuId::from_entries(&entries).expect("no more entries than the host gave");
+        vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        // CPUID first: it decides which control register bits and MSRs exist.
+        vcpu.set_sregs(&registers::system(boot, cpu))
+            .map_err(failed("KVM_SET_SREGS"))?;
+        let msrs = Msrs::from_entries(registers::MSRS).expect("a few entries");
+        let set = vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+        if let Some(refused) = registers::MSRS.get(set) {
+            let text = format!("MSR {:#x} is refused", refused.index);
+            return Err(failed("KVM_SET_MSRS")(std::io::Error::other(text)));
+        }
+        vcpu.set_regs(&registers::general(boot, cpu))
+            .map_err(failed("KVM_SET_REGS"))?;
+        if self.interrupts == InterruptMode::Hardware {
+            // With an in-kernel irqchip all but the first wait for a SIPI; ours need none. After the
+            // registers, which would otherwise belong to a vCPU that is not initialised.
+            vcpu.set_mp_state(kvm_mp_state {
+                mp_state: KVM_MP_STATE_RUNNABLE,
+            })
+            .map_err(failed("KVM_SET_MP_STATE"))?;
+        }
+        Ok(vcpu)
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// KVM's counters of the VM.
+    ///
+    /// # Errors
+    /// A host without `KVM_CAP_BINARY_STATS_FD`.
+    pub fn counters(&self) -> Result<Counters, KvmError> {
+        let file = sys::stats_file(&self.fd).map_err(failed("KVM_GET_STATS_FD"))?;
+        read_counters(&file)
+    }
+}
+
+/// The file with KVM's counters of a vCPU, none where the host has no such thing.
+pub(crate) fn vcpu_stats_file(vcpu: &VcpuFd) -> Option<File> {
+    sys::stats_file(vcpu).ok()
+}
+
+/// Reads a file of counters.
+pub(crate) fn read_counters(file: &File) -> Result<Counters, KvmError> {
+    stats::read(file).map_err(failed("reading KVM's statistics"))
+}
+
+/// What a machine cannot do without.
+fn needed(interrupts: InterruptMode) -> &'static [(Cap, &'static str)] {
+    const ALWAYS: [(Cap, &str); 3] = [
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    ];
+    const HARDWARE: [(Cap, &str); 5] = [
+        ALWAYS[0],
+        ALWAYS[1],
+        ALWAYS[2],
+        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+        (Cap::MpState, "KVM_CAP_MP_STATE"),
+    ];
+    match interrupts {
+        InterruptMode::Hardware => &HARDWARE,
+        InterruptMode::Controlled => &ALWAYS,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Error;
+
+    use super::*;
+
+    #[test]
+    fn the_reason_why_kvm_cannot_be_opened_is_told_apart() {
+        let kind = |errno| classify(Error::from_raw_os_error(errno));
+        assert!(matches!(kind(libc::ENOENT), OpenError::Absent(_)));
+        assert!(matches!(kind(libc::ENODEV), OpenError::Absent(_)));
+        assert!(matches!(kind(libc::EACCES), OpenError::Permission(_)));
+        assert!(matches!(kind(libc::EMFILE), OpenError::Kvm(_)));
+    }
+}

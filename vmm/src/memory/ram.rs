@@ -1,0 +1,270 @@
+//! The machine's memory: one memfd, mapped shared, from guest physical address 0 without holes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use abi::layout::{ENTRIES_PER_TABLE, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::{OutOfRange, PhysMem};
+
+/// Why there is no guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// Below [`MIN_MEMORY`].
+    #[error("{given} bytes of guest memory are too few: the least is {minimum} ({} MiB)", minimum >> 20)]
+    TooSmall {
+        /// Bytes asked for.
+        given: u64,
+        /// Bytes needed.
+        minimum: u64,
+    },
+    /// Above [`MAX_MEMORY`], where the local APIC's hole begins.
+    #[error("{given} bytes of guest memory are too many: the most is {maximum} ({} MiB)", maximum >> 20)]
+    TooLarge {
+        /// Bytes asked for.
+        given: u64,
+        /// Bytes possible.
+        maximum: u64,
+    },
+    /// Not a whole number of frames.
+    #[error("{given} bytes of guest memory are not a multiple of {PAGE_SIZE}")]
+    NotWholeFrames {
+        /// Bytes asked for.
+        given: u64,
+    },
+    /// The host refused the memory.
+    #[error("cannot {step} {bytes} bytes of guest memory")]
+    Host {
+        /// What was tried.
+        step: &'static str,
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// Guest memory. Clones share it.
+///
+/// ```
+/// use vmm::memory::{GuestRam, PhysMem};
+///
+/// let ram = GuestRam::new(16 << 20).unwrap();
+/// ram.write(0x2000, b"frame").unwrap();
+/// let mut bytes = [0; 5];
+/// ram.read(0x2000, &mut bytes).unwrap();
+/// assert_eq!(&bytes, b"frame");
+/// ```
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    region: Arc<GuestRegionMmap>,
+}
+
+impl GuestRam {
+    /// `bytes` of zeroes.
+    ///
+    /// # Errors
+    /// A size that the machine cannot have, or that the host does not give.
+    pub fn new(bytes: u64) -> Result<Self, RamError> {
+        if bytes < MIN_MEMORY {
+            return Err(RamError::TooSmall {
+                given: bytes,
+                minimum: MIN_MEMORY,
+            });
+        }
+        if bytes > MAX_MEMORY {
+            return Err(RamError::TooLarge {
+                given: bytes,
+                maximum: MAX_MEMORY,
+            });
+        }
+        if !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(RamError::NotWholeFrames { given: bytes });
+        }
+        let host = |step| {
+            move |source| RamError::Host {
+                step,
+                bytes,
+                source,
+            }
+        };
+        let file = memfd().map_err(host("create a memfd for"))?;
+        file.set_len(bytes).map_err(host("reserve"))?;
+        let region = GuestRegionMmap::from_range(
+            GuestAddress(0),
+            bytes as usize,
+            Some(FileOffset::new(file, 0)),
+        )
+        .map_err(|error| host("map")(io::Error::other(error)))?;
+        Ok(Self {
+            region: Arc::new(region),
+        })
+    }
+
+    /// Copies `data` to `gpa`.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] where any byte lies outside; nothing is written then.
+    pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), OutOfRange> {
+        self.check(gpa, data.len() as u64)?;
+        self.region
+            .write_slice(data, MemoryRegionAddress(gpa))
+            .map_err(|_| out_of_range(gpa, data.len()))
+    }
+
+    /// Writes `value` to `gpa`.
+    ///
+    /// # Errors
+    /// [`OutOfRange`].
+    pub fn write_value<T: IntoBytes + Immutable>(
+        &self,
+        gpa: u64,
+        value: &T,
+    ) -> Result<(), OutOfRange> {
+        self.write(gpa, value.as_bytes())
+    }
+
+    /// Reads a `T` from `gpa`, which need not be aligned.
+    ///
+    /// # Errors
+    /// [`OutOfRange`].
+    pub fn read_value<T: FromBytes + IntoBytes>(&self, gpa: u64) -> Result<T, OutOfRange> {
+        let mut value = T::new_zeroed();
+        self.read(gpa, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// The memfd behind it.
+    ///
+    /// # Panics
+    /// Never: guest memory is always file-backed.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        self.region.file_offset().expect("made from a memfd").file()
+    }
+
+    /// HVA of guest physical address 0, for the memory slot. Whoever registers it with KVM keeps a
+    /// clone of this value for as long.
+    #[must_use]
+    pub fn host_address(&self) -> u64 {
+        self.region.as_ptr() as u64
+    }
+
+    fn check(&self, gpa: u64, len: u64) -> Result<(), OutOfRange> {
+        match gpa.checked_add(len) {
+            Some(end) if end <= self.bytes() => Ok(()),
+            _ => Err(OutOfRange { gpa, len }),
+        }
+    }
+}
+
+impl PhysMem for GuestRam {
+    fn bytes(&self) -> u64 {
+        self.region.len()
+    }
+
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), OutOfRange> {
+        self.check(gpa, buf.len() as u64)?;
+        self.region
+            .read_slice(buf, MemoryRegionAddress(gpa))
+            .map_err(|_| out_of_range(gpa, buf.len()))
+    }
+
+    fn table(&self, gpa: u64) -> Result<&[AtomicU64; ENTRIES_PER_TABLE], OutOfRange> {
+        let error = OutOfRange {
+            gpa,
+            len: PAGE_SIZE,
+        };
+        if !gpa.is_multiple_of(PAGE_SIZE) {
+            return Err(error);
+        }
+        self.check(gpa, PAGE_SIZE)?;
+        // SAFETY: the page lies inside the mapping (checked above), which lives as long as
+        // `self.region`, which `&self` borrows, and is page aligned because the mapping and `gpa` are.
+        // Every bit pattern is a valid `AtomicU64`, and the guest accesses it like another thread.
+        Ok(unsafe { &*self.region.as_ptr().add(gpa as usize).cast() })
+    }
+}
+
+fn out_of_range(gpa: u64, len: usize) -> OutOfRange {
+    OutOfRange {
+        gpa,
+        len: len as u64,
+    }
+}
+
+fn memfd() -> io::Result<File> {
+    // SAFETY: the name is NUL-terminated and the call touches no other memory.
+    let fd = unsafe { libc::memfd_create(c"stalemate-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else has it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn sizes_are_checked_and_the_minimum_is_named() {
+        let error = GuestRam::new(1 << 20).unwrap_err();
+        assert!(error.to_string().contains("16777216 (16 MiB)"), "{error}");
+        assert!(matches!(
+            GuestRam::new(MAX_MEMORY + PAGE_SIZE),
+            Err(RamError::TooLarge { .. })
+        ));
+        assert!(matches!(
+            GuestRam::new(MIN_MEMORY + 1),
+            Err(RamError::NotWholeFrames { .. })
+        ));
+        assert_eq!(GuestRam::new(MIN_MEMORY).unwrap().bytes(), MIN_MEMORY);
+    }
+
+    #[test]
+    fn a_table_is_the_page_itself() {
+        let ram = GuestRam::new(MIN_MEMORY).unwrap();
+        ram.write_value(0x3008, &0x1234_u64).unwrap();
+        assert_eq!(ram.table(0x3000).unwrap()[1].load(Relaxed), 0x1234);
+        ram.table(0x3000).unwrap()[2].store(7, Relaxed);
+        assert_eq!(ram.read_value::<u64>(0x3010), Ok(7));
+        assert!(ram.table(0x3008).is_err());
+        assert!(ram.table(MIN_MEMORY).is_err());
+    }
+
+    #[test]
+    fn clones_and_the_memfd_share_the_bytes() {
+        use std::os::unix::fs::FileExt;
+        let ram = GuestRam::new(MIN_MEMORY).unwrap();
+        ram.clone().write(0x5000, b"shared").unwrap();
+        let mut bytes = [0; 6];
+        ram.file().read_exact_at(&mut bytes, 0x5000).unwrap();
+        assert_eq!(&bytes, b"shared");
+    }
+
+    proptest! {
+        #[test]
+        fn every_access_is_inside_or_refused(
+            gpa in prop_oneof![any::<u64>(), MIN_MEMORY - 64..MIN_MEMORY + 64],
+            len in 0usize..80,
+        ) {
+            let ram = GuestRam::new(MIN_MEMORY).unwrap();
+            let inside = gpa.checked_add(len as u64).is_some_and(|end| end <= MIN_MEMORY);
+            let mut buf = vec![0; len];
+            prop_assert_eq!(ram.read(gpa, &mut buf).is_ok(), inside);
+            prop_assert_eq!(ram.write(gpa, &buf).is_ok(), inside);
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! The TOML form of a scenario. `docs/scenarios.md` is its manual.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use abi::boot::InterruptMode;
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::catalog::{self, BadArgument, Data};
+use super::error::{Located, ScenarioError};
+use super::values::{self, Refused};
+use super::{CheckWhen, Program, Scenario};
+
+/// Checks the `text` of the scenario file at `path`. Traces are read relative to its directory.
+///
+/// # Errors
+/// [`ScenarioError::Invalid`], at the first place that is refused.
+pub fn parse(path: &Path, text: &str) -> Result<Scenario, ScenarioError> {
+    let file: File = toml::from_str(text).map_err(|error| malformed(path, text, &error))?;
+    Reader { path, text }.scenario(file)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    name: Option<String>,
+    #[serde(default)]
+    description: String,
+    #[serde(default)]
+    machine: Machine,
+    program: ProgramTable,
+    #[serde(default)]
+    kernel: Kernel,
+    #[serde(default)]
+    check: Check,
+    #[serde(default)]
+    limits: Limits,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Machine {
+    vcpus: Option<Spanned<i64>>,
+    memory: Option<Spanned<String>>,
+    interrupts: Option<Interrupts>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Interrupts {
+    Hardware,
+    Controlled,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProgramTable {
+    name: Spanned<String>,
+    #[serde(default)]
+    args: BTreeMap<Spanned<String>, Spanned<Scalar>>,
+    trace: Option<TraceTable>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TraceTable {
+    file: Spanned<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Kernel {
+    #[serde(default)]
+    params: BTreeMap<Spanned<String>, Spanned<Scalar>>,
+    #[serde(default)]
+    bugs: Vec<Spanned<String>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Check {
+    #[serde(default)]
+    when: When,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+enum When {
+    #[default]
+    End,
+    EveryPoint,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Limits {
+    timeout: Option<Spanned<String>>,
+    watchdog: Option<Spanned<String>>,
+}
+
+/// A value of `args` and `params`; the program and the kernel get it as text.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a string, a whole number or true/false")]
+enum Scalar {
+    Bool(bool),
+    Integer(i64),
+    Text(String),
+}
+
+impl Scalar {
+    fn text(&self) -> String {
+        match self {
+            Self::Bool(true) => "on".into(),
+            Self::Bool(false) => "off".into(),
+            Self::Integer(number) => number.to_string(),
+            Self::Text(text) => text.clone(),
+        }
+    }
+}
+
+struct Reader<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Reader<'_> {
+    fn scenario(&self, file: File) -> Result<Scenario, ScenarioError> {
+        let stem = self
+            .path
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let machine = file.machine;
+        Ok(Scenario {
+            name: file.name.unwrap_or(stem),
+            description: file.description.trim().to_owned(),
+            path: self.path.to_path_buf(),
+            vcpus: match machine.vcpus {
+                Some(vcpus) => self.at(vcpus.span(), values::vcpus(*vcpus.as_ref()))?,
+                None => super::DEFAULT_VCPUS,
+            },
+            memory_bytes: self.value(machine.memory, values::memory, super::DEFAULT_MEMORY)?,
+            interrupts: match machine.interrupts {
+                Some(Interrupts::Controlled) => InterruptMode::Controlled,
+                Some(Interrupts::Hardware) | None => InterruptMode::Hardware,
+            },
+            program: self.program(file.program)?,
+            params: self.params(file.kernel.params)?,
+            bugs: file
+                .kernel
+                .bugs
+                .iter()
+                .map(|name| self.at(name.span(), values::bug(name.as_ref())))
+                .collect::<Result<_, _>>()?,
+            check: match file.check.when {
+                When::End => CheckWhen::End,
+                When::EveryPoint => CheckWhen::EveryPoint,
+            },
+            timeout: self.value(
+                file.limits.timeout,
+                values::duration,
+                super::DEFAULT_TIMEOUT,
+            )?,
+            watchdog: self.value(
+                file.limits.watchdog,
+                values::duration,
+                super::DEFAULT_WATCHDOG,
+            )?,
+        })
+    }
+
+    fn program(&self, table: ProgramTable) -> Result<Program, ScenarioError> {
+        let program = self.at(table.name.span(), catalog::program(table.name.as_ref()))?;
+        let mut args = Vec::new();
+        for (key, value) in table.args {
+            let text = value.as_ref().text();
+            catalog::argument(program, key.as_ref(), &text).map_err(|bad| match bad {
+                BadArgument::Name(refused) => self.locate(key.span(), refused),
+                BadArgument::Value(refused) => self.locate(value.span(), refused),
+            })?;
+            args.push((key.into_inner(), text));
+        }
+        let trace = match table.trace {
+            None if program.data == Data::Trace => {
+                let refused = Refused::new(format!("program '{}' needs a trace", program.name))
+                    .with_help("add [program.trace] with file = \"…\", or record one: stalemate record -o FILE -- COMMAND");
+                return Err(self.locate(table.name.span(), refused));
+            }
+            Some(trace) if program.data != Data::Trace => {
+                let refused = Refused::new(format!("program '{}' replays no trace", program.name))
+                    .with_help("use program 'replay'");
+                return Err(self.locate(trace.file.span(), refused));
+            }
+            None => None,
+            Some(trace) => Some(self.trace(&trace.file)?),
+        };
+        Ok(Program {
+            name: program.name.to_owned(),
+            args,
+            trace,
+        })
+    }
+
+    fn trace(&self, file: &Spanned<String>) -> Result<super::Trace, ScenarioError> {
+        let path = self.path.with_file_name("").join(file.as_ref());
+        let text = std::fs::read_to_string(&path).map_err(|error| {
+            let refused =
+                Refused::new(format!("cannot read the trace {}: {error}", path.display()))
+                    .with_help("the path is relative to the scenario's directory");
+            self.locate(file.span(), refused)
+        })?;
+        catalog::compile_trace(&path, &text)
+    }
+
+    fn params(
+        &self,
+        table: BTreeMap<Spanned<String>, Spanned<Scalar>>,
+    ) -> Result<Vec<(String, String)>, ScenarioError> {
+        let mut params = Vec::new();
+        for (key, value) in table {
+            let text = value.as_ref().text();
+            let known = abi::param::PARAMS
+                .iter()
+                .any(|param| param.name == key.as_ref());
+            let span = if known { value.span() } else { key.span() };
+            self.at(span, values::param(key.as_ref(), &text))?;
+            params.push((key.into_inner(), text));
+        }
+        Ok(params)
+    }
+
+    fn value<T>(
+        &self,
+        value: Option<Spanned<String>>,
+        check: impl Fn(&str) -> Result<T, Refused>,
+        default: T,
+    ) -> Result<T, ScenarioError> {
+        match value {
+            Some(value) => self.at(value.span(), check(value.as_ref())),
+            None => Ok(default),
+        }
+    }
+
+    fn at<T>(&self, span: Range<usize>, result: Result<T, Refused>) -> Result<T, ScenarioError> {
+        result.map_err(|refused| self.locate(span, refused))
+    }
+
+    fn locate(&self, span: Range<usize>, refused: Refused) -> ScenarioError {
+        Located::new(self.path, self.text, span, "here", refused).into()
+    }
+}
+
+/// A text that is not TOML, or not TOML of the right shape.
+fn malformed(path: &Path, text: &str, error: &toml::de::Error) -> ScenarioError {
+    let message = error.message();
+    let span = error.span().unwrap_or(0..0);
+    // serde: "unknown field `a`, expected one of `b`, `c`", likewise "unknown variant".
+    let mut names = message.split('`').skip(1).step_by(2);
+    let refused = match names.next() {
+        Some(unknown) if message.starts_with("unknown ") => {
+            let expected: Vec<&str> = names.collect();
+            Refused::new(
+                message
+                    .split(", expected")
+                    .next()
+                    .unwrap_or(message)
+                    .replace('`', "'"),
+            )
+            .with_help(values::did_you_mean(unknown, expected))
+        }
+        _ => Refused::new(message.replace('\n', "; ").replace('`', "'"))
+            .with_help("docs/scenarios.md has the form of the file"),
+    };
+    Located::new(path, text, span, "here", refused).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use miette::Diagnostic as _;
+
+    fn refusal(text: &str) -> (String, String) {
+        let error = parse(Path::new("bad.toml"), text).unwrap_err();
+        let help = error
+            .help()
+            .map(|help| help.to_string())
+            .unwrap_or_default();
+        (error.to_string(), help)
+    }
+
+    #[test]
+    fn each_refusal_has_a_place_and_says_what_was_expected() {
+        let cases = [
+            (
+                "[program]\nname = 'smoke'\n[machine]\nvcpus = 0",
+                "bad.toml:4:9: 0 vCPUs",
+                "",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[machine]\nvcpus = 1000",
+                "bad.toml:4:9: 1000 vCPUs: a machine has 1 to 16",
+                "",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[machine]\nvcpus = 'two'",
+                "bad.toml:4:9: invalid type",
+                "",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[machine]\nmemory = '1M'",
+                "bad.toml:4:10: 1M of memory is too small: the minimum is 16M",
+                "",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[machine]\ninterrupts = 'hard'",
+                "bad.toml:4:14: unknown variant 'hard'",
+                "hardware",
+            ),
+            (
+                "[program]\nname = 'smok'",
+                "bad.toml:2:8: no program 'smok'",
+                "'smoke'",
+            ),
+            (
+                "[program]\nnam = 'smoke'",
+                "bad.toml:2:1: unknown field 'nam'",
+                "'name'",
+            ),
+            (
+                "[progam]\nname = 'smoke'",
+                "bad.toml:1:2: unknown field 'progam'",
+                "'program'",
+            ),
+            (
+                "name = 'x'",
+                "bad.toml:1:1: missing field 'program'",
+                "docs/scenarios.md",
+            ),
+            ("name = ", "bad.toml:1:8:", "docs/scenarios.md"),
+            (
+                "[program]\nname = 'smoke'\n[kernel]\nparams = { poisn = 'on' }",
+                "bad.toml:4:12: no kernel parameter 'poisn'",
+                "'poison'",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[kernel]\nparams = { poison = 3 }",
+                "bad.toml:4:21: '3' is no value",
+                "poison=on|off",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[kernel]\nbugs = ['free-before-flus']",
+                "bad.toml:4:9: no seeded bug",
+                "'free-before-flush'",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[limits]\ntimeout = '5'",
+                "bad.toml:4:11: '5' has no unit",
+                "30s",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[check]\nwhen = 'never'",
+                "bad.toml:4:8: unknown variant 'never'",
+                "end",
+            ),
+            (
+                "[program]\nname = 'replay'",
+                "bad.toml:2:8: program 'replay' needs a trace",
+                "stalemate record",
+            ),
+            (
+                "[program]\nname = 'replay'\ntrace = { file = 'absent.trace' }",
+                "bad.toml:3:18: cannot read the trace",
+                "relative",
+            ),
+            (
+                "[program]\nname = 'smoke'\ntrace = { file = 'x' }",
+                "bad.toml:3:18: program 'smoke' replays no trace",
+                "'replay'",
+            ),
+        ];
+        for (text, problem, help) in cases {
+            let refused = refusal(text);
+            assert!(refused.0.starts_with(problem), "{text}\n -> {refused:?}");
+            assert!(refused.1.contains(help), "{text}\n -> {refused:?}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_makes_the_reader_panic(text in "(\\[program\\]\nname=\"smoke\"\n)?\\PC{0,80}") {
+            let _ = parse(Path::new("bad.toml"), &text);
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The machine behind a session: a scenario becomes a machine, and its stops become what the rules of
+//! [`super::observe`] judge.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use abi::layout::KERNEL_VIRT_OFFSET;
+use abi::point::Point;
+use abi::port;
+
+use super::{Checked, Crash, Halt, Interrupt, Observed, Place, Report, Subject, observe};
+use crate::check::{self, Context, Moment, Outcome};
+use crate::control::{
+    self, KernelImage, Machine, MachineConfig, MachineError, ProgramSpec, Stop, VcpuSnapshot,
+};
+use crate::inspect::{self, InspectError, Snapshot, VcpuFacts};
+use crate::kvm::host::{Host, HostKind};
+use crate::kvm::vcpu::ExitReason;
+use crate::memory::PhysMem;
+use crate::report::{HostFacts, Timings};
+use crate::scenario::{CheckWhen, Scenario};
+
+/// Points at which a vCPU only waits for others: between two passages of one nothing changes that
+/// another point would not show, and stopping at each would never end.
+const WAITING: [Point; 3] = [Point::LockWait, Point::FlushWait, Point::IdleEnter];
+
+/// What a verdict must know of this host.
+///
+/// # Errors
+/// The host runs no machine; the error says why.
+pub fn host() -> Result<HostFacts, MachineError> {
+    crate::kvm::vm::open()?;
+    Ok(facts_of(Host::kind()))
+}
+
+/// What a verdict must know of a host of this kind.
+#[must_use]
+pub fn facts_of(kind: HostKind) -> HostFacts {
+    HostFacts {
+        kind: match kind {
+            HostKind::Hardware(_) => "hardware",
+            HostKind::Emulating => "emulating",
+            HostKind::Lab => "lab",
+            HostKind::None => "none",
+        },
+        description: kind.describe().to_owned(),
+        shows_stale_translations: matches!(kind, HostKind::Hardware(_) | HostKind::Lab),
+    }
+}
+
+/// A run from its start to its end.
+#[derive(Debug)]
+pub struct Finished {
+    /// What it showed.
+    pub observed: Observed,
+    /// Where the time went.
+    pub timings: Timings,
+    /// KVM's statistics, summed over VM and vCPUs.
+    pub kvm_stats: BTreeMap<String, u64>,
+    /// What the guest wrote to its serial port.
+    pub serial: String,
+}
+
+/// Boots and runs `scenario` once. `kernel` is an ELF file to boot instead of the embedded one.
+///
+/// # Errors
+/// The machine cannot be made, or the host fails it.
+pub fn run(
+    scenario: &Scenario,
+    kernel: Option<&Path>,
+    interrupt: &Interrupt,
+) -> Result<Finished, MachineError> {
+    let mut live = Live::boot(scenario, kernel, interrupt)?;
+    if scenario.check == CheckWhen::EveryPoint {
+        live.trap_all();
+    }
+    let observed = observe(&mut live, scenario.check, scenario.timeout)?;
+    let kvm_stats = live.kvm_stats();
+    let serial = live.serial();
+    let made = live.machine.timings();
+    let started = Instant::now();
+    drop(live);
+    let boot = made
+        .first_user
+        .unwrap_or(observed.running)
+        .min(observed.running);
+    Ok(Finished {
+        timings: Timings {
+            create: made.create_vm + made.create_vcpus,
+            memory: made.memory,
+            load: made.load,
+            boot,
+            run: observed.running - boot,
+            checks: observed.checking,
+            teardown: started.elapsed(),
+        },
+        observed,
+        kvm_stats,
+        serial,
+    })
+}
+
+/// A machine that runs a scenario.
+pub struct Live {
+    machine: Machine,
+}
+
+impl Live {
+    /// The machine of `scenario`, paused before its first instruction.
+    ///
+    /// # Errors
+    /// The machine cannot be made.
+    pub fn boot(
+        scenario: &Scenario,
+        kernel: Option<&Path>,
+        interrupt: &Interrupt,
+    ) -> Result<Self, MachineError> {
+        let machine = Machine::new(MachineConfig {
+            vcpus: scenario.vcpus,
+            memory_bytes: scenario.memory_bytes,
+            interrupts: scenario.interrupts,
+            cmdline: scenario.cmdline(),
+            program: ProgramSpec {
+                name: scenario.program.name.clone(),
+                args: scenario.program.args.clone(),
+                data: scenario
+                    .program
+                    .trace
+                    .as_ref()
+                    .map(|trace| trace.blob.clone()),
+            },
+            kernel: kernel.map_or(KernelImage::Embedded, |path| KernelImage::File(path.into())),
+            watchdog: scenario.watchdog,
+            ..MachineConfig::default()
+        })?;
+        interrupt.watch(machine.interrupt_handle());
+        Ok(Self { machine })
+    }
+
+    /// Makes every point stop but those at which a vCPU only waits.
+    fn trap_all(&mut self) {
+        for point in Point::ALL.iter().filter(|point| !WAITING.contains(point)) {
+            self.machine.trap_point(*point, true);
+        }
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &dyn PhysMem {
+        self.machine.ram()
+    }
+
+    /// The kernel's objects.
+    ///
+    /// # Errors
+    /// The kernel is not ready, or makes no sense.
+    pub fn snapshot(&self) -> Result<Snapshot, InspectError> {
+        Snapshot::read(self.machine.ram(), self.machine.kernel_root().unwrap_or(0))
+    }
+
+    /// Where every vCPU stands, where one of them is at `place`.
+    ///
+    /// # Errors
+    /// A vCPU that does not answer.
+    pub fn vcpus(&self, place: Place) -> Result<Vec<VcpuFacts>, MachineError> {
+        (0..self.machine.nr_vcpus())
+            .map(|index| Ok(self.facts(&self.machine.vcpu_state(index)?, place)))
+            .collect()
+    }
+
+    /// Every invariant that can be decided at `place`.
+    #[must_use]
+    pub fn outcome(&self, snapshot: &Snapshot, vcpus: &[VcpuFacts], place: Place) -> Outcome {
+        let moment = match place {
+            Place::End => Moment::AfterExit,
+            Place::Point(..) | Place::Anywhere => Moment::Paused,
+        };
+        check::run(&Context::new(self.memory(), snapshot, vcpus, moment))
+    }
+
+    /// What the guest has written to its serial port.
+    #[must_use]
+    pub fn serial(&self) -> String {
+        self.machine.serial_output()
+    }
+
+    fn facts(&self, vcpu: &VcpuSnapshot, place: Place) -> VcpuFacts {
+        VcpuFacts {
+            index: vcpu.index,
+            cpl: vcpu.cpl(),
+            rip: vcpu.regs.rip,
+            rsp: vcpu.regs.rsp,
+            rflags: vcpu.regs.rflags,
+            cr2: vcpu.sregs.cr2,
+            cr3: vcpu.sregs.cr3,
+            stop: match (place, vcpu.last_exit) {
+                (Place::Point(at, point), _) if at as usize == vcpu.index => {
+                    inspect::Stop::Point(point)
+                }
+                (
+                    _,
+                    ExitReason::Port {
+                        port: port::EXIT, ..
+                    },
+                ) => inspect::Stop::Exited,
+                _ if vcpu.halted || self.is_idle(vcpu) => inspect::Stop::Halted,
+                _ => inspect::Stop::Anywhere,
+            },
+        }
+    }
+
+    /// With an in-kernel irqchip KVM does not tell that a vCPU is halted. The kernel waits in
+    /// `sti; hlt; cli`: right behind the `hlt` nothing is half done, awake or not.
+    fn is_idle(&self, vcpu: &VcpuSnapshot) -> bool {
+        const WAIT: [u8; 3] = [0xfb, 0xf4, 0xfa];
+        let mut bytes = [0; WAIT.len()];
+        let gpa = vcpu.regs.rip.wrapping_sub(KERNEL_VIRT_OFFSET + 2);
+        vcpu.cpl() == 0 && self.memory().read(gpa, &mut bytes).is_ok() && bytes == WAIT
+    }
+
+    fn kvm_stats(&self) -> BTreeMap<String, u64> {
+        let mut sums = BTreeMap::new();
+        if let Some(stats) = self.machine.kvm_stats() {
+            for (name, value) in stats.vcpus.iter().chain([&stats.vm]).flatten() {
+                *sums.entry(name.clone()).or_default() += value;
+            }
+        }
+        sums
+    }
+
+    fn crash(&self, crash: &control::Crash) -> Crash {
+        super::crash::describe(&self.machine, crash)
+    }
+}
+
+impl Subject for Live {
+    type Error = MachineError;
+
+    fn resume(&mut self, limit: Duration) -> Result<Halt, MachineError> {
+        Ok(match self.machine.run_until(Some(limit))? {
+            Stop::Exited { status } => Halt::Exited { status },
+            Stop::Point { vcpu, point, .. } => Halt::Point {
+                vcpu: vcpu as u32,
+                point,
+            },
+            Stop::Report { vcpu, report } => Halt::Report(Report {
+                vcpu: vcpu as u32,
+                kind: report.kind,
+                gva: report.gva,
+                expected: report.expected,
+                found: report.found,
+                task: report.task,
+            }),
+            // Nobody asked for it: the rings are flight recorders here.
+            Stop::RingFull { .. } => Halt::Nothing,
+            Stop::Deadline => Halt::Deadline,
+            Stop::Interrupted => Halt::Interrupted,
+            Stop::Crashed(crash) => Halt::Crashed(self.crash(&crash)),
+        })
+    }
+
+    fn trap(&mut self, point: Point, on: bool) {
+        self.machine.trap_point(point, on);
+    }
+
+    fn in_user(&self) -> bool {
+        self.machine.timings().first_user.is_some()
+    }
+
+    fn check(&mut self, place: Place) -> Result<Checked, MachineError> {
+        let snapshot = match self.snapshot() {
+            Ok(snapshot) => snapshot,
+            // Points that the kernel passes while it boots: there is nothing to judge yet.
+            Err(InspectError::NotReady) if place != Place::End => return Ok(Checked::default()),
+            Err(error) => return Ok(Checked::unreadable(&error, place)),
+        };
+        let vcpus = self.vcpus(place)?;
+        Ok(Checked::new(self.outcome(&snapshot, &vcpus, place), place))
+    }
+}

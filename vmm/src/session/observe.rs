@@ -1,0 +1,413 @@
+//! The rules of a run: what ends it, what counts as a violation, and which verdict follows.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::{Crash, Halt, Place, Report, Subject};
+use crate::report::{InvariantCount, Verdict, Violation, verdict};
+use crate::scenario::CheckWhen;
+
+/// Wrong values that a program may report before the run ends: the first tells what is wrong, a
+/// few more tell whether it is one frame or all.
+pub const MAX_REPORTS: usize = 16;
+/// Violations of one kind of check that are kept.
+pub const MAX_VIOLATIONS: usize = 64;
+/// Exit status with which a program says that it was called wrongly (as sysexits and this program).
+pub const STATUS_BAD_INPUT: u32 = 2;
+
+/// What a run showed.
+#[derive(Debug)]
+pub struct Observed {
+    /// The answer.
+    pub verdict: Verdict,
+    /// Exit status of the first process, where it ended.
+    pub status: Option<u32>,
+    /// Everything that was violated.
+    pub violations: Vec<Violation>,
+    /// The crash, where that is the answer.
+    pub crash: Option<Crash>,
+    /// Counts by invariant.
+    pub invariants: Vec<InvariantCount>,
+    /// Checks at scheduling points.
+    pub points_checked: u64,
+    /// Time spent running.
+    pub running: Duration,
+    /// Time spent checking.
+    pub checking: Duration,
+}
+
+/// Runs `subject` to its end.
+///
+/// # Errors
+/// What [`Subject::resume`] gives.
+pub fn observe<S: Subject>(
+    subject: &mut S,
+    when: CheckWhen,
+    timeout: Duration,
+) -> Result<Observed, S::Error> {
+    let mut watch = Watch::default();
+    let started = Instant::now();
+    loop {
+        let left = timeout.saturating_sub(started.elapsed());
+        let resumed = Instant::now();
+        let halt = if left.is_zero() {
+            Halt::Deadline
+        } else {
+            subject.resume(left)?
+        };
+        watch.running += resumed.elapsed();
+        match halt {
+            Halt::Point { vcpu, point } => {
+                watch.points_checked += 1;
+                watch.check(subject, Place::Point(vcpu, point))?;
+                // The first broken state explains; what follows from it only hides it.
+                if when == CheckWhen::EveryPoint && !watch.violations.is_empty() {
+                    return Ok(watch.end(None, None));
+                }
+            }
+            Halt::Report(report) => {
+                watch.reports += 1;
+                watch.violations.push(data_probe(&report));
+                if watch.reports == MAX_REPORTS {
+                    return Ok(watch.end(None, None));
+                }
+            }
+            Halt::Exited { status } => {
+                watch.check(subject, Place::End)?;
+                return Ok(watch.end(Some(status), None));
+            }
+            Halt::Nothing => {}
+            Halt::Crashed(crash) => return Ok(watch.end(None, Some(crash))),
+            Halt::Deadline => return Ok(watch.end(None, Some(did_not_finish(timeout)))),
+            Halt::Interrupted => {
+                let mut observed = watch.end(None, None);
+                if observed.violations.is_empty() {
+                    observed.verdict = Verdict::Interrupted;
+                }
+                return Ok(observed);
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Watch {
+    counts: BTreeMap<&'static str, InvariantCount>,
+    violations: Vec<Violation>,
+    reports: usize,
+    points_checked: u64,
+    running: Duration,
+    checking: Duration,
+}
+
+impl Watch {
+    fn check<S: Subject>(&mut self, subject: &mut S, place: Place) -> Result<(), S::Error> {
+        let started = Instant::now();
+        let outcome = subject.check(place)?;
+        self.checking += started.elapsed();
+        for (id, examined) in outcome.checked {
+            let count = self.count(id);
+            count.checks += 1;
+            count.examined += examined;
+        }
+        for (id, reason, objects) in outcome.skipped {
+            *self.count(id).skipped.entry(reason).or_default() += objects;
+        }
+        self.violations.extend(outcome.violations);
+        self.violations.truncate(MAX_VIOLATIONS);
+        Ok(())
+    }
+
+    fn count(&mut self, id: &'static str) -> &mut InvariantCount {
+        self.counts
+            .entry(id)
+            .or_insert_with(|| InvariantCount::new(id))
+    }
+
+    fn end(mut self, status: Option<u32>, crash: Option<Crash>) -> Observed {
+        let refused = status == Some(STATUS_BAD_INPUT) && self.violations.is_empty();
+        if let Some(status) = status
+            && status != 0
+            && !refused
+            && self.reports == 0
+        {
+            self.violations.push(program_failed(status));
+        }
+        Observed {
+            verdict: match (&crash, self.violations.is_empty()) {
+                // A wrong value is the better news of the two: it says why.
+                (_, false) => Verdict::Violation,
+                (Some(_), true) => Verdict::Crashed,
+                (None, true) if refused => Verdict::BadInput,
+                (None, true) => Verdict::Held,
+            },
+            status,
+            violations: self.violations,
+            crash,
+            invariants: self.counts.into_values().collect(),
+            points_checked: self.points_checked,
+            running: self.running,
+            checking: self.checking,
+        }
+    }
+}
+
+fn data_probe(report: &Report) -> Violation {
+    Violation {
+        id: "data-probe".into(),
+        title: report.kind.describe().to_owned(),
+        expected: Some(format!("{:#018x}", report.expected)),
+        found: Some(format!("{:#018x}", report.found)),
+        at: format!(
+            "gva {:#x}, task {} on vCPU {}",
+            report.gva, report.task, report.vcpu
+        ),
+        details: Vec::new(),
+    }
+}
+
+fn program_failed(status: u32) -> Violation {
+    Violation {
+        id: "program".into(),
+        title: format!("the program ended with status {status}"),
+        expected: Some("0".into()),
+        found: Some(status.to_string()),
+        at: Place::End.to_string(),
+        details: vec![
+            "its own words are on the serial port (--verbose, or serial.log in --out)".into(),
+        ],
+    }
+}
+
+fn did_not_finish(timeout: Duration) -> Crash {
+    let reason = format!(
+        "the run did not finish in {}",
+        verdict::format_time(timeout)
+    );
+    Crash {
+        text: format!("{reason}; --timeout gives it more"),
+        json: serde_json::json!({ "kind": "timeout", "reason": reason }),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::Checked;
+    use super::*;
+    use abi::channel::ReportKind;
+    use abi::point::Point;
+    use std::collections::VecDeque;
+
+    /// A subject that stops as it is told.
+    pub(in super::super) struct Script {
+        halts: VecDeque<Halt>,
+        pub(in super::super) broken_at: Option<Place>,
+        pub(in super::super) resumed: u32,
+        /// Resumes until the first user instruction.
+        pub(in super::super) boots_after: u32,
+        pub(in super::super) trapped: Vec<(Point, bool)>,
+    }
+
+    impl Script {
+        pub(in super::super) fn new(halts: &[Halt]) -> Self {
+            Self {
+                halts: halts.iter().cloned().collect(),
+                broken_at: None,
+                resumed: 0,
+                boots_after: 0,
+                trapped: Vec::new(),
+            }
+        }
+    }
+
+    impl Subject for Script {
+        type Error = &'static str;
+        fn resume(&mut self, _: Duration) -> Result<Halt, Self::Error> {
+            self.resumed += 1;
+            self.halts.pop_front().ok_or("resumed after the end")
+        }
+        fn trap(&mut self, point: Point, on: bool) {
+            self.trapped.push((point, on));
+        }
+        fn in_user(&self) -> bool {
+            self.resumed >= self.boots_after
+        }
+        fn check(&mut self, place: Place) -> Result<Checked, Self::Error> {
+            Ok(Checked {
+                checked: vec![("P-01", 3)],
+                skipped: vec![("N-01", "no nested tables".into(), 1)],
+                violations: (self.broken_at == Some(place))
+                    .then(|| program_failed(9))
+                    .into_iter()
+                    .collect(),
+            })
+        }
+    }
+
+    fn observe(halts: &[Halt], broken_at: Option<Place>, when: CheckWhen) -> Observed {
+        let mut script = Script::new(halts);
+        script.broken_at = broken_at;
+        super::observe(&mut script, when, Duration::from_secs(3600)).unwrap()
+    }
+
+    const EXIT: Halt = Halt::Exited { status: 0 };
+    const POINT: Halt = Halt::Point {
+        vcpu: 1,
+        point: Point::FlushSync,
+    };
+
+    fn report(kind: ReportKind) -> Halt {
+        Halt::Report(Report {
+            vcpu: 0,
+            kind,
+            gva: 0x1000,
+            expected: 1,
+            found: 2,
+            task: 3,
+        })
+    }
+
+    #[test]
+    fn a_clean_run_is_checked_at_its_end() {
+        let observed = observe(&[EXIT], None, CheckWhen::End);
+        assert_eq!(observed.verdict, Verdict::Held);
+        assert_eq!(observed.status, Some(0));
+        let counts: Vec<_> = observed
+            .invariants
+            .iter()
+            .map(|one| (one.id, one.checks))
+            .collect();
+        assert_eq!(counts, [("N-01", 0), ("P-01", 1)]);
+        assert_eq!(observed.invariants[0].skipped["no nested tables"], 1);
+    }
+
+    #[test]
+    fn points_are_checked_and_the_run_ends_at_the_first_broken_one() {
+        let observed = observe(&[POINT, POINT, EXIT], None, CheckWhen::EveryPoint);
+        assert_eq!(
+            (observed.points_checked, observed.verdict),
+            (2, Verdict::Held)
+        );
+        assert_eq!(
+            (
+                observed.invariants[1].checks,
+                observed.invariants[1].examined
+            ),
+            (3, 9)
+        );
+
+        let broken = observe(
+            &[POINT],
+            Some(Place::Point(1, Point::FlushSync)),
+            CheckWhen::EveryPoint,
+        );
+        assert_eq!((broken.verdict, broken.status), (Verdict::Violation, None));
+    }
+
+    #[test]
+    fn reports_are_violations_and_sixteen_are_enough() {
+        let two = observe(
+            &[
+                report(ReportKind::ForeignFrame),
+                report(ReportKind::WrongResult),
+                Halt::Exited { status: 1 },
+            ],
+            None,
+            CheckWhen::End,
+        );
+        assert_eq!(two.verdict, Verdict::Violation);
+        assert_eq!(
+            two.violations.len(),
+            2,
+            "the status follows from the reports"
+        );
+        assert!(
+            two.violations[0]
+                .title
+                .contains("no longer this page's own")
+        );
+        assert!(two.violations[1].title.contains("wrong result"));
+
+        let many = observe(
+            &vec![report(ReportKind::ForeignFrame); MAX_REPORTS],
+            None,
+            CheckWhen::End,
+        );
+        assert_eq!((many.violations.len(), many.status), (MAX_REPORTS, None));
+    }
+
+    #[test]
+    fn a_status_is_a_violation_unless_it_means_bad_input() {
+        let failed = observe(&[Halt::Exited { status: 1 }], None, CheckWhen::End);
+        assert_eq!(
+            (failed.verdict, failed.violations[0].id.as_str()),
+            (Verdict::Violation, "program")
+        );
+        let refused = observe(
+            &[Halt::Exited {
+                status: STATUS_BAD_INPUT,
+            }],
+            None,
+            CheckWhen::End,
+        );
+        assert_eq!(
+            (refused.verdict, refused.violations.len()),
+            (Verdict::BadInput, 0)
+        );
+        let both = observe(
+            &[Halt::Exited {
+                status: STATUS_BAD_INPUT,
+            }],
+            Some(Place::End),
+            CheckWhen::End,
+        );
+        assert_eq!(both.verdict, Verdict::Violation);
+    }
+
+    #[test]
+    fn what_was_found_before_a_crash_or_an_interrupt_stays_found() {
+        let crash = Halt::Crashed(Crash {
+            json: serde_json::Value::Null,
+            text: "t".into(),
+        });
+        assert_eq!(
+            observe(std::slice::from_ref(&crash), None, CheckWhen::End).verdict,
+            Verdict::Crashed
+        );
+        let both = observe(
+            &[report(ReportKind::ForeignFrame), crash],
+            None,
+            CheckWhen::End,
+        );
+        assert_eq!(both.verdict, Verdict::Violation);
+        assert!(both.crash.is_some());
+        assert_eq!(
+            observe(&[Halt::Interrupted], None, CheckWhen::End).verdict,
+            Verdict::Interrupted
+        );
+        assert_eq!(
+            observe(
+                &[report(ReportKind::ForeignFrame), Halt::Interrupted],
+                None,
+                CheckWhen::End
+            )
+            .verdict,
+            Verdict::Violation
+        );
+    }
+
+    #[test]
+    fn a_deadline_is_a_failed_guest_and_says_how_long() {
+        let late = observe(&[Halt::Deadline], None, CheckWhen::End);
+        assert_eq!(late.verdict, Verdict::Crashed);
+        assert!(
+            late.crash
+                .unwrap()
+                .text
+                .contains("did not finish in 3600 s")
+        );
+        let mut script = Script::new(&[]);
+        let none = super::observe(&mut script, CheckWhen::End, Duration::ZERO).unwrap();
+        assert_eq!(none.verdict, Verdict::Crashed);
+    }
+}

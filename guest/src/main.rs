@@ -9,7 +9,7 @@ use core::arch::global_asm;
 use core::fmt::Write;
 
 use abi::channel::ReportKind;
-use abi::syscall::nr;
+use abi::syscall::{decode, nr};
 use guest::rt::{Rt, Testbed, access_fixup, access_range, raw_syscall};
 use guest::sys::print_line;
 
@@ -63,7 +63,7 @@ extern "C" fn user_main(args: u64, args_len: u64, data: u64, data_len: u64) -> !
         nr::TESTBED_FAULT_FIXUP,
         [start, end, access_fixup(), 0, 0, 0],
     );
-    let cpus = raw_syscall(nr::TESTBED_NR_CPUS, [0; 6]);
+    let cpus = decode(raw_syscall(nr::TESTBED_NR_CPUS, [0; 6])).unwrap_or(1);
     let cpus = cpus.clamp(1, abi::layout::MAX_CPUS as u64);
     let sys = Rt::new(Kernel {
         cpus: (1 << cpus) - 1,

@@ -20,6 +20,7 @@ pub mod bits {
     pub const CR4_PGE: u64 = 1 << 7;
     pub const CR4_OSFXSR: u64 = 1 << 9;
     pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
+    pub const EFER_SCE: u64 = 1 << 0;
     pub const EFER_LME: u64 = 1 << 8;
     pub const EFER_LMA: u64 = 1 << 10;
     pub const EFER_NXE: u64 = 1 << 11;
@@ -83,7 +84,7 @@ pub fn system(boot: &Boot, cpu: u32) -> kvm_sregs {
         cr0: CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG,
         cr3: boot.pgd,
         cr4: CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT,
-        efer: EFER_LME | EFER_LMA | EFER_NXE,
+        efer: EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE,
         apic_base: abi::layout::LAPIC_GPA
             | APIC_BASE_ENABLE
             | if cpu == 0 { APIC_BASE_BSP } else { 0 },
@@ -144,6 +145,8 @@ mod tests {
         let long = bits::EFER_LME | bits::EFER_LMA;
         assert_eq!(sregs.efer & long, long);
         assert_ne!(sregs.efer & bits::EFER_NXE, 0);
+        // Without it SYSCALL is #UD (an emulating host does not mind, hardware does).
+        assert_ne!(sregs.efer & bits::EFER_SCE, 0);
         let paging = bits::CR0_PG | bits::CR0_PE | bits::CR0_WP;
         assert_eq!(sregs.cr0 & paging, paging);
         assert_ne!(sregs.cr4 & bits::CR4_PAE, 0);

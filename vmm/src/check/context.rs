@@ -80,6 +80,9 @@ impl<'a> Space<'a> {
 struct Unsettled {
     /// The reason, where anything is in flight.
     reason: Option<Busy>,
+    /// Some mm's VMAs are being changed: those that an unmap has taken out of the tree already lead
+    /// nowhere any more, so any folio may be theirs.
+    all: bool,
     /// Frames that a busy mm maps.
     frames: HashSet<u64>,
     /// anon_vmas that a busy mm's VMA is on.
@@ -193,6 +196,7 @@ impl<'a> Context<'a> {
     pub(super) fn unsettled(&self, folio: &FolioView) -> Option<&Busy> {
         let Unsettled {
             reason,
+            all,
             frames,
             anon_vmas,
         } = &self.unsettled;
@@ -201,7 +205,7 @@ impl<'a> Context<'a> {
         let stray =
             self.mappings(folio.frame) == 0 && !self.snapshot.anon_vmas.contains_key(&folio.owner);
         let touched = frames.contains(&folio.frame) || anon_vmas.contains(&folio.owner);
-        (stray || touched).then_some(reason)
+        (*all || stray || touched).then_some(reason)
     }
 }
 
@@ -242,6 +246,11 @@ impl Unsettled {
             let Some(busy) = in_flight.mm(space.mm.gpa) else {
                 continue;
             };
+            if let Some(busy) = in_flight.vmas(space.mm.gpa) {
+                unsettled.reason = Some(busy.clone());
+                unsettled.all = true;
+                return unsettled;
+            }
             unsettled.reason.get_or_insert_with(|| busy.clone());
             for leaf in &space.user.leaves {
                 unsettled.frames.extend(frame_range(leaf).take(512));

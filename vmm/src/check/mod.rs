@@ -16,6 +16,7 @@ mod in_flight;
 mod lifetime;
 mod pagetable;
 mod rmap;
+mod tables;
 mod vma;
 
 #[cfg(test)]

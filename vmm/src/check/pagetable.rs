@@ -1,16 +1,13 @@
 //! P: what the page tables map, and the pages that they are made of.
 
-use std::collections::HashMap;
-
-use abi::layout::{ENTRIES_PER_TABLE, LAPIC_GPA, PAGE_SHIFT};
+use abi::layout::{LAPIC_GPA, PAGE_SHIFT};
 use abi::objects::{FrameKind, ORDERS, vma_flags};
-use abi::pte::{Pte, PteFlags};
 
 use super::context::Space;
 use super::render::flags_of;
-use super::{Applies, Context, Family, Finding, Findings, Invariant};
-use crate::inspect::walk::{AddressSpace, Leaf, Table, WalkAnomaly, WalkProblem};
-use crate::inspect::{FolioView, translate};
+use super::{Applies, Context, Family, Finding, Findings, Invariant, tables};
+use crate::inspect::translate;
+use crate::inspect::walk::Leaf;
 
 const LINUX_WALK: &str = "Linux Documentation/mm/process_addrs.rst, page tables";
 
@@ -69,7 +66,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "the kernel half of every mm's level-4 table equals the kernel's",
         applies: Applies::QuiescentMm,
         source: "Linux arch/x86/mm/pgtable.c, pgd_ctor",
-        run: same_kernel_half,
+        run: tables::same_kernel_half,
     },
     Invariant {
         id: "P-08",
@@ -77,7 +74,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "a page-table page is referenced at most once",
         applies: Applies::Always,
         source: "Linux mm/memory.c, pmd_install",
-        run: referenced_once,
+        run: tables::referenced_once,
     },
     Invariant {
         id: "P-09",
@@ -85,7 +82,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "a table that a walk enters is a page-table page of that mm and level",
         applies: Applies::Always,
         source: "abi::objects::FrameKind::Table",
-        run: tables_are_tables,
+        run: tables::tables_are_tables,
     },
     Invariant {
         id: "P-10",
@@ -93,7 +90,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "every page-table page of an mm is reached by its walk",
         applies: Applies::QuiescentMm,
         source: "Linux mm/memory.c, free_pgtables",
-        run: no_lost_tables,
+        run: tables::no_lost_tables,
     },
     Invariant {
         id: "P-11",
@@ -101,7 +98,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "a table's count of present entries is right",
         applies: Applies::QuiescentMm,
         source: "abi::objects::Folio::used",
-        run: used_is_right,
+        run: tables::used_is_right,
     },
     Invariant {
         id: "P-12",
@@ -109,7 +106,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "mm.tables is the number of page-table pages that the walk finds",
         applies: Applies::QuiescentMm,
         source: "Linux mm_pgtables_bytes; abi::objects::Mm::tables",
-        run: tables_counted,
+        run: tables::tables_counted,
     },
     Invariant {
         id: "P-13",
@@ -117,7 +114,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "mm.rss is the number of present user entries that the walk finds",
         applies: Applies::QuiescentMm,
         source: "Linux kernel/fork.c, check_mm; abi::objects::Mm::rss",
-        run: rss_is_right,
+        run: tables::rss_is_right,
     },
     Invariant {
         id: "P-14",
@@ -125,7 +122,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         predicate: "no present entry has a reserved bit set or leads to a table outside memory",
         applies: Applies::Always,
         source: "SDM vol. 3A, 5.5 and 5.7",
-        run: entries_well_formed,
+        run: tables::entries_well_formed,
     },
     Invariant {
         id: "P-15",
@@ -253,253 +250,6 @@ fn kernel_not_for_users(context: &Context<'_>, findings: &mut Findings) {
                 .expected("U clear at some level")
                 .found(flags_of(leaf.entry, leaf.level))
         });
-    }
-}
-
-fn same_kernel_half(context: &Context<'_>, findings: &mut Findings) {
-    let kernel_pgd = context.snapshot.root.pgd;
-    // A is set by the CPU in whichever copy it walks.
-    let entry = |table: u64, slot: usize| {
-        let entries = context.mem.table(table).ok()?;
-        let entry = Pte(entries[slot].load(std::sync::atomic::Ordering::Relaxed));
-        Some(entry.without(PteFlags::ACCESSED))
-    };
-    for space in context.quiet_spaces(findings) {
-        for slot in ENTRIES_PER_TABLE / 2..ENTRIES_PER_TABLE {
-            let (own, kernel) = (entry(space.mm.pgd, slot), entry(kernel_pgd, slot));
-            findings.require(own == kernel, || {
-                let show = |entry: Option<Pte>| {
-                    entry.map_or("unreadable".into(), |entry| format!("{:#018x}", entry.0))
-                };
-                Finding::new(format!(
-                    "entry {slot} of the level-4 table is not the kernel's"
-                ))
-                .expected(show(kernel))
-                .found(show(own))
-                .mm(space.mm.id)
-                .frame(space.mm.pgd >> PAGE_SHIFT)
-            });
-        }
-    }
-}
-
-/// Every table that any walk enters, with the name of whose it is; the kernel's first.
-fn all_tables<'c>(context: &'c Context<'_>) -> impl Iterator<Item = (Option<u64>, &'c Table)> {
-    let kernel = context.kernel.tables.iter().map(|table| (None, table));
-    let users = context.spaces.iter().flat_map(|space| {
-        let tables = space.user.tables.iter();
-        tables.map(|table| (Some(space.mm.id), table))
-    });
-    kernel.chain(users)
-}
-
-fn referenced_once(context: &Context<'_>, findings: &mut Findings) {
-    let mut referenced_by: HashMap<u64, (Option<u64>, &Table)> = HashMap::new();
-    for (mm, table) in all_tables(context) {
-        let first = *referenced_by.entry(table.gpa).or_insert((mm, table));
-        let once = std::ptr::eq(first.1, table);
-        findings.require(once, || {
-            twice(
-                table.gpa,
-                (first.0, first.1.parent_entry),
-                (mm, table.parent_entry),
-                table.gva,
-            )
-        });
-    }
-    // Within one walk the second reference is what the walker refused to follow.
-    for (mm, space) in named_spaces(context) {
-        let again = |anomaly: &&WalkAnomaly| anomaly.problem == WalkProblem::TableTwice;
-        for anomaly in space.anomalies.iter().filter(again) {
-            let gpa = anomaly.entry.address();
-            let first = referenced_by
-                .get(&gpa)
-                .map_or((None, 0), |(mm, table)| (*mm, table.parent_entry));
-            findings.report(|| twice(gpa, first, (mm, anomaly.entry_gpa), anomaly.gva));
-        }
-    }
-}
-
-fn twice(table: u64, first: (Option<u64>, u64), second: (Option<u64>, u64), gva: u64) -> Finding {
-    let name = |(mm, entry): (Option<u64>, u64)| {
-        let who = mm.map_or("the kernel".into(), |mm| format!("mm {mm}"));
-        match entry {
-            0 => format!("{who}'s root"),
-            entry => format!("{who}'s entry at {entry:#x}"),
-        }
-    };
-    let finding = Finding::new("a page-table page is referenced twice")
-        .expected(format!("only {}", name(first)))
-        .found(format!("also {}", name(second)))
-        .frame(table >> PAGE_SHIFT)
-        .gva(gva);
-    second.0.into_iter().fold(finding, Finding::mm)
-}
-
-/// The kernel's half, then every mm's.
-fn named_spaces<'c>(
-    context: &'c Context<'_>,
-) -> impl Iterator<Item = (Option<u64>, &'c AddressSpace)> {
-    let users = context
-        .spaces
-        .iter()
-        .map(|space| (Some(space.mm.id), &space.user));
-    std::iter::once((None, &context.kernel)).chain(users)
-}
-
-fn tables_are_tables(context: &Context<'_>, findings: &mut Findings) {
-    for space in &context.spaces {
-        for table in &space.user.tables {
-            let folio = context.snapshot.folio(table.gpa);
-            let right = folio.is_some_and(|folio| {
-                folio.is(FrameKind::Table)
-                    && folio.owner == space.mm.gpa
-                    && folio.index == u64::from(table.level)
-            });
-            findings.require(right, || {
-                let found = folio.map_or("no descriptor".into(), |folio| {
-                    format!(
-                        "{}, owner {:#x}, level {}",
-                        folio.kind_name(),
-                        folio.owner,
-                        folio.index
-                    )
-                });
-                Finding::new("a walk goes through a frame that is not such a table")
-                    .expected(format!(
-                        "Table, owner {:#x}, level {}",
-                        space.mm.gpa, table.level
-                    ))
-                    .found(found)
-                    .mm(space.mm.id)
-                    .gva(table.gva)
-                    .frame(table.gpa >> PAGE_SHIFT)
-            });
-        }
-    }
-    for table in &context.kernel.tables {
-        let free = context
-            .snapshot
-            .folio(table.gpa)
-            .filter(|folio| folio.is_free());
-        findings.require(free.is_none(), || {
-            Finding::new("one of the kernel's own tables is a free frame")
-                .expected("a frame that is not the allocator's")
-                .found(free.map_or(String::new(), FolioView::kind_name))
-                .gva(table.gva)
-                .frame(table.gpa >> PAGE_SHIFT)
-        });
-    }
-}
-
-fn no_lost_tables(context: &Context<'_>, findings: &mut Findings) {
-    let mut reached = std::collections::HashSet::new();
-    for space in context.quiet_spaces(findings) {
-        reached.extend(space.user.tables.iter().map(|table| table.gpa));
-    }
-    let tables = context
-        .snapshot
-        .folios
-        .iter()
-        .filter(|folio| folio.is(FrameKind::Table));
-    for folio in tables {
-        let owner = context.snapshot.mm_at(folio.owner);
-        // A table of an mm that is gone is nobody's to finish, unless that is just happening.
-        let busy = context.in_flight.mm(folio.owner);
-        let busy = busy.or(context.in_flight.kernel().filter(|_| owner.is_none()));
-        if let Some(busy) = busy {
-            findings.skip(busy);
-            continue;
-        }
-        findings.require(reached.contains(&folio.gpa()), || {
-            Finding::new("a page-table page that no walk reaches")
-                .expected("one reference from a table of its mm, or a free frame")
-                .found(format!(
-                    "level {}, owner {}, no reference",
-                    folio.index,
-                    context.snapshot.mm_name(folio.owner)
-                ))
-                .frame(folio.frame)
-        });
-    }
-}
-
-fn used_is_right(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
-        for table in &space.user.tables {
-            let (Some(folio), Ok(entries)) = (
-                context.snapshot.folio(table.gpa),
-                context.mem.table(table.gpa),
-            ) else {
-                continue;
-            };
-            let present = |entry: &&std::sync::atomic::AtomicU64| {
-                Pte(entry.load(std::sync::atomic::Ordering::Relaxed)).is_present()
-            };
-            let used = entries.iter().filter(present).count() as u64;
-            findings.require(folio.used == used, || {
-                Finding::new("a page-table page miscounts its entries")
-                    .expected(format!("used = {used}, the present entries"))
-                    .found(format!("used = {}", folio.used))
-                    .mm(space.mm.id)
-                    .gva(table.gva)
-                    .frame(folio.frame)
-            });
-        }
-    }
-}
-
-fn tables_counted(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
-        counted(
-            findings,
-            space,
-            "tables",
-            space.mm.tables,
-            space.user.tables.len(),
-        );
-    }
-}
-
-fn rss_is_right(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
-        counted(
-            findings,
-            space,
-            "rss",
-            space.mm.rss,
-            space.user.leaves.len(),
-        );
-    }
-}
-
-fn counted(findings: &mut Findings, space: &Space<'_>, field: &str, says: u64, walked: usize) {
-    findings.require(says == walked as u64, || {
-        Finding::new(format!("mm.{field} is wrong"))
-            .expected(format!("{walked}, as the walk finds"))
-            .found(says)
-            .mm(space.mm.id)
-    });
-}
-
-fn entries_well_formed(context: &Context<'_>, findings: &mut Findings) {
-    for (mm, space) in named_spaces(context) {
-        // The tables were all read; each is one object.
-        findings.examined += space.tables.len() as u64;
-        // A second reference to a table is P-08's.
-        let wrong = |anomaly: &&WalkAnomaly| anomaly.problem != WalkProblem::TableTwice;
-        for anomaly in space.anomalies.iter().filter(wrong) {
-            findings.report(|| {
-                let finding = Finding::new(format!("an entry {}", anomaly.problem.describe()))
-                    .expected("an entry that a CPU can follow")
-                    .found(format!(
-                        "{:#018x} at {:#x} (level {})",
-                        anomaly.entry.0, anomaly.entry_gpa, anomaly.level
-                    ))
-                    .gva(anomaly.gva);
-                mm.into_iter().fold(finding, Finding::mm)
-            });
-        }
     }
 }
 

@@ -11,7 +11,9 @@ pub mod render;
 pub mod snapshot;
 pub mod walk;
 
+mod address_space;
 mod serde_hex;
+mod visit;
 
 use abi::point::Point;
 use serde::Serialize;

@@ -18,7 +18,7 @@ use super::objects::{
     AnonVmaView, ChainView, CpuView, FolioView, MmView, NodeView, RootView, TaskView, VmaView,
 };
 use super::serde_hex;
-use super::walk::push_bounded;
+use super::visit::push_bounded;
 use crate::memory::{OutOfRange, PhysMem};
 
 /// Why the kernel's objects cannot be read at all.

@@ -61,6 +61,24 @@ fn folios_that_only_quiet_mms_map_are_judged() {
     assert_eq!(world.violated().into_keys().collect::<Vec<_>>(), ["R-01"]);
 }
 
+/// The kernel tears a forked child down: its VMAs have left the tree, its entry is cleared, and the
+/// mapcount is about to follow. Nothing leads from the folio to that mm any more.
+#[test]
+fn an_unmap_in_the_middle_excuses_folios_that_it_no_longer_leads_to() {
+    let world = World::new();
+    world.update::<Mm, _>(world.child, |mm| {
+        mm.mmap_lock.store(RwLockWord::WRITER, Relaxed);
+        mm.vmas.set(Pa::NULL);
+    });
+    world.set_pte(world.entry(world.child, DATA, 1), abi::pte::Pte::NONE);
+    assert_eq!(world.violated().keys().next(), None);
+    assert_eq!(
+        skips(&world, "R-01"),
+        ["mm 2: mmap_lock is held for writing"]
+    );
+    assert_eq!(examined(&world, "R-01"), 0);
+}
+
 #[test]
 fn the_points_around_an_operation_excuse_nothing() {
     for point in [

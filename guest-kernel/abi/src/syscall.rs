@@ -34,6 +34,21 @@ pub mod nr {
     pub const TESTBED_FAULT_FIXUP: u64 = TESTBED_BASE + 1;
     /// `nr_cpus()`: CPUs of this machine.
     pub const TESTBED_NR_CPUS: u64 = TESTBED_BASE + 2;
+    /// `crash(how)`: the kernel fails as [`super::crash`] says, so that the host's report of it can be
+    /// seen. Never returns; EINVAL for another `how`, ENOSYS in a kernel built without the testbed.
+    pub const TESTBED_CRASH: u64 = TESTBED_BASE + 3;
+}
+
+/// Ways to fail on request ([`nr::TESTBED_CRASH`]).
+pub mod crash {
+    /// The kernel panics.
+    pub const PANIC: u64 = 0;
+    /// The kernel loads from [`WILD_GVA`].
+    pub const WILD: u64 = 1;
+    /// The kernel spins for ever with interrupts off.
+    pub const HANG: u64 = 2;
+    /// Canonical, in the kernel's half, never mapped, and easy to recognise in a report.
+    pub const WILD_GVA: u64 = 0xffff_dead_0000_0000;
 }
 
 macro_rules! errnos {

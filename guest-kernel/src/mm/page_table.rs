@@ -15,7 +15,7 @@ use abi::channel::EventKind;
 use abi::layout::ENTRIES_PER_TABLE;
 use abi::objects::{FrameKind, Mm, Pa};
 use abi::point::Point;
-use abi::pte::{Pte, PteFlags, index, level_size};
+use abi::pte::{Pte, PteFlags, fault, index, level_size};
 use abi::syscall::Errno;
 
 use super::Field;
@@ -122,6 +122,33 @@ impl<A: Arch> Kernel<A> {
             table = entry.address();
         }
         Ok(table)
+    }
+
+    /// Whether the entries for `gva` let a program make the access of page-fault `error`; otherwise the
+    /// code of the fault that it would take. Upper entries permit everything.
+    ///
+    /// Needs no lock where `mm` is loaded on this CPU and interrupts are off: tables that are unlinked
+    /// meanwhile are not freed before this CPU has flushed.
+    ///
+    /// # Errors
+    /// The code of the fault.
+    pub(crate) fn check_access(&self, mm: &Mm, gva: u64, error: u64) -> Result<(), u64> {
+        let Ok(table) = self.leaf_table(mm, gva) else {
+            return Err(error);
+        };
+        let entry = self.read_pte(Slot::new(table, 1, gva));
+        if !entry.is_present() {
+            return Err(error);
+        }
+        let mut needed = PteFlags::USER;
+        if error & fault::WRITE != 0 {
+            needed |= PteFlags::WRITE;
+        }
+        if entry.flags().contains(needed) {
+            Ok(())
+        } else {
+            Err(error | fault::PRESENT)
+        }
     }
 
     /// The level-1 table that covers `gva`, made on the way where it is missing.

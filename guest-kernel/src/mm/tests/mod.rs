@@ -6,6 +6,7 @@ mod frames;
 mod oom;
 mod random;
 mod semantics;
+mod tables;
 mod tree;
 
 use abi::objects::{Mm, Pa};

@@ -266,7 +266,9 @@ impl<A: Arch> Kernel<A> {
     /// The first present entry for an address in `start..end`, all of which the `table` of `level` covers:
     /// the first address that it translates, and what it is.
     ///
-    /// The loop over empty entries is most of what the end of an address space costs: it is tight.
+    /// The caller holds what keeps a present entry present: for a level-1 table its lock, for the others
+    /// the mmap_lock for writing. The loop over empty entries is most of what the end of an address space
+    /// costs: it is tight.
     pub(super) fn next_present(
         &self,
         (table, level): (u64, u8),
@@ -283,13 +285,7 @@ impl<A: Arch> Kernel<A> {
             .position(|entry| Pte(entry.load(Relaxed)).is_present())?;
         let size = level_size(level);
         let gva = (start & !(size - 1)) + at as u64 * size;
-        let entry = self.read_pte(Slot::new(table, level, gva));
-        // Cleared since, by one who holds the lock: as good as not found here, but there may be others.
-        if entry.is_present() {
-            Some((gva, entry))
-        } else {
-            self.next_present((table, level), gva + size, end)
-        }
+        Some((gva, self.read_pte(Slot::new(table, level, gva))))
     }
 
     /// Copies the upper half of the kernel's level-4 table, which never changes after boot, to `pgd`.

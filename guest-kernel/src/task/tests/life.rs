@@ -16,13 +16,14 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::mm::Field;
 
-const THREAD: u64 = clone::VM | clone::FS | clone::FILES | clone::SIGHAND | clone::THREAD;
+pub(super) const THREAD: u64 =
+    clone::VM | clone::FS | clone::FILES | clone::SIGHAND | clone::THREAD;
 /// Where the programs have a mapping of a few pages.
-const WORDS: u64 = 0x1000_0000;
+pub(super) const WORDS: u64 = 0x1000_0000;
 const WAIT: u64 = futex::WAIT | futex::PRIVATE_FLAG;
 const WAKE: u64 = futex::WAKE | futex::PRIVATE_FLAG;
 
-fn program(body: impl Fn(&mut User<'_>) -> u64 + Send + Sync + 'static) -> Program {
+pub(super) fn program(body: impl Fn(&mut User<'_>) -> u64 + Send + Sync + 'static) -> Program {
     Box::new(body)
 }
 
@@ -38,7 +39,7 @@ fn machine(cpus: usize, programs: Vec<Program>) -> Outcome {
     outcome
 }
 
-fn boot_info(cpus: usize) -> BootInfo {
+pub(super) fn boot_info(cpus: usize) -> BootInfo {
     BootInfo {
         magic: abi::boot::MAGIC,
         layout_hash: abi::layout_hash(),
@@ -59,7 +60,7 @@ fn boot_info(cpus: usize) -> BootInfo {
     }
 }
 
-fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
+pub(super) fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
     let root = kernel.root();
     let tasks: Vec<_> = kernel.tasks().map(|task| kernel.obj(task)).collect();
     assert!(
@@ -89,14 +90,14 @@ fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
     }
 }
 
-fn map_words(user: &mut User<'_>) {
+pub(super) fn map_words(user: &mut User<'_>) {
     let flags = map::PRIVATE | map::ANONYMOUS | map::FIXED;
     let result = user.call(nr::MMAP, [WORDS, 0x4000, prot::READ | prot::WRITE, flags]);
     assert_eq!(result, Ok(WORDS));
 }
 
 /// Waits until the word at `gva` is zero: what CLONE_CHILD_CLEARTID tells.
-fn join(user: &mut User<'_>, gva: u64) {
+pub(super) fn join(user: &mut User<'_>, gva: u64) {
     loop {
         let value = user.load(gva);
         if value == 0 {

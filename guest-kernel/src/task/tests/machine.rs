@@ -443,17 +443,28 @@ impl User<'_> {
 
     /// The word at `gva`, which is a multiple of 4.
     pub(crate) fn load(&mut self, gva: u64) -> u32 {
-        self.word(gva, false).load(SeqCst)
+        self.try_load(gva).expect("no fixup is set")
     }
 
     /// Writes the word at `gva`.
     pub(crate) fn store(&mut self, gva: u64, value: u32) {
-        self.word(gva, true).store(value, SeqCst);
+        self.try_store(gva, value).expect("no fixup is set");
+    }
+
+    /// The word at `gva`; `None` where its fault led to the program's fixup.
+    pub(crate) fn try_load(&mut self, gva: u64) -> Option<u32> {
+        self.word(gva, false).map(|word| word.load(SeqCst))
+    }
+
+    /// Writes the word at `gva`; `None` where its fault led to the program's fixup.
+    pub(crate) fn try_store(&mut self, gva: u64, value: u32) -> Option<()> {
+        self.word(gva, true).map(|word| word.store(value, SeqCst))
     }
 
     /// Adds to the word at `gva`; returns what it was.
     pub(crate) fn add(&mut self, gva: u64, value: u32) -> u32 {
-        self.word(gva, true).fetch_add(value, SeqCst)
+        let word = self.word(gva, true).expect("no fixup is set");
+        word.fetch_add(value, SeqCst)
     }
 
     /// Takes an exception.
@@ -477,18 +488,23 @@ impl User<'_> {
         self.kernel.return_to_user(&mut self.frame);
     }
 
-    fn word(&mut self, gva: u64, write: bool) -> &AtomicU32 {
+    fn word(&mut self, gva: u64, write: bool) -> Option<&AtomicU32> {
         assert_eq!(gva % 4, 0);
         self.take_ipis();
+        let rip = self.frame.rip;
         loop {
             match self.kernel.arch.translate(gva, write, PteFlags::USER) {
                 // SAFETY: an aligned word of guest memory, only touched atomically.
-                Ok(place) => return unsafe { &*place.cast::<AtomicU32>() },
+                Ok(place) => return Some(unsafe { &*place.cast::<AtomicU32>() }),
                 Err(error) => {
                     self.kernel
                         .page_fault(&mut self.frame, gva, error | fault::USER);
                     self.kernel.return_to_user(&mut self.frame);
                 }
+            }
+            if self.frame.rip != rip {
+                self.frame.rip = rip;
+                return None;
             }
         }
     }

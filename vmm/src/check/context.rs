@@ -100,7 +100,7 @@ impl<'a> Context<'a> {
         let in_flight = InFlight::read(snapshot, vcpus);
         let spaces: Vec<_> = snapshot.mms.iter().map(|mm| Space::read(mem, mm)).collect();
         let mut mapped = vec![0; snapshot.folios.len()];
-        for leaf in spaces.iter().flat_map(|space| &space.user.leaves) {
+        for leaf in spaces.iter().flat_map(|space| space.user.leaves.iter()) {
             for frame in frames_of(leaf, mapped.len()) {
                 mapped[frame] += 1;
             }
@@ -146,14 +146,14 @@ impl<'a> Context<'a> {
         let entries = self.spaces.iter().flat_map(|space| {
             let leaves = space.user.leaves.iter();
             leaves
-                .filter(|leaf| frame_range(leaf).contains(&frame))
+                .filter(|&leaf| frame_range(leaf).contains(&frame))
                 .map(|leaf| mapping(space.mm, leaf))
         });
         entries.take(8).collect()
     }
 
     /// The folio that a leaf maps, where it maps memory.
-    pub(super) fn folio_of(&self, leaf: &Leaf) -> Option<&'a FolioView> {
+    pub(super) fn folio_of(&self, leaf: Leaf) -> Option<&'a FolioView> {
         self.snapshot.folio(leaf.target())
     }
 
@@ -217,7 +217,7 @@ fn settled(busy: Option<&Busy>, findings: &mut Findings) -> bool {
 }
 
 /// One entry for a person.
-fn mapping(mm: &MmView, leaf: &Leaf) -> String {
+fn mapping(mm: &MmView, leaf: Leaf) -> String {
     format!(
         "mapped by mm {} at GVA {:#x}: entry {:#018x} at {:#x}",
         mm.id,
@@ -227,13 +227,13 @@ fn mapping(mm: &MmView, leaf: &Leaf) -> String {
     )
 }
 
-fn frame_range(leaf: &Leaf) -> std::ops::Range<u64> {
+fn frame_range(leaf: Leaf) -> std::ops::Range<u64> {
     let first = leaf.target() >> PAGE_SHIFT;
     first..first + (leaf.bytes() >> PAGE_SHIFT)
 }
 
 /// The frames below `limit` that `leaf` maps.
-fn frames_of(leaf: &Leaf, limit: usize) -> std::ops::Range<usize> {
+fn frames_of(leaf: Leaf, limit: usize) -> std::ops::Range<usize> {
     let range = frame_range(leaf);
     let clip = |frame: u64| frame.min(limit as u64) as usize;
     clip(range.start)..clip(range.end)
@@ -252,7 +252,7 @@ impl Unsettled {
                 return unsettled;
             }
             unsettled.reason.get_or_insert_with(|| busy.clone());
-            for leaf in &space.user.leaves {
+            for leaf in space.user.leaves.iter() {
                 unsettled.frames.extend(frame_range(leaf).take(512));
             }
             for vma in &space.mm.vmas {

@@ -136,7 +136,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
 
 fn in_a_vma(context: &Context<'_>, findings: &mut Findings) {
     for space in context.quiet_spaces(findings) {
-        for leaf in &space.user.leaves {
+        for leaf in space.user.leaves.iter() {
             findings.require(space.vma_at(leaf.gva).is_some(), || {
                 let mapped = &format!("{} maps {:#x}", flags_of(leaf.entry, 1), leaf.target());
                 at_leaf(context, space, leaf, "a present entry outside every VMA")
@@ -150,7 +150,7 @@ fn in_a_vma(context: &Context<'_>, findings: &mut Findings) {
 
 fn within_vma_permissions(context: &Context<'_>, findings: &mut Findings) {
     for space in context.quiet_spaces(findings) {
-        for leaf in &space.user.leaves {
+        for leaf in space.user.leaves.iter() {
             // Without a VMA it is P-01's.
             let Some(vma) = space.vma_at(leaf.gva) else {
                 continue;
@@ -233,7 +233,7 @@ fn free_head(context: &Context<'_>, frame: u64) -> Option<u64> {
 }
 
 fn kernel_write_xor_execute(context: &Context<'_>, findings: &mut Findings) {
-    for leaf in &context.kernel.leaves {
+    for leaf in context.kernel.leaves.iter() {
         let rights = leaf.rights();
         findings.require(!(rights.write && rights.execute), || {
             in_kernel(context, leaf, "a kernel mapping is writable and executable")
@@ -244,7 +244,7 @@ fn kernel_write_xor_execute(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn kernel_not_for_users(context: &Context<'_>, findings: &mut Findings) {
-    for leaf in &context.kernel.leaves {
+    for leaf in context.kernel.leaves.iter() {
         findings.require(!leaf.rights().user, || {
             in_kernel(context, leaf, "a kernel mapping is open to CPL 3")
                 .expected("U clear at some level")
@@ -254,7 +254,7 @@ fn kernel_not_for_users(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn kernel_maps_memory(context: &Context<'_>, findings: &mut Findings) {
-    for leaf in &context.kernel.leaves {
+    for leaf in context.kernel.leaves.iter() {
         let end = leaf.target().saturating_add(leaf.bytes());
         let right = end <= context.mem.bytes() || (leaf.target() == LAPIC_GPA && leaf.level == 1);
         findings.require(right, || {
@@ -265,9 +265,7 @@ fn kernel_maps_memory(context: &Context<'_>, findings: &mut Findings) {
     }
 }
 
-fn user_leaves<'c, 'a>(
-    context: &'c Context<'a>,
-) -> impl Iterator<Item = (&'c Space<'a>, &'c Leaf)> {
+fn user_leaves<'c, 'a>(context: &'c Context<'a>) -> impl Iterator<Item = (&'c Space<'a>, Leaf)> {
     let spaces = context.spaces.iter();
     spaces.flat_map(|space| space.user.leaves.iter().map(move |leaf| (space, leaf)))
 }
@@ -276,7 +274,7 @@ fn user_leaves<'c, 'a>(
 pub(super) fn at_leaf(
     context: &Context<'_>,
     space: &Space<'_>,
-    leaf: &Leaf,
+    leaf: Leaf,
     summary: impl Into<String>,
 ) -> Finding {
     Finding::new(summary)
@@ -286,7 +284,7 @@ pub(super) fn at_leaf(
         .walk(translate(context.mem, space.mm.pgd, leaf.gva))
 }
 
-fn in_kernel(context: &Context<'_>, leaf: &Leaf, summary: &str) -> Finding {
+fn in_kernel(context: &Context<'_>, leaf: Leaf, summary: &str) -> Finding {
     Finding::new(summary).gva(leaf.gva).walk(translate(
         context.mem,
         context.snapshot.root.pgd,

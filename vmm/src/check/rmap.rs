@@ -223,7 +223,7 @@ fn anon_vma_is_live(context: &Context<'_>, findings: &mut Findings) {
 fn anonymous_entries<'c, 'a>(
     context: &'c Context<'a>,
     findings: &mut Findings,
-) -> impl Iterator<Item = (&'c Space<'a>, &'c Leaf, &'a VmaView, &'a FolioView)> + use<'a, 'c> {
+) -> impl Iterator<Item = (&'c Space<'a>, Leaf, &'a VmaView, &'a FolioView)> + use<'a, 'c> {
     let spaces = context.quiet_spaces(findings).into_iter();
     spaces.flat_map(move |space| {
         space.user.leaves.iter().filter_map(move |leaf| {
@@ -333,7 +333,7 @@ fn exclusive_is_single(context: &Context<'_>, findings: &mut Findings) {
 
 fn cow_is_readonly(context: &Context<'_>, findings: &mut Findings) {
     for space in context.quiet_spaces(findings) {
-        for leaf in &space.user.leaves {
+        for leaf in space.user.leaves.iter() {
             let both = PteFlags::COW | PteFlags::WRITE;
             findings.require(!leaf.entry.flags().contains(both), || {
                 at_leaf(context, space, leaf, "a copy-on-write entry is writable")

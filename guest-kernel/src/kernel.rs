@@ -38,13 +38,20 @@ pub struct Kernel<A: Arch> {
 
 impl<A: Arch> Kernel<A> {
     /// A kernel whose root object lies at `root`, zeroed and of type-stable memory.
+    ///
+    /// # Panics
+    /// Where `root` is null.
     pub const fn new(arch: A, config: Config, root: Pa<KernelRoot>) -> Self {
+        assert!(!root.is_null(), "the root object lies nowhere");
         Self { arch, config, root }
     }
 
     /// The root object.
+    #[inline]
     pub fn root(&self) -> &KernelRoot {
-        self.obj(self.root)
+        // SAFETY: `new` has refused null; that it is a root in type-stable memory is the contract of
+        // `new`, kept by boot.
+        unsafe { self.object(self.root) }
     }
 
     /// Where the root object lies.
@@ -56,20 +63,35 @@ impl<A: Arch> Kernel<A> {
     ///
     /// # Panics
     /// On the null link: following it is a bug of the kernel.
+    #[inline]
     pub fn obj<T: Object>(&self, pa: Pa<T>) -> &T {
-        assert!(
-            !pa.is_null(),
-            "null {} followed",
-            core::any::type_name::<T>()
-        );
+        if pa.is_null() {
+            null_followed::<T>();
+        }
         // SAFETY: a non-null `Pa<T>` of an `Object` was made by the slab, the folio array or boot for
-        // a `T` in type-stable memory, which is mapped for the kernel's whole life; every bit pattern
-        // of a `T` is valid and all its fields are atomics, so shared references may alias freely.
+        // a `T` in type-stable memory.
+        unsafe { self.object(pa) }
+    }
+
+    /// # Safety
+    /// There is a `T` at `pa`, in type-stable memory.
+    #[inline]
+    unsafe fn object<T: Object>(&self, pa: Pa<T>) -> &T {
+        // SAFETY: the caller's promise; the memory is mapped for the kernel's whole life, every bit
+        // pattern of a `T` is valid and all its fields are atomics, so shared references may alias freely.
         unsafe { &*self.arch.phys_to_virt(pa.0).cast::<T>() }
     }
 
     /// State of the CPU that executes this.
+    #[inline]
     pub fn this_cpu(&self) -> &Cpu {
         &self.root().cpus[self.arch.cpu()]
     }
+}
+
+/// Apart, so that the functions that follow links need no stack frame for the message.
+#[cold]
+#[inline(never)]
+fn null_followed<T>() -> ! {
+    panic!("null {} followed", core::any::type_name::<T>())
 }

@@ -58,7 +58,7 @@ mod imp {
         let channel = kernel.arch.channel();
         let head = channel.ring_head.load(Relaxed);
         if channel.ring_exits.load(Relaxed) != 0
-            && head - channel.ring_tail.load(Relaxed).min(head) >= RING_RECORDS as u64
+            && head.saturating_sub(channel.ring_tail.load(Relaxed)) >= RING_RECORDS as u64
         {
             kernel.arch.doorbell(Doorbell::RingFull);
         }
@@ -79,7 +79,7 @@ mod imp {
             .arch
             .write_event(head as usize % RING_RECORDS, &event);
         // Release: a host that sees the new head sees the record.
-        channel.ring_head.store(head + 1, Release);
+        channel.ring_head.store(head.wrapping_add(1), Release);
     }
 
     #[inline]
@@ -87,7 +87,7 @@ mod imp {
         let channel = kernel.arch.channel();
         let id = point as usize;
         let passed = channel.points_passed.load(Relaxed);
-        channel.points_passed.store(passed + 1, Relaxed);
+        channel.points_passed.store(passed.wrapping_add(1), Relaxed);
         let budget = channel.budget.load(Relaxed).wrapping_sub(1);
         channel.budget.store(budget, Relaxed);
         if budget == 0 || channel.trap[id / 64].load(Relaxed) & (1 << (id % 64)) != 0 {
@@ -107,6 +107,6 @@ mod imp {
     #[inline]
     pub(super) fn progress<A: Arch>(kernel: &Kernel<A>) {
         let progress = &kernel.arch.channel().progress;
-        progress.store(progress.load(Relaxed) + 1, Relaxed);
+        progress.store(progress.load(Relaxed).wrapping_add(1), Relaxed);
     }
 }

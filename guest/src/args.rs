@@ -234,7 +234,7 @@ mod tests {
         let program = crate::find("unmap-race").unwrap();
         let args = Args::parse(program, "pages=4\0pages=5\0").unwrap();
         assert_eq!(args.number("pages"), 5);
-        assert_eq!(args.number("rounds"), 200);
+        assert_eq!(args.number("rounds"), 50);
         assert_eq!(args.auto("readers"), None);
         assert_eq!(
             Args::parse(program, "readers=3").unwrap().auto("readers"),

@@ -7,7 +7,7 @@ use abi::bug::Bug;
 use abi::layout::PAGE_SIZE;
 use abi::objects::{Mm, Pa, Vma};
 use abi::point::Point;
-use abi::pte::PteFlags;
+use abi::pte::{Pte, PteFlags};
 use abi::syscall::Errno;
 
 use super::protect::takes_away;
@@ -95,22 +95,17 @@ impl<A: Arch> Kernel<A> {
             // Two page-table locks: nobody else can know the child's yet.
             let _parent = self.lock_table(table);
             let _child = self.lock_table(copy);
-            let mut gva = from;
-            while gva < to {
-                let slot = Slot::new(table, 1, gva);
-                let entry = self.read_pte(slot);
-                if entry.is_present() {
-                    let shared = entry.without(PteFlags::WRITE).with(PteFlags::COW);
-                    self.folio_share(entry.address());
-                    let entry = self.set_pte(old, gva, slot, entry, shared);
-                    if takes_away(entry, shared) {
-                        self.point(Point::PteProtect, [old.id.get(), gva]);
-                    }
-                    let slot = Slot::new(copy, 1, gva);
-                    self.set_pte(new, gva, slot, abi::pte::Pte::NONE, shared);
-                    self.point(Point::PteInstall, [new.id.get(), gva]);
+            let mut rest = from;
+            while let Some((gva, entry)) = self.next_present((table, 1), rest, to) {
+                let shared = entry.without(PteFlags::WRITE).with(PteFlags::COW);
+                self.folio_share(entry.address());
+                let entry = self.set_pte(old, gva, Slot::new(table, 1, gva), entry, shared);
+                if takes_away(entry, shared) {
+                    self.point(Point::PteProtect, [old.id.get(), gva]);
                 }
-                gva += PAGE_SIZE;
+                self.set_pte(new, gva, Slot::new(copy, 1, gva), Pte::NONE, shared);
+                self.point(Point::PteInstall, [new.id.get(), gva]);
+                rest = gva + PAGE_SIZE;
             }
             Ok(())
         })

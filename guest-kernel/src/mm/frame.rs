@@ -77,6 +77,7 @@ impl<A: Arch> Kernel<A> {
     ///
     /// # Panics
     /// Where there is no such frame.
+    #[inline]
     pub fn folio(&self, gpa: u64) -> &Folio {
         self.obj(self.folio_pa(gpa))
     }
@@ -85,10 +86,13 @@ impl<A: Arch> Kernel<A> {
     ///
     /// # Panics
     /// Where there is no such frame.
+    #[inline]
     pub fn folio_pa(&self, gpa: u64) -> Pa<Folio> {
         let frame = gpa >> PAGE_SHIFT;
         let root = self.root();
-        assert!(frame < root.nr_frames.get(), "no frame at {gpa:#x}");
+        if frame >= root.nr_frames.get() {
+            no_frame(gpa);
+        }
         Pa::new(root.folios.get().0 + frame * size_of::<Folio>() as u64)
     }
 
@@ -255,4 +259,11 @@ impl<A: Arch> Kernel<A> {
         }
         folio.prev.set(0);
     }
+}
+
+/// Apart, so that a lookup needs no stack frame for the message.
+#[cold]
+#[inline(never)]
+fn no_frame(gpa: u64) -> ! {
+    panic!("no frame at {gpa:#x}")
 }

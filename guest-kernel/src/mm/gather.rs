@@ -112,19 +112,18 @@ impl<A: Arch> Kernel<A> {
         let mm = self.obj(gather.mm);
         let _guard = self.lock_table(table);
         let mut gva = start;
-        while gva < end && !gather.is_full() {
+        while !gather.is_full() {
             if self.folio(table).used.get() == 0 {
                 return end;
             }
-            let slot = Slot::new(table, 1, gva);
-            let entry = self.read_pte(slot);
-            if entry.is_present() {
-                self.set_pte(mm, gva, slot, entry, Pte::NONE);
-                self.folio_unmap(entry.address());
-                gather.add_frame(entry.address(), gva);
-                self.point(Point::PteClear, [mm.id.get(), gva]);
-            }
-            gva += PAGE_SIZE;
+            let Some((found, entry)) = self.next_present((table, 1), gva, end) else {
+                return end;
+            };
+            self.set_pte(mm, found, Slot::new(table, 1, found), entry, Pte::NONE);
+            self.folio_unmap(entry.address());
+            gather.add_frame(entry.address(), found);
+            self.point(Point::PteClear, [mm.id.get(), found]);
+            gva = found + PAGE_SIZE;
         }
         gva
     }

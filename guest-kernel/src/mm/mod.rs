@@ -31,7 +31,7 @@ mod vma;
 mod vma_tree;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use boot::BootError;
 pub use fault::FaultError;

@@ -15,7 +15,7 @@ use abi::channel::EventKind;
 use abi::layout::ENTRIES_PER_TABLE;
 use abi::objects::{FrameKind, Mm, Pa};
 use abi::point::Point;
-use abi::pte::{Pte, PteFlags, index, level_size};
+use abi::pte::{Pte, PteFlags, fault, index, level_size};
 use abi::syscall::Errno;
 
 use super::Field;
@@ -113,15 +113,43 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// The level whose entry is not present.
     pub fn leaf_table(&self, mm: &Mm, gva: u64) -> Result<u64, u8> {
-        let mut table = mm.pgd.get();
-        for level in [4, 3, 2] {
+        let (mut table, mut level) = (mm.pgd.get(), 4);
+        while level > 1 {
             let entry = self.read_pte(Slot::new(table, level, gva));
             if !entry.is_present() {
                 return Err(level);
             }
             table = entry.address();
+            level -= 1;
         }
         Ok(table)
+    }
+
+    /// Whether the entries for `gva` let a program make the access of page-fault `error`; otherwise the
+    /// code of the fault that it would take. Upper entries permit everything.
+    ///
+    /// Needs no lock where `mm` is loaded on this CPU and interrupts are off: tables that are unlinked
+    /// meanwhile are not freed before this CPU has flushed.
+    ///
+    /// # Errors
+    /// The code of the fault.
+    pub(crate) fn check_access(&self, mm: &Mm, gva: u64, error: u64) -> Result<(), u64> {
+        let Ok(table) = self.leaf_table(mm, gva) else {
+            return Err(error);
+        };
+        let entry = self.read_pte(Slot::new(table, 1, gva));
+        if !entry.is_present() {
+            return Err(error);
+        }
+        let mut needed = PteFlags::USER;
+        if error & fault::WRITE != 0 {
+            needed |= PteFlags::WRITE;
+        }
+        if entry.flags().contains(needed) {
+            Ok(())
+        } else {
+            Err(error | fault::PRESENT)
+        }
     }
 
     /// The level-1 table that covers `gva`, made on the way where it is missing.
@@ -131,7 +159,8 @@ impl<A: Arch> Kernel<A> {
     pub fn leaf_table_alloc(&self, mm: Pa<Mm>, gva: u64) -> Result<u64, Errno> {
         let space = self.obj(mm);
         let mut table = space.pgd.get();
-        for level in [4, 3, 2] {
+        let mut level = 4;
+        while level > 1 {
             let slot = Slot::new(table, level, gva);
             let entry = self.read_pte(slot);
             table = if entry.is_present() {
@@ -139,6 +168,7 @@ impl<A: Arch> Kernel<A> {
             } else {
                 self.table_link(mm, gva, slot)?
             };
+            level -= 1;
         }
         Ok(table)
     }
@@ -214,27 +244,48 @@ impl<A: Arch> Kernel<A> {
         (floor, ceiling): (u64, u64),
     ) {
         let size = level_size(level);
-        let mut region = start & !(size - 1);
-        while region < end {
-            let slot = Slot::new(table, level, region);
-            let entry = self.read_pte(slot);
-            let past = region + size;
-            if entry.is_present() {
-                let child = entry.address();
-                if level > 2 {
-                    let part = (start.max(region), end.min(past));
-                    self.unlink_below(gather, (child, level - 1), part, (floor, ceiling));
-                }
-                if region >= floor && past <= ceiling && self.folio(child).used.get() == 0 {
-                    let space = self.obj(gather.mm);
-                    let guard = self.lock_upper(space);
-                    self.set_pte(space, region, slot, entry, Pte::NONE);
-                    drop(guard);
-                    gather.add_table(self, child, (region, past));
-                }
+        let mut from = start;
+        while let Some((region, entry)) = self.next_present((table, level), from, end) {
+            let (child, past) = (entry.address(), region + size);
+            if level > 2 {
+                let part = (start.max(region), end.min(past));
+                self.unlink_below(gather, (child, level - 1), part, (floor, ceiling));
             }
-            region = past;
+            if region >= floor && past <= ceiling && self.folio(child).used.get() == 0 {
+                let slot = Slot::new(table, level, region);
+                let space = self.obj(gather.mm);
+                let guard = self.lock_upper(space);
+                self.set_pte(space, region, slot, entry, Pte::NONE);
+                drop(guard);
+                gather.add_table(self, child, (region, past));
+            }
+            from = past;
         }
+    }
+
+    /// The first present entry for an address in `start..end`, all of which the `table` of `level` covers:
+    /// the first address that it translates, and what it is.
+    ///
+    /// The caller holds what keeps a present entry present: for a level-1 table its lock, for the others
+    /// the mmap_lock for writing. The loop over empty entries is most of what the end of an address space
+    /// costs: it is tight.
+    pub(super) fn next_present(
+        &self,
+        (table, level): (u64, u8),
+        start: u64,
+        end: u64,
+    ) -> Option<(u64, Pte)> {
+        if start >= end {
+            return None;
+        }
+        let (first, last) = (index(start, level), index(end - 1, level));
+        let entries = &self.entries(table)[first..=last];
+        let at = entries
+            .iter()
+            .position(|entry| Pte(entry.load(Relaxed)).is_present())?;
+        let size = level_size(level);
+        let gva = (start & !(size - 1)) + at as u64 * size;
+        Some((gva, self.read_pte(Slot::new(table, level, gva))))
     }
 
     /// Copies the upper half of the kernel's level-4 table, which never changes after boot, to `pgd`.
@@ -253,17 +304,17 @@ impl<A: Arch> Kernel<A> {
         self.folio(pgd).used.set(self.folio(kernel).used.get());
     }
 
+    #[inline]
     fn entry(&self, slot: Slot) -> &AtomicU64 {
-        assert!(slot.index < ENTRIES_PER_TABLE && slot.table != 0);
-        // SAFETY: `table` is a frame of the direct map, which stays mapped for the kernel's life, and
-        // `index` lies inside it; entries are only ever accessed atomically while they are a table's.
-        unsafe {
-            &*self
-                .arch
-                .phys_to_virt(slot.table)
-                .cast::<AtomicU64>()
-                .add(slot.index)
-        }
+        &self.entries(slot.table)[slot.index]
+    }
+
+    #[inline]
+    fn entries(&self, table: u64) -> &[AtomicU64; ENTRIES_PER_TABLE] {
+        assert!(table != 0);
+        // SAFETY: `table` is a frame of the direct map, which stays mapped for the kernel's life; its
+        // words are only ever accessed atomically while they are a table's.
+        unsafe { &*self.arch.phys_to_virt(table).cast() }
     }
 
     /// Frees a table that no CPU can walk any more.

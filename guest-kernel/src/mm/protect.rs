@@ -109,22 +109,18 @@ impl<A: Arch> Kernel<A> {
         let space = self.obj(mm);
         let Ok(()) = self.for_each_leaf_table(space, start, end, |table, from, to| {
             let _guard = self.lock_table(table);
-            let mut gva = from;
-            while gva < to {
-                let slot = Slot::new(table, 1, gva);
-                let entry = self.read_pte(slot);
-                if entry.is_present() {
-                    let new = self.protected(entry, flags);
-                    if new != entry {
-                        self.set_pte(space, gva, slot, entry, new);
-                    }
-                    if takes_away(entry, new) {
-                        reduced.start = reduced.start.min(gva);
-                        reduced.end = gva + PAGE_SIZE;
-                        self.point(Point::PteProtect, [space.id.get(), gva]);
-                    }
+            let mut rest = from;
+            while let Some((gva, entry)) = self.next_present((table, 1), rest, to) {
+                let new = self.protected(entry, flags);
+                if new != entry {
+                    self.set_pte(space, gva, Slot::new(table, 1, gva), entry, new);
                 }
-                gva += PAGE_SIZE;
+                if takes_away(entry, new) {
+                    reduced.start = reduced.start.min(gva);
+                    reduced.end = gva + PAGE_SIZE;
+                    self.point(Point::PteProtect, [space.id.get(), gva]);
+                }
+                rest = gva + PAGE_SIZE;
             }
             Ok::<(), Infallible>(())
         });

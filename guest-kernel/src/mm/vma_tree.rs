@@ -42,22 +42,36 @@ struct Path {
     levels: usize,
 }
 
+/// The last entry of `node` that starts at or before `key`, or else the first.
+fn last_at_or_before(node: &VmaNode, key: u64) -> usize {
+    let slots = &node.slots[..node.count.get() as usize];
+    slots
+        .iter()
+        .rposition(|slot| slot.start.get() <= key)
+        .unwrap_or(0)
+}
+
 /// Looking up.
 impl<A: Arch> Kernel<A> {
     /// The first VMA that ends after `address` (Linux's find_vma): the one that holds it, or the next.
     pub fn vma_find(&self, mm: &Mm, address: u64) -> Option<Pa<Vma>> {
-        let mut path = self.descend(mm, address)?;
-        let vma = self.path_vma(&path);
+        let (leaf, index) = self.floor(mm, address)?;
+        let slots = &leaf.slots[..leaf.count.get() as usize];
+        let vma = Pa::<Vma>::new(slots[index].child.get());
         if self.obj(vma).end.get() > address {
             return Some(vma);
         }
+        if let Some(next) = slots.get(index + 1) {
+            return Some(Pa::new(next.child.get()));
+        }
+        let mut path = self.descend(mm, address)?;
         self.advance(&mut path).then(|| self.path_vma(&path))
     }
 
     /// The last VMA that starts before `address`.
     pub(super) fn vma_before(&self, mm: &Mm, address: u64) -> Option<Pa<Vma>> {
-        let path = self.descend(mm, address.checked_sub(1)?)?;
-        let vma = self.path_vma(&path);
+        let (leaf, index) = self.floor(mm, address.checked_sub(1)?)?;
+        let vma = Pa::<Vma>::new(leaf.slots[index].child.get());
         (self.obj(vma).start.get() < address).then_some(vma)
     }
 
@@ -115,6 +129,19 @@ impl<A: Arch> Kernel<A> {
             })
     }
 
+    /// The leaf entry of the last VMA that starts at or before `key`, or of the first of all: the end of
+    /// [`Kernel::descend`] without the way there.
+    fn floor(&self, mm: &Mm, key: u64) -> Option<(&VmaNode, usize)> {
+        let mut node = self.obj(mm.vmas.get().some()?);
+        loop {
+            let index = last_at_or_before(node, key);
+            if node.level.get() == 0 {
+                return Some((node, index));
+            }
+            node = self.obj(Pa::<VmaNode>::new(node.slots[index].child.get()));
+        }
+    }
+
     /// The way to the last VMA that starts at or before `key`, or to the first of all.
     fn descend(&self, mm: &Mm, key: u64) -> Option<Path> {
         let mut node = mm.vmas.get().some()?;
@@ -125,10 +152,7 @@ impl<A: Arch> Kernel<A> {
         };
         loop {
             let object = self.obj(node);
-            let mut index = object.count.get() as usize - 1;
-            while index > 0 && object.slots[index].start.get() > key {
-                index -= 1;
-            }
+            let index = last_at_or_before(object, key);
             path.nodes[path.levels] = node;
             path.indices[path.levels] = index;
             path.levels += 1;

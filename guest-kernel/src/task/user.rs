@@ -1,8 +1,14 @@
-//! User memory, with the bounds of user space, and lines on the console.
+//! User memory, with the bounds of user space and the permissions of its pages, and lines on the console.
+//!
+//! At CPL 0 the processor looks at U only under CR4.SMAP, which a host that emulates CPL 0 does not have,
+//! and an entry of a PROT_NONE page is present without U. So a copy goes page by page, and looks at the
+//! entry of each before the back end touches it: what a program may not read, the kernel does not read
+//! for it.
 
 use core::fmt::{self, Write};
 
-use abi::layout::USER_END;
+use abi::layout::{PAGE_SIZE, USER_END};
+use abi::pte::fault;
 use abi::syscall::Errno;
 
 use crate::Kernel;
@@ -25,15 +31,48 @@ impl<A: Arch> Kernel<A> {
     /// Copies from the running task's memory.
     pub(super) fn copy_in(&self, dst: &mut [u8], gva: u64) -> Result<(), Errno> {
         self.check_user(gva, dst.len() as u64)?;
-        self.arch
-            .copy_from_user(dst, gva)
-            .map_err(|_| Errno::EFAULT)
+        let mut done = 0;
+        while done < dst.len() {
+            let from = gva + done as u64;
+            let part = dst.len().min(done + rest_of_page(from));
+            self.ensure_access(from, 0)?;
+            self.arch
+                .copy_from_user(&mut dst[done..part], from)
+                .map_err(|_| Errno::EFAULT)?;
+            done = part;
+        }
+        Ok(())
     }
 
     /// Copies to the running task's memory.
     pub(super) fn copy_out(&self, gva: u64, src: &[u8]) -> Result<(), Errno> {
         self.check_user(gva, src.len() as u64)?;
-        self.arch.copy_to_user(gva, src).map_err(|_| Errno::EFAULT)
+        let mut done = 0;
+        while done < src.len() {
+            let to = gva + done as u64;
+            let part = src.len().min(done + rest_of_page(to));
+            self.ensure_access(to, fault::WRITE)?;
+            self.arch
+                .copy_to_user(to, &src[done..part])
+                .map_err(|_| Errno::EFAULT)?;
+            done = part;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the running task may make the access of page-fault `error` at `gva` itself.
+    ///
+    /// It stays so for the copy that follows at once: interrupts are off until then, so no change of
+    /// the entry that takes permission away can complete, its flush would wait for this CPU. An entry that
+    /// is cleared meanwhile makes the copy fault, and the fault handler asks the VMA.
+    fn ensure_access(&self, gva: u64, error: u64) -> Result<(), Errno> {
+        let mm = self.obj(self.current().mm.get());
+        while let Err(error) = self.check_access(mm, gva, error) {
+            if !self.kernel_user_fault(gva, error) {
+                return Err(Errno::EFAULT);
+            }
+        }
+        Ok(())
     }
 
     /// Reads an `int` of the running task.
@@ -81,6 +120,11 @@ impl<A: Arch> Kernel<A> {
         let _ = line.write_str("\n");
         line.flush();
     }
+}
+
+/// Bytes from `gva` to the end of its page.
+fn rest_of_page(gva: u64) -> usize {
+    (PAGE_SIZE - gva % PAGE_SIZE) as usize
 }
 
 struct Line<'k, A: Arch> {

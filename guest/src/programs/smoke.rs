@@ -245,6 +245,18 @@ fn mprotect<S: Sys>(check: &Check<'_, S>) {
         sys.mprotect(page(1), PAGE_SIZE, prot::NONE),
     );
     check.refuses_reads(page(1));
+    let gives_cpu = || sys.syscall(nr::GETCPU, [page(1), 0, 0, 0, 0, 0]);
+    check.gives(
+        "getcpu to memory without access",
+        Err(Errno::EFAULT),
+        gives_cpu(),
+    );
+    let mask = || sys.syscall(nr::SCHED_SETAFFINITY, [0, 8, page(1), 0, 0, 0]);
+    check.gives(
+        "sched_setaffinity from memory without access",
+        Err(Errno::EFAULT),
+        mask(),
+    );
     check.gives(
         "mprotect to writable",
         Ok(0),

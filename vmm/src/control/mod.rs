@@ -16,7 +16,7 @@ mod io;
 mod machine;
 mod stop;
 
-pub use config::{Interrupts, MachineConfig};
+pub use config::{Interrupts, MachineConfig, NOISY_EVENTS};
 pub use error::MachineError;
 pub use machine::{InterruptHandle, Machine, PauseTimings, Timings};
 pub use stop::{Crash, CrashCause, ProbeReport, Stop};

@@ -12,6 +12,7 @@ pub mod snapshot;
 pub mod walk;
 
 mod address_space;
+mod leaves;
 mod serde_hex;
 mod visit;
 

@@ -2,10 +2,12 @@
 //! [`super::observe`] judge.
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use abi::layout::KERNEL_VIRT_OFFSET;
+use abi::channel::{Control, Doorbell};
+use abi::layout::{CHANNEL_GPA, CHANNEL_STRIDE, KERNEL_VIRT_OFFSET};
 use abi::point::Point;
 use abi::port;
 
@@ -205,9 +207,28 @@ impl Live {
                     },
                 ) => inspect::Stop::Exited,
                 _ if vcpu.halted || self.is_idle(vcpu) => inspect::Stop::Halted,
-                _ => inspect::Stop::Anywhere,
+                _ => self
+                    .rung_at(vcpu)
+                    .map_or(inspect::Stop::Anywhere, inspect::Stop::Point),
             },
         }
+    }
+
+    /// The point that a vCPU stands at, right behind the `out` with which it told of it, though the
+    /// machine was paused for another one's sake.
+    fn rung_at(&self, vcpu: &VcpuSnapshot) -> Option<Point> {
+        const OUT_DX_EAX: u8 = 0xef;
+        let regs = &vcpu.regs;
+        let rung = regs.rdx as u16 == port::DOORBELL && regs.rax as u32 == Doorbell::Point as u32;
+        let mut opcode = [0];
+        let gpa = regs.rip.wrapping_sub(KERNEL_VIRT_OFFSET + 1);
+        self.memory().read(gpa, &mut opcode).ok()?;
+        let mut point = [0; 8];
+        let channel = CHANNEL_GPA + vcpu.index as u64 * CHANNEL_STRIDE;
+        let word = channel + offset_of!(Control, point) as u64;
+        self.memory().read(word, &mut point).ok()?;
+        (vcpu.cpl() == 0 && rung && opcode == [OUT_DX_EAX])
+            .then(|| Point::from_id(u64::from_le_bytes(point)))?
     }
 
     /// With an in-kernel irqchip KVM does not tell that a vCPU is halted. The kernel waits in

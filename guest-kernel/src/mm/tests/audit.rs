@@ -10,6 +10,7 @@ use abi::objects::{
 };
 use abi::pte::{Pte, PteFlags, index, level_size};
 
+use crate::Kernel;
 use crate::arch::Arch;
 use crate::arch::testing::Access;
 use crate::mm::vma::ACCESS;
@@ -29,8 +30,14 @@ struct Found {
     mapped: BTreeMap<u64, BTreeSet<(u64, u64)>>,
 }
 
-/// Checks everything. No operation may be in flight.
+/// Checks everything, on the test machine its TLBs too. No operation may be in flight.
 pub(crate) fn audit(kernel: &TestKernel) {
+    audit_memory(kernel);
+    audit_tlbs(kernel);
+}
+
+/// Checks everything but what CPUs have cached. No operation may be in flight.
+pub(crate) fn audit_memory<A: Arch>(kernel: &Kernel<A>) {
     let mut found = Found::default();
     let root = kernel.root();
     let mut mm = root.mms.get();
@@ -45,11 +52,10 @@ pub(crate) fn audit(kernel: &TestKernel) {
     for lock in [&root.buddy_lock, &root.mms_lock] {
         assert_eq!(lock.get(), 0, "a lock is held");
     }
-    audit_tlbs(kernel);
 }
 
 /// Checks that no memory is in use but the slabs' pages and what was taken at boot.
-pub(crate) fn nothing_left(kernel: &TestKernel) {
+pub(crate) fn nothing_left<A: Arch>(kernel: &Kernel<A>) {
     let root = kernel.root();
     assert!(root.mms.get().is_null());
     for slab in &root.slabs[..SLABS] {
@@ -66,7 +72,7 @@ pub(crate) fn nothing_left(kernel: &TestKernel) {
     }
 }
 
-fn audit_mm(kernel: &TestKernel, pa: Pa<Mm>, found: &mut Found) {
+fn audit_mm<A: Arch>(kernel: &Kernel<A>, pa: Pa<Mm>, found: &mut Found) {
     let mm = kernel.obj(pa);
     assert!(mm.id.get() > 0 && mm.generation.get() % 2 == 1);
     assert_eq!(mm.mmap_lock.get(), 0);
@@ -99,11 +105,11 @@ fn audit_mm(kernel: &TestKernel, pa: Pa<Mm>, found: &mut Found) {
 }
 
 /// Checks the tree of VMAs; returns them in order.
-pub(crate) fn tree_of(kernel: &TestKernel, pa: Pa<Mm>) -> Vec<Pa<Vma>> {
+pub(crate) fn tree_of<A: Arch>(kernel: &Kernel<A>, pa: Pa<Mm>) -> Vec<Pa<Vma>> {
     audit_tree(kernel, pa, &mut Found::default())
 }
 
-fn audit_tree(kernel: &TestKernel, pa: Pa<Mm>, found: &mut Found) -> Vec<Pa<Vma>> {
+fn audit_tree<A: Arch>(kernel: &Kernel<A>, pa: Pa<Mm>, found: &mut Found) -> Vec<Pa<Vma>> {
     let mut vmas = Vec::new();
     let mut end_before = 0;
     if let Some(root) = kernel.obj(pa).vmas.get().some() {
@@ -121,8 +127,8 @@ fn audit_tree(kernel: &TestKernel, pa: Pa<Mm>, found: &mut Found) -> Vec<Pa<Vma>
     vmas
 }
 
-fn audit_node(
-    kernel: &TestKernel,
+fn audit_node<A: Arch>(
+    kernel: &Kernel<A>,
     node: Pa<VmaNode>,
     level: u32,
     is_root: bool,
@@ -160,8 +166,8 @@ fn audit_node(
     (object.slots[0].start.get(), gap)
 }
 
-fn audit_table(
-    kernel: &TestKernel,
+fn audit_table<A: Arch>(
+    kernel: &Kernel<A>,
     pa: Pa<Mm>,
     (table, level, base): (u64, u8, u64),
     tables: &mut u64,
@@ -208,7 +214,7 @@ fn audit_table(
     assert_eq!(folio.used.get(), used, "entries of table {table:#x}");
 }
 
-fn audit_leaf(kernel: &TestKernel, mm: &Mm, gva: u64, entry: Pte) {
+fn audit_leaf<A: Arch>(kernel: &Kernel<A>, mm: &Mm, gva: u64, entry: Pte) {
     let vma = kernel.vma_at(mm, gva).expect("an entry without a VMA");
     let vma = kernel.obj(vma);
     let (vma_flags, flags) = (vma.flags.get(), entry.flags());
@@ -231,7 +237,7 @@ fn audit_leaf(kernel: &TestKernel, mm: &Mm, gva: u64, entry: Pte) {
 
 /// Every folio is found by the walk exactly where the page tables map it; every count of an anon_vma
 /// is what the lists say.
-fn audit_rmap(kernel: &TestKernel, found: &mut Found) {
+fn audit_rmap<A: Arch>(kernel: &Kernel<A>, found: &mut Found) {
     for &vma in &found.vmas {
         let area = kernel.obj(Pa::<Vma>::new(vma));
         let mut chain = area.chains.get();
@@ -269,7 +275,7 @@ fn audit_rmap(kernel: &TestKernel, found: &mut Found) {
 }
 
 /// Checks the counts of one anon_vma; returns the length of its list.
-fn audit_anon_vma(kernel: &TestKernel, pa: Pa<AnonVma>, found: &Found) -> usize {
+fn audit_anon_vma<A: Arch>(kernel: &Kernel<A>, pa: Pa<AnonVma>, found: &Found) -> usize {
     let anon = kernel.obj(pa);
     assert_eq!((anon.generation.get() % 2, anon.lock.get()), (1, 0));
     let active = found
@@ -301,7 +307,7 @@ fn audit_anon_vma(kernel: &TestKernel, pa: Pa<AnonVma>, found: &Found) -> usize 
 }
 
 /// Memory is tiled by blocks, each is where its kind says, and the counts add up.
-fn audit_frames(kernel: &TestKernel, found: &Found) {
+fn audit_frames<A: Arch>(kernel: &Kernel<A>, found: &Found) {
     let root = kernel.root();
     let (first, nr) = (root.first_frame.get(), root.nr_frames.get());
     let mut listed = BTreeMap::new();
@@ -378,7 +384,7 @@ fn audit_frames(kernel: &TestKernel, found: &Found) {
     assert_eq!(count(FrameKind::Slab), slabs);
 }
 
-fn audit_slabs(kernel: &TestKernel, found: &Found) {
+fn audit_slabs<A: Arch>(kernel: &Kernel<A>, found: &Found) {
     let used = |id: SlabId| kernel.root().slabs[id as usize].used.get() as usize;
     assert_eq!(used(SlabId::Mm), found.mms.len());
     assert_eq!(used(SlabId::Vma), found.vmas.len());

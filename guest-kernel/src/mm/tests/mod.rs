@@ -6,6 +6,7 @@ mod frames;
 mod oom;
 mod random;
 mod semantics;
+mod tables;
 mod tree;
 
 use abi::objects::{Mm, Pa};
@@ -14,7 +15,7 @@ use abi::syscall::{map, prot};
 use crate::Kernel;
 use crate::arch::testing::TestArch;
 
-pub(crate) use audit::audit;
+pub(crate) use audit::{audit, audit_memory};
 
 const PAGE: u64 = abi::layout::PAGE_SIZE;
 const RW: u64 = prot::READ | prot::WRITE;
@@ -66,7 +67,7 @@ fn teardown(kernel: &TestKernel, mms: &[Pa<Mm>]) {
 }
 
 /// Cases of a property test: `PROPTEST_CASES` if it is set, else `default`.
-fn cases(default: u32) -> u32 {
+pub(crate) fn cases(default: u32) -> u32 {
     std::env::var("PROPTEST_CASES")
         .ok()
         .and_then(|cases| cases.parse().ok())

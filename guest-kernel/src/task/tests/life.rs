@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use abi::boot::{BootInfo, MAX_CMDLINE, MAX_SEGMENTS, Segment};
 use abi::channel::Doorbell;
-use abi::layout::CHANNEL_GPA;
+use abi::layout::{CHANNEL_GPA, USER_END};
 use abi::objects::{SlabId, TaskState};
 use abi::syscall::{Errno, clone, futex, map, nr, prot, signal, wait};
 use proptest::prelude::*;
@@ -16,13 +16,14 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::mm::Field;
 
-const THREAD: u64 = clone::VM | clone::FS | clone::FILES | clone::SIGHAND | clone::THREAD;
+pub(super) const THREAD: u64 =
+    clone::VM | clone::FS | clone::FILES | clone::SIGHAND | clone::THREAD;
 /// Where the programs have a mapping of a few pages.
-const WORDS: u64 = 0x1000_0000;
+pub(super) const WORDS: u64 = 0x1000_0000;
 const WAIT: u64 = futex::WAIT | futex::PRIVATE_FLAG;
 const WAKE: u64 = futex::WAKE | futex::PRIVATE_FLAG;
 
-fn program(body: impl Fn(&mut User<'_>) -> u64 + Send + Sync + 'static) -> Program {
+pub(super) fn program(body: impl Fn(&mut User<'_>) -> u64 + Send + Sync + 'static) -> Program {
     Box::new(body)
 }
 
@@ -38,7 +39,7 @@ fn machine(cpus: usize, programs: Vec<Program>) -> Outcome {
     outcome
 }
 
-fn boot_info(cpus: usize) -> BootInfo {
+pub(super) fn boot_info(cpus: usize) -> BootInfo {
     BootInfo {
         magic: abi::boot::MAGIC,
         layout_hash: abi::layout_hash(),
@@ -59,7 +60,7 @@ fn boot_info(cpus: usize) -> BootInfo {
     }
 }
 
-fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
+pub(super) fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
     let root = kernel.root();
     let tasks: Vec<_> = kernel.tasks().map(|task| kernel.obj(task)).collect();
     assert!(
@@ -89,14 +90,14 @@ fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
     }
 }
 
-fn map_words(user: &mut User<'_>) {
+pub(super) fn map_words(user: &mut User<'_>) {
     let flags = map::PRIVATE | map::ANONYMOUS | map::FIXED;
     let result = user.call(nr::MMAP, [WORDS, 0x4000, prot::READ | prot::WRITE, flags]);
     assert_eq!(result, Ok(WORDS));
 }
 
 /// Waits until the word at `gva` is zero: what CLONE_CHILD_CLEARTID tells.
-fn join(user: &mut User<'_>, gva: u64) {
+pub(super) fn join(user: &mut User<'_>, gva: u64) {
     loop {
         let value = user.load(gva);
         if value == 0 {
@@ -420,6 +421,61 @@ fn bad_pointers_are_refused_and_kill_nobody() {
         0
     };
     assert_eq!(machine(1, vec![program(body)]).status, 0);
+}
+
+#[test]
+fn the_kernel_reads_and_writes_for_a_program_what_the_program_may() {
+    let body = |user: &mut User<'_>| {
+        map_words(user);
+        let word = WORDS + 0x1000;
+        user.store(word, u32::from_le_bytes(*b"abc\n"));
+        let efault = Err(Errno::EFAULT);
+        // From the page before, which is readable throughout.
+        let across = [1, word - 2, 4, 0];
+        for (access, reads, writes) in [
+            (prot::NONE, efault, efault),
+            (prot::READ, Ok(4), efault),
+            (prot::EXEC, Ok(4), efault),
+            (prot::NONE, efault, efault),
+            (prot::READ | prot::WRITE, Ok(4), Ok(0)),
+        ] {
+            let protect = user.call(nr::MPROTECT, [word, 0x1000, access, 0]);
+            assert_eq!(protect, Ok(0));
+            assert_eq!(user.call(nr::WRITE, [1, word, 4, 0]), reads, "{access}");
+            assert_eq!(user.call(nr::WRITE, across), reads, "{access}");
+            let getcpu = user.call(nr::GETCPU, [word + 8, 0, 0, 0]);
+            assert_eq!(getcpu, writes, "{access}");
+        }
+        assert_eq!(user.load(word), u32::from_le_bytes(*b"abc\n"));
+        // A page that was never touched.
+        let fresh = WORDS + 0x2000;
+        assert_eq!(user.call(nr::GETCPU, [fresh, 0, 0, 0]), Ok(0));
+        // Up to the last byte of user space, and not one further, nor around the end.
+        for (gva, len) in [(0x7fff_ffff_f000, 1), (u64::MAX, 2), (USER_END - 4, 5)] {
+            assert_eq!(user.call(nr::WRITE, [1, gva, len, 0]), efault, "{gva:#x}");
+        }
+        0
+    };
+    let outcome = machine(1, vec![program(body)]);
+    assert_eq!(outcome.status, 0);
+    assert_eq!(outcome.console, "abc\n\0\0ab".repeat(3));
+}
+
+#[test]
+fn a_copy_that_writes_does_not_write_into_what_a_child_shares() {
+    let parent = |user: &mut User<'_>| {
+        map_words(user);
+        user.store(WORDS, 7);
+        user.clone(signal::SIGCHLD, 0, 1).expect("a child");
+        assert_eq!(user.call(nr::GETCPU, [WORDS, 0, 0, 0]), Ok(0));
+        let status = WORDS + 8;
+        assert!(user.call(nr::WAIT4, [u64::MAX, status, 0, 0]).is_ok());
+        assert_eq!((user.load(WORDS), user.load(status)), (0, 7 << 8));
+        0
+    };
+    let child = |user: &mut User<'_>| user.load(WORDS).into();
+    let outcome = machine(1, vec![program(parent), program(child)]);
+    assert_eq!(outcome.status, 0);
 }
 
 #[test]

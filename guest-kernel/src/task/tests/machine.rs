@@ -3,7 +3,8 @@
 //! one to the other. "Stack pointers" are numbers of contexts. A program is a closure; the
 //! instruction pointer is its number, so that a clone can start another one.
 //!
-//! There is no TLB: user accesses walk the page tables. IPIs are taken where the kernel allows it,
+//! There is no TLB: accesses walk the page tables, those of the kernel to user memory without a look at
+//! U, as at CPL 0 without SMAP. IPIs are taken where the kernel allows it,
 //! and before each user access and system call.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -200,12 +201,13 @@ impl Machine {
         }
     }
 
-    /// Where user address `gva` is, for an access; or the error code of the page fault.
-    fn translate(&self, gva: u64, write: bool) -> Result<*mut u8, u64> {
-        let wanted = match write {
-            true => PteFlags::PRESENT | PteFlags::USER | PteFlags::WRITE,
-            false => PteFlags::PRESENT | PteFlags::USER,
-        };
+    /// Where user address `gva` is, for an access of the kernel (`privilege` empty) or of a program
+    /// ([`PteFlags::USER`]); or the error code of the page fault.
+    fn translate(&self, gva: u64, write: bool, privilege: PteFlags) -> Result<*mut u8, u64> {
+        let mut wanted = PteFlags::PRESENT | privilege;
+        if write {
+            wanted |= PteFlags::WRITE;
+        }
         let write_bit = if write { fault::WRITE } else { 0 };
         let mut table = self.current_root();
         for level in (1..=4u8).rev() {
@@ -235,7 +237,7 @@ impl Machine {
         for i in 0..len {
             let gva = gva + i as u64;
             let place = loop {
-                match self.translate(gva, write) {
+                match self.translate(gva, write, PteFlags::empty()) {
                     Ok(place) => break place,
                     Err(error) => {
                         let kernel = kernel.as_ref().ok_or(UserFault { gva })?;
@@ -441,17 +443,28 @@ impl User<'_> {
 
     /// The word at `gva`, which is a multiple of 4.
     pub(crate) fn load(&mut self, gva: u64) -> u32 {
-        self.word(gva, false).load(SeqCst)
+        self.try_load(gva).expect("no fixup is set")
     }
 
     /// Writes the word at `gva`.
     pub(crate) fn store(&mut self, gva: u64, value: u32) {
-        self.word(gva, true).store(value, SeqCst);
+        self.try_store(gva, value).expect("no fixup is set");
+    }
+
+    /// The word at `gva`; `None` where its fault led to the program's fixup.
+    pub(crate) fn try_load(&mut self, gva: u64) -> Option<u32> {
+        self.word(gva, false).map(|word| word.load(SeqCst))
+    }
+
+    /// Writes the word at `gva`; `None` where its fault led to the program's fixup.
+    pub(crate) fn try_store(&mut self, gva: u64, value: u32) -> Option<()> {
+        self.word(gva, true).map(|word| word.store(value, SeqCst))
     }
 
     /// Adds to the word at `gva`; returns what it was.
     pub(crate) fn add(&mut self, gva: u64, value: u32) -> u32 {
-        self.word(gva, true).fetch_add(value, SeqCst)
+        let word = self.word(gva, true).expect("no fixup is set");
+        word.fetch_add(value, SeqCst)
     }
 
     /// Takes an exception.
@@ -475,18 +488,23 @@ impl User<'_> {
         self.kernel.return_to_user(&mut self.frame);
     }
 
-    fn word(&mut self, gva: u64, write: bool) -> &AtomicU32 {
+    fn word(&mut self, gva: u64, write: bool) -> Option<&AtomicU32> {
         assert_eq!(gva % 4, 0);
         self.take_ipis();
+        let rip = self.frame.rip;
         loop {
-            match self.kernel.arch.translate(gva, write) {
+            match self.kernel.arch.translate(gva, write, PteFlags::USER) {
                 // SAFETY: an aligned word of guest memory, only touched atomically.
-                Ok(place) => return unsafe { &*place.cast::<AtomicU32>() },
+                Ok(place) => return Some(unsafe { &*place.cast::<AtomicU32>() }),
                 Err(error) => {
                     self.kernel
                         .page_fault(&mut self.frame, gva, error | fault::USER);
                     self.kernel.return_to_user(&mut self.frame);
                 }
+            }
+            if self.frame.rip != rip {
+                self.frame.rip = rip;
+                return None;
             }
         }
     }

@@ -4,3 +4,4 @@
 mod bookkeeping;
 mod life;
 mod machine;
+mod storm;

@@ -1,4 +1,4 @@
-//! Arguments of programs: `key=value`, numbers, each with a default and a range.
+//! Arguments of programs: `key=value`, numbers or one of a few words, each with a default.
 
 use core::fmt;
 use core::ops::RangeInclusive;
@@ -6,13 +6,15 @@ use core::ops::RangeInclusive;
 use crate::programs::{PROGRAMS, Program};
 
 /// One argument of a program.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arg {
     /// The key.
     pub name: &'static str,
-    /// The value where none is given. Where it is `auto`, `auto` may be given too.
+    /// The value where none is given. Where it is `auto`, `auto` may be given too. Where it is words,
+    /// `first|second|third`, one of them must be given, which stands for its index; the first is the
+    /// default.
     pub default: &'static str,
-    /// Numbers that are accepted.
+    /// Numbers that are accepted, or the indices of the words.
     pub range: RangeInclusive<u64>,
     /// What it chooses.
     pub help: &'static str,
@@ -23,13 +25,55 @@ impl Arg {
         self.default == "auto"
     }
 
+    fn takes_words(&self) -> bool {
+        self.default.contains('|')
+    }
+
     /// `Some(None)` is `auto`.
     fn parse(&self, text: &str) -> Option<Option<u64>> {
         if self.takes_auto() && text == "auto" {
             return Some(None);
         }
-        let number = text.parse().ok()?;
+        let number = if self.takes_words() {
+            self.default.split('|').position(|word| word == text)? as u64
+        } else {
+            text.parse().ok()?
+        };
         self.range.contains(&number).then_some(Some(number))
+    }
+
+    /// The value where none is given, as it would be given.
+    #[must_use]
+    pub fn default_text(&self) -> &'static str {
+        self.default
+            .split_once('|')
+            .map_or(self.default, |(first, _)| first)
+    }
+
+    /// What is accepted, in a few words.
+    #[must_use]
+    pub fn form(&self) -> impl fmt::Display + use<> {
+        Form {
+            words: self.takes_words().then_some(self.default),
+            auto: self.takes_auto(),
+            range: self.range.clone(),
+        }
+    }
+}
+
+struct Form {
+    words: Option<&'static str>,
+    auto: bool,
+    range: RangeInclusive<u64>,
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(words) = self.words {
+            return f.write_str(words);
+        }
+        let auto = if self.auto { "auto or " } else { "" };
+        write!(f, "{auto}{} to {}", self.range.start(), self.range.end())
     }
 }
 
@@ -47,16 +91,14 @@ pub enum UsageError<'a> {
         /// What was given.
         name: &'a str,
     },
-    /// The value is no number, or outside the argument's range.
+    /// The value is none that the argument takes.
     BadValue {
         /// The program.
         program: &'static str,
         /// The argument.
-        name: &'static str,
+        arg: &'static Arg,
         /// What was given.
         value: &'a str,
-        /// What is accepted.
-        range: RangeInclusive<u64>,
     },
     /// The program needs a data blob that it can read, and there is none, or it is malformed.
     BadData {
@@ -94,15 +136,9 @@ impl fmt::Display for UsageError<'_> {
             }
             Self::BadValue {
                 program,
-                name,
+                arg,
                 value,
-                range,
-            } => write!(
-                f,
-                "{program}: {name}=`{value}` is not a number from {} to {}",
-                range.start(),
-                range.end()
-            ),
+            } => write!(f, "{program}: {}=`{value}` is not {}", arg.name, arg.form()),
             Self::BadData { program, reason } => write!(f, "{program}: the data blob {reason}"),
         }
     }
@@ -137,11 +173,10 @@ impl<'a> Args<'a> {
                 program: program.name,
                 name,
             })?;
-            arg.parse(value).ok_or_else(|| UsageError::BadValue {
+            arg.parse(value).ok_or(UsageError::BadValue {
                 program: program.name,
-                name: arg.name,
+                arg,
                 value,
-                range: arg.range.clone(),
             })?;
         }
         Ok(Self { program, words })
@@ -161,7 +196,7 @@ impl<'a> Args<'a> {
                 .and_then(|(_, value)| arg.parse(value))
         });
         given
-            .or_else(|| arg.parse(arg.default))
+            .or_else(|| arg.parse(arg.default_text()))
             .expect("defaults parse")
     }
 
@@ -184,7 +219,7 @@ mod tests {
         for program in PROGRAMS {
             for (i, arg) in program.args.iter().enumerate() {
                 assert!(
-                    arg.parse(arg.default).is_some(),
+                    arg.parse(arg.default_text()).is_some(),
                     "{} {}",
                     program.name,
                     arg.name
@@ -199,12 +234,25 @@ mod tests {
         let program = crate::find("unmap-race").unwrap();
         let args = Args::parse(program, "pages=4\0pages=5\0").unwrap();
         assert_eq!(args.number("pages"), 5);
-        assert_eq!(args.number("rounds"), 200);
+        assert_eq!(args.number("rounds"), 50);
         assert_eq!(args.auto("readers"), None);
         assert_eq!(
             Args::parse(program, "readers=3").unwrap().auto("readers"),
             Some(3)
         );
+    }
+
+    #[test]
+    fn a_word_stands_for_its_place_and_nothing_else_is_accepted() {
+        let program = crate::find("crash").unwrap();
+        let how = |words| Args::parse(program, words).map(|args| args.number("how"));
+        assert_eq!(how(""), Ok(0));
+        assert_eq!(how("how=panic"), Ok(0));
+        assert_eq!(how("how=hang"), Ok(2));
+        for bad in ["how=1", "how=pan", "how=panic|wild", "how="] {
+            let text = how(bad).unwrap_err().to_string();
+            assert!(text.ends_with("is not panic|wild|hang|user-spin"), "{text}");
+        }
     }
 
     #[test]
@@ -219,17 +267,14 @@ mod tests {
             text("page=1"),
             "unmap-race has no argument `page`; it takes pages, rounds, readers, linger"
         );
-        assert_eq!(
-            text("pages=0"),
-            "unmap-race: pages=`0` is not a number from 1 to 1024"
-        );
+        assert_eq!(text("pages=0"), "unmap-race: pages=`0` is not 1 to 1024");
         assert_eq!(
             text("pages=auto"),
-            "unmap-race: pages=`auto` is not a number from 1 to 1024"
+            "unmap-race: pages=`auto` is not 1 to 1024"
         );
         assert_eq!(
             UsageError::UnknownProgram("x").to_string(),
-            "unknown program `x`; there are smoke, unmap-race, cow-fork, mprotect-race, replay"
+            "unknown program `x`; there are smoke, unmap-race, cow-fork, mprotect-race, replay, crash, exit"
         );
     }
 }

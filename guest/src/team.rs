@@ -102,23 +102,57 @@ pub(crate) fn natural_members<S: Sys>(sys: &S) -> usize {
     (sys.nr_cpus() - 1).clamp(1, MAX_MEMBERS)
 }
 
-/// Turns of [`wait_until`] that nobody needs unless a CPU is taken away.
-pub(crate) const PATIENCE: u32 = 100_000;
+/// How often who waits lets others have the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// Threads share CPUs: at every turn.
+    Crowded,
+    /// Each thread has its own: hardly ever. A system call costs as much as thousands of turns, far
+    /// more on a host that emulates CPL 0, and holds up those who work in the kernel.
+    Roomy,
+}
 
-/// Spins until `done`, at most `turns` turns; yields now and then, for those who share the CPU.
-/// Returns whether it was done.
-pub(crate) fn wait_until<S: Sys>(sys: &S, turns: u32, done: impl Fn() -> bool) -> bool {
-    for turn in 1..=turns {
-        if done() {
-            return true;
+impl Pace {
+    /// The pace of a leader with `members` pinned threads.
+    pub(crate) fn of<S: Sys>(sys: &S, members: usize) -> Self {
+        if members + 1 > sys.nr_cpus() {
+            Self::Crowded
+        } else {
+            Self::Roomy
         }
-        if turn % 64 == 0 {
+    }
+
+    /// Passes over a region, or turns of a spin loop, between yields.
+    fn interval(self) -> u64 {
+        match self {
+            Self::Crowded => 1,
+            Self::Roomy => 1 << 14,
+        }
+    }
+
+    /// Yields when it is time to, after pass or turn `count`.
+    pub(crate) fn pass<S: Sys>(self, sys: &S, count: u64) {
+        if count.is_multiple_of(self.interval()) {
             sys.yield_now();
         } else {
             sys.relax();
         }
     }
-    done()
+}
+
+/// Yields in [`wait_until`] that nobody needs unless a CPU is taken away.
+pub(crate) const PATIENCE: u64 = 1000;
+/// Yields for which a thread leaves memory alone after it faulted.
+pub(crate) const BACK_OFF: u64 = 4;
+
+/// Spins until `done`, for at most `yields` yields.
+pub(crate) fn wait_until<S: Sys>(sys: &S, pace: Pace, yields: u64, done: impl Fn() -> bool) {
+    for turn in 1..=yields * pace.interval() {
+        if done() {
+            return;
+        }
+        pace.pass(sys, turn);
+    }
 }
 
 /// Counts the reports of a program; after a few more of the same would tell nothing.

@@ -82,6 +82,8 @@ impl<A: Arch> Kernel<A> {
             nr::TESTBED_REPORT => self.testbed_report(a0, a1, a2, a3),
             nr::TESTBED_FAULT_FIXUP => self.testbed_fault_fixup(a0, a1, a2),
             nr::TESTBED_NR_CPUS => Ok(self.arch.nr_cpus() as u64),
+            #[cfg(feature = "testbed")]
+            nr::TESTBED_CRASH => self.testbed_crash(a0),
             _ => Err(Errno::ENOSYS),
         }
     }

@@ -3,6 +3,8 @@
 use abi::channel::{Doorbell, ReportKind};
 use abi::layout::USER_END;
 use abi::syscall::Errno;
+#[cfg(feature = "testbed")]
+use abi::syscall::crash;
 
 use crate::Kernel;
 use crate::arch::Arch;
@@ -45,5 +47,31 @@ impl<A: Arch> Kernel<A> {
             word.set(value);
         }
         Ok(0)
+    }
+
+    /// `crash(how)`: out of line, so that a backtrace names who asked for it.
+    #[cfg(feature = "testbed")]
+    #[inline(never)]
+    pub(super) fn testbed_crash(&self, how: u64) -> Result<u64, Errno> {
+        match how {
+            crash::PANIC => panic!("task {} asked for a panic", self.current().id.get()),
+            crash::WILD => Ok(wild_load()),
+            crash::HANG => hang(),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+}
+
+#[cfg(feature = "testbed")]
+fn wild_load() -> u64 {
+    // SAFETY: none, on purpose: no kernel maps this address, so the load faults and the kernel ends.
+    unsafe { (crash::WILD_GVA as *const u64).read_volatile() }
+}
+
+/// Interrupts are off at CPL 0 but in `Arch::relax`, which this is not: nothing gets in.
+#[cfg(feature = "testbed")]
+fn hang() -> ! {
+    loop {
+        core::hint::spin_loop();
     }
 }

@@ -29,7 +29,7 @@ use crate::args::{Arg, Args};
 use crate::sys::{ANONYMOUS, Sys, print_line};
 use crate::tag::{MAX_PAGES, Region, Tag, address};
 use crate::team::{
-    Findings, MAX_MEMBERS, PATIENCE, cpu_of_member, must, natural_members, team, wait_until,
+    Findings, MAX_MEMBERS, PATIENCE, Pace, cpu_of_member, must, natural_members, team, wait_until,
 };
 
 pub(super) const PROGRAM: Program = Program {
@@ -44,7 +44,7 @@ pub(super) const PROGRAM: Program = Program {
         },
         Arg {
             name: "rounds",
-            default: "50",
+            default: "20",
             range: 1..=1_000_000,
             help: "forks",
         },
@@ -67,6 +67,7 @@ pub(super) const PROGRAM: Program = Program {
 struct Shared {
     pages: u64,
     writers: usize,
+    pace: Pace,
     looks: u64,
     /// Passes over the region that each writer has made.
     passes: [AtomicU64; MAX_MEMBERS],
@@ -81,6 +82,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let shared = Shared {
         pages: args.number("pages"),
         writers,
+        pace: Pace::of(sys, writers),
         looks: args.number("looks"),
         passes: Default::default(),
         stop: AtomicBool::new(false),
@@ -139,7 +141,6 @@ fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         0,
         sys.set_affinity(cpu_of_member(sys, index)).map(|()| 0),
     );
-    let crowded = shared.writers + 1 > sys.nr_cpus();
     let slot = 1 + index as u64;
     let mut pass = 0;
     while !shared.stop.load(Ordering::Acquire) && !findings.enough() {
@@ -156,9 +157,7 @@ fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         }
         pass += 1;
         shared.passes[index].store(pass, Ordering::Release);
-        if crowded || pass.is_multiple_of(1 << 12) {
-            sys.yield_now();
-        }
+        shared.pace.pass(sys, pass);
     }
 }
 
@@ -195,7 +194,7 @@ fn forker<S: Sys>(sys: &S, shared: &Shared, rounds: u64) {
 fn wait_for_a_pass<S: Sys>(sys: &S, shared: &Shared) {
     for passes in &shared.passes[..shared.writers] {
         let start = passes.load(Ordering::Acquire);
-        wait_until(sys, PATIENCE, || {
+        wait_until(sys, shared.pace, PATIENCE, || {
             passes.load(Ordering::Acquire) >= start + 2
         });
     }

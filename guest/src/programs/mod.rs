@@ -1,6 +1,8 @@
 //! The programs: one file each, which says what it checks and how a kernel's bug shows.
 
 mod cow_fork;
+mod crash;
+mod exit;
 mod mprotect_race;
 mod replay;
 mod smoke;
@@ -42,6 +44,8 @@ pub const PROGRAMS: &[Program] = &[
     cow_fork::PROGRAM,
     mprotect_race::PROGRAM,
     replay::PROGRAM,
+    crash::PROGRAM,
+    exit::PROGRAM,
 ];
 
 /// The program called `name`.
@@ -72,6 +76,8 @@ pub fn run<'a, S: Sys>(
             program: program.name,
             reason,
         }),
+        "crash" => Ok(crash::run(sys, &args)),
+        "exit" => Ok(exit::STATUS),
         _ => Err(UsageError::UnknownProgram(name)),
     }
 }

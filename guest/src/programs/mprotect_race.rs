@@ -31,7 +31,8 @@ use crate::args::{Arg, Args};
 use crate::sys::{ANONYMOUS, Sys, print_line};
 use crate::tag::{MAX_PAGES, Region, Tag, address};
 use crate::team::{
-    Findings, MAX_MEMBERS, PATIENCE, cpu_of_member, must, natural_members, team, wait_until,
+    BACK_OFF, Findings, MAX_MEMBERS, PATIENCE, Pace, cpu_of_member, must, natural_members, team,
+    wait_until,
 };
 
 pub(super) const PROGRAM: Program = Program {
@@ -46,7 +47,7 @@ pub(super) const PROGRAM: Program = Program {
         },
         Arg {
             name: "rounds",
-            default: "200",
+            default: "100",
             range: 1..=1_000_000,
             help: "read-only phases",
         },
@@ -76,6 +77,7 @@ const READ_ONLY: u64 = 2;
 struct Shared {
     pages: u64,
     writers: usize,
+    pace: Pace,
     phase: AtomicU64,
     /// Phase in which writer `i` began its last whole pass.
     seen: [AtomicU64; MAX_MEMBERS],
@@ -90,6 +92,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let shared = Shared {
         pages: args.number("pages"),
         writers,
+        pace: Pace::of(sys, writers),
         phase: AtomicU64::new(WRITABLE),
         seen: Default::default(),
         stop: AtomicBool::new(false),
@@ -159,7 +162,7 @@ fn owner<S: Sys>(sys: &S, shared: &Shared, rounds: u64, looks: u64) {
 /// Lets every writer try its luck in this phase, if it gets to run at all.
 fn wait_for_writers<S: Sys>(sys: &S, shared: &Shared) {
     let phase = shared.phase.load(Ordering::Relaxed);
-    wait_until(sys, PATIENCE, || {
+    wait_until(sys, shared.pace, PATIENCE, || {
         shared.seen[..shared.writers]
             .iter()
             .all(|seen| seen.load(Ordering::Acquire) == phase)
@@ -205,7 +208,6 @@ fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         0,
         sys.set_affinity(cpu_of_member(sys, index)).map(|()| 0),
     );
-    let crowded = shared.writers + 1 > sys.nr_cpus();
     let slot = 1 + index as u64;
     let mut last = [0; PAGES];
     let mut sequence = 0u64;
@@ -223,12 +225,12 @@ fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         }
         sequence += 1;
         shared.seen[index].store(phase, Ordering::Release);
-        if crowded || sequence.is_multiple_of(1 << 12) {
-            sys.yield_now();
-        }
+        shared.pace.pass(sys, sequence);
         if faulted {
             // Every further write of this phase would fault too and hold up the owner.
-            wait_until(sys, 256, || shared.phase.load(Ordering::Acquire) != phase);
+            wait_until(sys, shared.pace, BACK_OFF, || {
+                shared.phase.load(Ordering::Acquire) != phase
+            });
         }
     }
 }

@@ -44,7 +44,8 @@ use crate::args::{Arg, Args};
 use crate::sys::{ANONYMOUS, Sys, print_line};
 use crate::tag::{MAX_PAGES, Region, Tag, address};
 use crate::team::{
-    Findings, MAX_MEMBERS, PATIENCE, cpu_of_member, must, natural_members, team, wait_until,
+    BACK_OFF, Findings, MAX_MEMBERS, PATIENCE, Pace, cpu_of_member, must, natural_members, team,
+    wait_until,
 };
 
 pub(super) const PROGRAM: Program = Program {
@@ -59,7 +60,7 @@ pub(super) const PROGRAM: Program = Program {
         },
         Arg {
             name: "rounds",
-            default: "200",
+            default: "50",
             range: 1..=1_000_000,
             help: "times it is unmapped",
         },
@@ -85,6 +86,7 @@ const PAGES: usize = MAX_PAGES as usize / 2;
 struct Shared {
     pages: u64,
     readers: usize,
+    pace: Pace,
     /// The module's comment says what it means. Starts even: nothing is mapped yet.
     era: AtomicU64,
     /// Era in which reader `i` began its last whole pass over the range.
@@ -100,6 +102,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let shared = Shared {
         pages: args.number("pages"),
         readers,
+        pace: Pace::of(sys, readers),
         era: AtomicU64::new(0),
         seen: Default::default(),
         stop: AtomicBool::new(false),
@@ -145,7 +148,7 @@ fn owner<S: Sys>(sys: &S, shared: &Shared, rounds: u64, linger: u64) {
         }
         // Without this the munmap could come before any reader has a translation. Not needed for
         // correctness, so bounded.
-        wait_until(sys, PATIENCE, || {
+        wait_until(sys, shared.pace, PATIENCE, || {
             shared.seen[..shared.readers]
                 .iter()
                 .all(|seen| seen.load(Ordering::Acquire) == mapped)
@@ -224,9 +227,6 @@ fn reuse<S: Sys>(sys: &S, shared: &Shared, generation: u64, linger: u64) {
     must(sys, findings, base, 0, sys.munmap(base, pages * PAGE_SIZE));
 }
 
-/// Passes over the range between yields of a reader that has its CPU for itself.
-const PASSES_PER_YIELD: u64 = 1 << 12;
-
 fn reader<S: Sys>(sys: &S, shared: &Shared, index: usize) {
     must(
         sys,
@@ -235,7 +235,6 @@ fn reader<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         0,
         sys.set_affinity(cpu_of_member(sys, index)).map(|()| 0),
     );
-    let crowded = shared.readers + 1 > sys.nr_cpus();
     let mut own = OwnSlot {
         slot: 1 + index as u64,
         sequence: 0,
@@ -251,12 +250,12 @@ fn reader<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         }
         shared.seen[index].store(era, Ordering::Release);
         passes += 1;
-        if crowded || passes.is_multiple_of(PASSES_PER_YIELD) {
-            sys.yield_now();
-        }
+        shared.pace.pass(sys, passes);
         if faulted {
             // Every further access would fault too and only hold up the owner in the kernel.
-            wait_until(sys, 256, || shared.era.load(Ordering::Acquire) != era);
+            wait_until(sys, shared.pace, BACK_OFF, || {
+                shared.era.load(Ordering::Acquire) != era
+            });
         }
     }
 }

@@ -1,7 +1,5 @@
 //! What the checks look at: the snapshot, and what follows from it, computed once.
 
-use std::collections::HashSet;
-
 use abi::layout::PAGE_SHIFT;
 use abi::objects::FrameKind;
 
@@ -38,7 +36,6 @@ pub struct Context<'a> {
     pub spaces: Vec<Space<'a>>,
     /// By frame: present user PTEs that map it, over all mms.
     mapped: Vec<u32>,
-    unsettled: Unsettled,
 }
 
 /// One mm and what its tables say.
@@ -75,20 +72,6 @@ impl<'a> Space<'a> {
     }
 }
 
-/// Folios whose counts an operation in flight may be changing.
-#[derive(Default)]
-struct Unsettled {
-    /// The reason, where anything is in flight.
-    reason: Option<Busy>,
-    /// Some mm's VMAs are being changed: those that an unmap has taken out of the tree already lead
-    /// nowhere any more, so any folio may be theirs.
-    all: bool,
-    /// Frames that a busy mm maps.
-    frames: HashSet<u64>,
-    /// anon_vmas that a busy mm's VMA is on.
-    anon_vmas: HashSet<u64>,
-}
-
 impl<'a> Context<'a> {
     /// Reads all page tables and works out what is in flight.
     pub fn new(
@@ -100,12 +83,11 @@ impl<'a> Context<'a> {
         let in_flight = InFlight::read(snapshot, vcpus);
         let spaces: Vec<_> = snapshot.mms.iter().map(|mm| Space::read(mem, mm)).collect();
         let mut mapped = vec![0; snapshot.folios.len()];
-        for leaf in spaces.iter().flat_map(|space| &space.user.leaves) {
+        for leaf in spaces.iter().flat_map(|space| space.user.leaves.iter()) {
             for frame in frames_of(leaf, mapped.len()) {
                 mapped[frame] += 1;
             }
         }
-        let unsettled = Unsettled::new(&in_flight, &spaces);
         Self {
             mem,
             snapshot,
@@ -115,7 +97,6 @@ impl<'a> Context<'a> {
             kernel: AddressSpace::read(mem, snapshot.root.pgd, KERNEL_HALF),
             spaces,
             mapped,
-            unsettled,
         }
     }
 
@@ -128,6 +109,8 @@ impl<'a> Context<'a> {
             Applies::QuiescentKernel | Applies::AfterExit => {
                 self.in_flight.kernel().map(ToString::to_string)
             }
+            Applies::AllAtPoints => self.in_flight.any_between_points().map(ToString::to_string),
+            Applies::OutsideKernel => self.in_flight.any_vcpu().map(ToString::to_string),
             _ => None,
         }
     }
@@ -146,78 +129,42 @@ impl<'a> Context<'a> {
         let entries = self.spaces.iter().flat_map(|space| {
             let leaves = space.user.leaves.iter();
             leaves
-                .filter(|leaf| frame_range(leaf).contains(&frame))
+                .filter(|&leaf| frame_range(leaf).contains(&frame))
                 .map(|leaf| mapping(space.mm, leaf))
         });
         entries.take(8).collect()
     }
 
     /// The folio that a leaf maps, where it maps memory.
-    pub(super) fn folio_of(&self, leaf: &Leaf) -> Option<&'a FolioView> {
+    pub(super) fn folio_of(&self, leaf: Leaf) -> Option<&'a FolioView> {
         self.snapshot.folio(leaf.target())
     }
 
-    /// The mms on which nothing is in flight; the others are counted as skipped.
-    pub(super) fn quiet_spaces<'s>(&'s self, findings: &mut Findings) -> Vec<&'s Space<'a>> {
-        let spaces = self.spaces.iter();
-        spaces
-            .filter(|space| settled(self.in_flight.mm(space.mm.gpa), findings))
-            .collect()
-    }
-
-    /// The mms whose VMAs nobody is changing; the others are counted as skipped.
-    pub(super) fn unwritten_spaces<'s>(&'s self, findings: &mut Findings) -> Vec<&'s Space<'a>> {
-        let spaces = self.spaces.iter();
-        spaces
-            .filter(|space| settled(self.in_flight.vmas(space.mm.gpa), findings))
-            .collect()
-    }
-
-    /// The anonymous folios that no operation in flight can be changing; the others are counted as
-    /// skipped.
-    pub(super) fn settled_folios<'s>(
+    /// The mms for which `busy` names nothing in flight; the others are counted as skipped.
+    pub(super) fn spaces_without<'s>(
         &'s self,
+        busy: impl Fn(&'s InFlight, u64) -> Option<&'s Busy>,
         findings: &mut Findings,
-    ) -> impl Iterator<Item = &'a FolioView> + use<'a, 's> {
-        let all = self.snapshot.folios.iter();
-        let anon = || all.clone().filter(|folio| folio.is(FrameKind::Anon));
-        for busy in anon().filter_map(|folio| self.unsettled(folio)) {
-            findings.skip(busy);
+    ) -> Vec<&'s Space<'a>> {
+        let mut quiet = Vec::with_capacity(self.spaces.len());
+        for space in &self.spaces {
+            match busy(&self.in_flight, space.mm.gpa) {
+                Some(busy) => findings.skip(busy),
+                None => quiet.push(space),
+            }
         }
-        let (settled, all) = (
-            |folio: &&FolioView| self.unsettled(folio).is_none(),
-            all.clone(),
-        );
-        all.filter(|folio| folio.is(FrameKind::Anon))
-            .filter(settled)
+        quiet
     }
 
-    /// Why the counts of `folio` may be off.
-    pub(super) fn unsettled(&self, folio: &FolioView) -> Option<&Busy> {
-        let Unsettled {
-            reason,
-            all,
-            frames,
-            anon_vmas,
-        } = &self.unsettled;
-        let reason = reason.as_ref()?;
-        // A folio that nothing maps and whose anon_vma is unknown may be anybody's.
-        let stray =
-            self.mappings(folio.frame) == 0 && !self.snapshot.anon_vmas.contains_key(&folio.owner);
-        let touched = frames.contains(&folio.frame) || anon_vmas.contains(&folio.owner);
-        (*all || stray || touched).then_some(reason)
+    /// The anonymous folios.
+    pub(super) fn anonymous_folios(&self) -> impl Iterator<Item = &'a FolioView> + use<'a> {
+        let folios = self.snapshot.folios.iter();
+        folios.filter(|folio| folio.is(FrameKind::Anon))
     }
-}
-
-fn settled(busy: Option<&Busy>, findings: &mut Findings) -> bool {
-    if let Some(busy) = busy {
-        findings.skip(busy);
-    }
-    busy.is_none()
 }
 
 /// One entry for a person.
-fn mapping(mm: &MmView, leaf: &Leaf) -> String {
+fn mapping(mm: &MmView, leaf: Leaf) -> String {
     format!(
         "mapped by mm {} at GVA {:#x}: entry {:#018x} at {:#x}",
         mm.id,
@@ -227,41 +174,14 @@ fn mapping(mm: &MmView, leaf: &Leaf) -> String {
     )
 }
 
-fn frame_range(leaf: &Leaf) -> std::ops::Range<u64> {
+fn frame_range(leaf: Leaf) -> std::ops::Range<u64> {
     let first = leaf.target() >> PAGE_SHIFT;
     first..first + (leaf.bytes() >> PAGE_SHIFT)
 }
 
 /// The frames below `limit` that `leaf` maps.
-fn frames_of(leaf: &Leaf, limit: usize) -> std::ops::Range<usize> {
+fn frames_of(leaf: Leaf, limit: usize) -> std::ops::Range<usize> {
     let range = frame_range(leaf);
     let clip = |frame: u64| frame.min(limit as u64) as usize;
     clip(range.start)..clip(range.end)
-}
-
-impl Unsettled {
-    fn new(in_flight: &InFlight, spaces: &[Space<'_>]) -> Self {
-        let mut unsettled = Self::default();
-        for space in spaces {
-            let Some(busy) = in_flight.mm(space.mm.gpa) else {
-                continue;
-            };
-            if let Some(busy) = in_flight.vmas(space.mm.gpa) {
-                unsettled.reason = Some(busy.clone());
-                unsettled.all = true;
-                return unsettled;
-            }
-            unsettled.reason.get_or_insert_with(|| busy.clone());
-            for leaf in &space.user.leaves {
-                unsettled.frames.extend(frame_range(leaf).take(512));
-            }
-            for vma in &space.mm.vmas {
-                unsettled.anon_vmas.insert(vma.anon_vma);
-                let chains = vma.chains.iter().map(|chain| chain.anon_vma);
-                unsettled.anon_vmas.extend(chains);
-            }
-        }
-        unsettled.reason = unsettled.reason.or_else(|| in_flight.kernel().cloned());
-        unsettled
-    }
 }

@@ -1,16 +1,18 @@
 //! Which operations are in flight, so that no check cries wolf over a count that is rightly off.
 //!
 //! The evidence: where each vCPU stands, and the lock words. The kernel is not preemptible and its
-//! locks spin, so a task that is not on a CPU holds none of them; and outside the kernel (CPL 3), at
-//! the points that enclose a system call or fault, and while idle, nothing is half done.
+//! locks spin, so a task that is not on a CPU holds none of them; outside the kernel (CPL 3), at the
+//! points that enclose a system call or fault, and while idle, nothing is half done. What a lock
+//! protects is whole while its word is free, wherever the vCPUs stand: so most invariants ask for one
+//! lock and no more.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
 
 use abi::objects::FrameKind;
 use abi::point::Point;
 
-use crate::inspect::{MmView, Snapshot, Stop, VcpuFacts};
+use crate::inspect::{AnonVmaView, FolioView, MmView, Snapshot, Stop, VcpuFacts};
 
 /// Why something may not be judged now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,144 +35,172 @@ impl Busy {
 pub struct InFlight {
     /// Per CPU of the kernel: why it may be in the middle of something.
     vcpus: Vec<Option<Busy>>,
-    /// By GPA of the mm: why its tables and counts may be off.
-    mms: BTreeMap<u64, Busy>,
+    /// Per CPU of the kernel: why it may be between two scheduling points.
+    between: Vec<Option<Busy>>,
     /// By GPA of the mm: why its VMAs may be off.
     vmas: BTreeMap<u64, Busy>,
-    /// Why anything may be off.
-    kernel: Option<Busy>,
+    /// By GPA of the mm: which page-table lock of it is held.
+    tables: BTreeMap<u64, Busy>,
+    /// By GPA of the mm: why tables of it may be linked nowhere.
+    unlinked: BTreeMap<u64, Busy>,
+    /// By GPA of the mm: why it may be on its way in or out.
+    homeless: BTreeMap<u64, Busy>,
+    /// Lock words of page tables that are held, one for each holder.
+    holders: BTreeSet<u64>,
+    /// Every lock that is held, and every shootdown that waits.
+    held: Vec<Busy>,
 }
 
 impl InFlight {
     /// Reads the evidence.
     #[must_use]
     pub fn read(snapshot: &Snapshot, vcpus: &[VcpuFacts]) -> Self {
+        let facts = |cpu| vcpus.iter().find(|facts| facts.index == cpu);
+        let cpus = 0..snapshot.cpus.len();
         let mut in_flight = Self {
-            vcpus: (0..snapshot.cpus.len())
-                .map(|cpu| vcpu_busy(snapshot, vcpus.iter().find(|facts| facts.index == cpu), cpu))
+            between: cpus
+                .clone()
+                .map(|cpu| between_points(facts(cpu), cpu))
+                .collect(),
+            vcpus: cpus
+                .map(|cpu| vcpu_busy(snapshot, facts(cpu), cpu))
                 .collect(),
             ..Self::default()
         };
-        in_flight.read_mms(snapshot);
-        in_flight.kernel = in_flight.kernel_busy(snapshot);
+        in_flight.read_tables(snapshot);
+        for mm in &snapshot.mms {
+            in_flight.read_mm(snapshot, mm);
+        }
+        in_flight.read_kernel(snapshot);
         in_flight
     }
 
-    /// Why the CPU may be in the middle of something.
+    /// Why the CPU may be between two scheduling points.
     #[must_use]
-    pub fn vcpu(&self, index: usize) -> Option<&Busy> {
-        self.vcpus.get(index)?.as_ref()
+    pub fn between_points(&self, index: usize) -> Option<&Busy> {
+        self.between.get(index)?.as_ref()
     }
-    /// Why an operation may be in flight on the mm at `gpa`.
+    /// Why some CPU may be between two scheduling points.
     #[must_use]
-    pub fn mm(&self, gpa: u64) -> Option<&Busy> {
-        self.mms.get(&gpa)
+    pub fn any_between_points(&self) -> Option<&Busy> {
+        self.between.iter().flatten().next()
     }
     /// Why the VMAs of the mm at `gpa` may be changing.
     #[must_use]
     pub fn vmas(&self, gpa: u64) -> Option<&Busy> {
         self.vmas.get(&gpa)
     }
+    /// Why entries and counts of the mm at `gpa` may be changing.
+    #[must_use]
+    pub fn tables(&self, gpa: u64) -> Option<&Busy> {
+        self.tables.get(&gpa)
+    }
+    /// Why tables of the mm at `gpa` may be linked nowhere: not yet, or not any more.
+    #[must_use]
+    pub fn unlinked_tables(&self, gpa: u64) -> Option<&Busy> {
+        self.unlinked.get(&gpa)
+    }
+    /// Why the mm at `gpa` may be on its way in or out.
+    #[must_use]
+    pub fn homeless(&self, gpa: u64) -> Option<&Busy> {
+        self.homeless.get(&gpa)
+    }
+    /// CPUs that hold a page-table lock, whosever.
+    #[must_use]
+    pub fn table_lock_holders(&self) -> usize {
+        self.holders.len()
+    }
+    /// Some page-table lock that is held.
+    #[must_use]
+    pub fn any_tables(&self) -> Option<&Busy> {
+        self.tables.values().next()
+    }
+    /// Why some vCPU is inside the kernel.
+    #[must_use]
+    pub fn any_vcpu(&self) -> Option<&Busy> {
+        self.vcpus.iter().flatten().next()
+    }
+    /// Every lock that is held, and every shootdown that waits.
+    #[must_use]
+    pub fn held(&self) -> &[Busy] {
+        &self.held
+    }
     /// Why anything may be in flight at all.
     #[must_use]
     pub fn kernel(&self) -> Option<&Busy> {
-        self.kernel.as_ref()
+        self.any_vcpu().or(self.held.first())
     }
 
-    fn read_mms(&mut self, snapshot: &Snapshot) {
-        let lock_held = locked_tables(snapshot);
-        for mm in &snapshot.mms {
-            let homeless = self.built_or_torn_down(snapshot, mm);
-            let written = mm
-                .is_write_locked()
-                .then(|| Busy::new(format!("mm {}: mmap_lock is held for writing", mm.id)));
-            if let Some(busy) = written.clone().or_else(|| homeless.clone()) {
-                self.vmas.insert(mm.gpa, busy);
-            }
-            let busy = written
-                .or(homeless)
-                .or_else(|| {
-                    (mm.readers() != 0)
-                        .then(|| Busy::new(format!("mm {}: mmap_lock is held for reading", mm.id)))
-                })
-                .or_else(|| {
-                    lock_held.get(&mm.gpa).map(|frame| {
-                        Busy::new(format!("mm {}: lock of table {frame:#x} is held", mm.id))
-                    })
-                })
-                .or_else(|| {
-                    let unflushed =
-                        || Busy::new(format!("mm {}: an unmap has yet to flush", mm.id));
-                    (mm.flush_pending != 0).then(unflushed)
-                })
-                .or_else(|| self.shootdown(snapshot, mm))
-                .or_else(|| self.worked_on(snapshot, mm));
-            if let Some(busy) = busy {
-                self.mms.insert(mm.gpa, busy);
-            }
+    fn read_tables(&mut self, snapshot: &Snapshot) {
+        let locked = |folio: &&FolioView| folio.is(FrameKind::Table) && folio.lock != 0;
+        for folio in snapshot.folios.iter().filter(locked) {
+            let mm = snapshot.mm_name(folio.owner);
+            let busy = Busy::new(format!("{mm}: lock of table {:#x} is held", folio.frame));
+            self.held.push(busy.clone());
+            self.tables.insert(folio.owner, busy);
+            self.holders.insert(folio.lock);
         }
     }
 
-    /// An mm without a task, while some vCPU is in the kernel, is being made or taken apart.
-    fn built_or_torn_down(&self, snapshot: &Snapshot, mm: &MmView) -> Option<Busy> {
+    fn read_mm(&mut self, snapshot: &Snapshot, mm: &MmView) {
+        let lock = |how| Busy::new(format!("mm {}: mmap_lock is held for {how}", mm.id));
+        if mm.is_write_locked() {
+            self.vmas.insert(mm.gpa, lock("writing"));
+            self.unlinked.insert(mm.gpa, lock("writing"));
+            self.held.push(lock("writing"));
+        } else if mm.readers() != 0 {
+            self.unlinked.insert(mm.gpa, lock("reading"));
+            self.held.push(lock("reading"));
+        }
+        if mm.flush_pending != 0 {
+            self.held.push(Busy::new(format!(
+                "mm {}: an unmap has yet to flush",
+                mm.id
+            )));
+        }
         let inhabited = snapshot.tasks.iter().any(|task| task.mm == mm.gpa);
-        let busy = self.vcpus.iter().flatten().next()?;
-        (!inhabited).then(|| Busy::new(format!("mm {}: has no task, and {busy}", mm.id)))
+        if let (false, Some(busy)) = (inhabited, self.any_vcpu()) {
+            let busy = Busy::new(format!("mm {}: has no task, and {busy}", mm.id));
+            self.homeless.insert(mm.gpa, busy);
+        }
     }
 
-    fn shootdown(&self, snapshot: &Snapshot, mm: &MmView) -> Option<Busy> {
-        let cpu = snapshot
-            .cpus
-            .iter()
-            .find(|cpu| cpu.flush.is_some_and(|flush| flush.mm == mm.gpa))?;
-        Some(Busy::new(format!(
-            "mm {}: CPU {} waits for a shootdown",
-            mm.id, cpu.index
-        )))
-    }
-
-    fn worked_on(&self, snapshot: &Snapshot, mm: &MmView) -> Option<Busy> {
-        let cpu = snapshot.cpus.iter().find(|cpu| {
-            let task = snapshot.task_at(cpu.current);
-            self.vcpu(cpu.index).is_some()
-                && (cpu.loaded_mm == mm.gpa || task.is_some_and(|task| task.mm == mm.gpa))
-        })?;
-        Some(Busy::new(format!(
-            "mm {}: {}",
-            mm.id,
-            self.vcpu(cpu.index)?
-        )))
-    }
-
-    fn kernel_busy(&self, snapshot: &Snapshot) -> Option<Busy> {
+    fn read_kernel(&mut self, snapshot: &Snapshot) {
         let root = &snapshot.root;
-        let held = |lock: u64, name: &str| {
-            (lock != 0).then(|| Busy::new(format!("the {name} lock is held (word {lock:#x})")))
-        };
-        self.vcpus
-            .iter()
-            .flatten()
-            .next()
-            .cloned()
-            .or_else(|| held(root.buddy_lock, "buddy"))
-            .or_else(|| held(root.mms_lock, "mm list"))
-            .or_else(|| held(root.sched_lock, "scheduler"))
-            .or_else(|| root.slabs.iter().find_map(|slab| held(slab.lock, "slab")))
-            .or_else(|| {
-                let anon_vmas = &mut snapshot.anon_vmas.values();
-                anon_vmas.find_map(|anon_vma| held(anon_vma.lock, "anon_vma"))
-            })
-            .or_else(|| self.mms.values().next().cloned())
+        let kernel = [
+            (root.buddy_lock, "buddy"),
+            (root.mms_lock, "mm list"),
+            (root.sched_lock, "scheduler"),
+        ];
+        let slabs = root.slabs.iter().map(|slab| (slab.lock, "slab"));
+        for (lock, name) in kernel.into_iter().chain(slabs) {
+            if lock != 0 {
+                self.held.push(Busy::new(format!(
+                    "the {name} lock is held (word {lock:#x})"
+                )));
+            }
+        }
+        self.held
+            .extend(snapshot.anon_vmas.values().filter_map(family_lock));
+        for cpu in &snapshot.cpus {
+            if let Some(flush) = cpu.flush {
+                let mm = snapshot.mm_name(flush.mm);
+                let cpu = cpu.index;
+                self.held
+                    .push(Busy::new(format!("{mm}: CPU {cpu} waits for a shootdown")));
+            }
+        }
     }
 }
 
-/// Page-table locks that are held: a table's frame by its mm.
-fn locked_tables(snapshot: &Snapshot) -> BTreeMap<u64, u64> {
-    let tables = snapshot
-        .folios
-        .iter()
-        .filter(|folio| folio.is(FrameKind::Table) && folio.lock != 0);
-    tables.map(|folio| (folio.owner, folio.frame)).collect()
+/// Why the lists of a family, whose root is `root`, may be changing.
+pub(super) fn family_lock(root: &AnonVmaView) -> Option<Busy> {
+    let (gpa, lock) = (root.gpa, root.lock);
+    (lock != 0).then(|| {
+        Busy::new(format!(
+            "the lock of anon_vma {gpa:#x} is held (word {lock:#x})"
+        ))
+    })
 }
 
 fn vcpu_busy(snapshot: &Snapshot, facts: Option<&VcpuFacts>, cpu: usize) -> Option<Busy> {
@@ -188,7 +218,8 @@ fn vcpu_busy(snapshot: &Snapshot, facts: Option<&VcpuFacts>, cpu: usize) -> Opti
             | Point::IdleEnter,
         ) => return None,
         Stop::Point(point) => format!("at {}", point.name()),
-        Stop::Anywhere => format!("at {:#x}", facts.rip),
+        // Not the address: one reason for all of them, so that they are counted together.
+        Stop::Anywhere => "between two points".into(),
     };
     let task = snapshot
         .cpus
@@ -198,4 +229,14 @@ fn vcpu_busy(snapshot: &Snapshot, facts: Option<&VcpuFacts>, cpu: usize) -> Opti
     Some(Busy::new(format!(
         "vCPU {cpu} is inside the kernel ({at}{who})"
     )))
+}
+
+fn between_points(facts: Option<&VcpuFacts>, cpu: usize) -> Option<Busy> {
+    match facts {
+        None => Some(Busy::new(format!("nothing is known of vCPU {cpu}"))),
+        Some(facts) if facts.cpl != 3 && facts.stop == Stop::Anywhere => Some(Busy::new(format!(
+            "vCPU {cpu} is inside the kernel, between two points"
+        ))),
+        Some(_) => None,
+    }
 }

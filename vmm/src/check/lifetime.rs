@@ -6,7 +6,7 @@ use abi::layout::PAGE_SHIFT;
 use abi::objects::{FrameKind, SlabId, TaskState};
 use abi::pte::Pte;
 
-use super::{Applies, Context, Family, Finding, Findings, Invariant};
+use super::{Applies, Context, Family, Finding, Findings, InFlight, Invariant};
 use crate::inspect::objects::CpuView;
 use crate::inspect::{Stop, VcpuFacts};
 
@@ -25,7 +25,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "L-02",
         family: Family::Lifetime,
         predicate: "a CPU's loaded_mm is the mm whose level-4 table is in its CR3",
-        applies: Applies::QuiescentVcpu,
+        applies: Applies::VcpuAtPoint,
         source: LAZY,
         run: loaded_mm_agrees,
     },
@@ -33,7 +33,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "L-03",
         family: Family::Lifetime,
         predicate: "a CPU that has an mm loaded is in the mm's cpumask",
-        applies: Applies::QuiescentVcpu,
+        applies: Applies::Always,
         source: "Linux arch/x86/mm/tlb.c (71b3c126e611, CVE-2016-2069)",
         run: loaded_mm_has_bit,
     },
@@ -41,7 +41,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "L-04",
         family: Family::Lifetime,
         predicate: "a CPU has not flushed up to a tlb_gen that its mm has not reached",
-        applies: Applies::QuiescentVcpu,
+        applies: Applies::VcpuAtPoint,
         source: "Linux arch/x86/mm/tlb.c, flush_tlb_func",
         run: tlb_gen_not_ahead,
     },
@@ -49,7 +49,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "L-05",
         family: Family::Lifetime,
         predicate: "in user mode a CPU runs a running task of its own, with that task's mm loaded",
-        applies: Applies::QuiescentVcpu,
+        applies: Applies::Always,
         source: "Linux kernel/sched/core.c, context_switch",
         run: current_is_consistent,
     },
@@ -65,7 +65,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "L-07",
         family: Family::Lifetime,
         predicate: "an mm on the kernel's list is live and referenced",
-        applies: Applies::QuiescentMm,
+        applies: Applies::InhabitedMm,
         source: "Linux include/linux/mm_types.h, mm_count",
         run: mms_are_referenced,
     },
@@ -117,6 +117,14 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         source: "Linux Documentation/mm/active_mm.rst; include/linux/mm_types.h, mm_count",
         run: count_is_right,
     },
+    Invariant {
+        id: "L-14",
+        family: Family::Lifetime,
+        predicate: "every lock is free and no shootdown waits",
+        applies: Applies::OutsideKernel,
+        source: "guest-kernel/src/sync.rs; Linux kernel/locking/lockdep.c, lockdep_sys_exit",
+        run: nothing_is_held,
+    },
 ];
 
 fn cr3_is_live(context: &Context<'_>, findings: &mut Findings) {
@@ -153,15 +161,15 @@ fn cr3_is_live(context: &Context<'_>, findings: &mut Findings) {
     }
 }
 
-/// CPUs outside the kernel with the facts about their vCPU; the others are counted as skipped.
-fn quiet_cpus<'c>(
+/// CPUs at a point or outside the kernel, with the facts about their vCPU; the others are counted as skipped.
+fn settled_cpus<'c>(
     context: &'c Context<'_>,
     findings: &mut Findings,
 ) -> Vec<(&'c CpuView, &'c VcpuFacts)> {
     let mut quiet = Vec::new();
     for cpu in &context.snapshot.cpus {
         let facts = context.vcpus.iter().find(|facts| facts.index == cpu.index);
-        match (context.in_flight.vcpu(cpu.index), facts) {
+        match (context.in_flight.between_points(cpu.index), facts) {
             (None, Some(facts)) => quiet.push((cpu, facts)),
             (Some(busy), _) => findings.skip(busy),
             (None, None) => {}
@@ -172,7 +180,7 @@ fn quiet_cpus<'c>(
 
 fn loaded_mm_agrees(context: &Context<'_>, findings: &mut Findings) {
     let snapshot = context.snapshot;
-    for (cpu, facts) in quiet_cpus(context, findings) {
+    for (cpu, facts) in settled_cpus(context, findings) {
         let expected = match cpu.loaded_mm {
             0 => Some(snapshot.root.pgd),
             mm => snapshot.mm_at(mm).map(|mm| mm.pgd),
@@ -193,7 +201,8 @@ fn loaded_mm_agrees(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn loaded_mm_has_bit(context: &Context<'_>, findings: &mut Findings) {
-    for (cpu, _) in quiet_cpus(context, findings) {
+    // The bit is set before the mm is loaded, and cleared after it is not any more.
+    for cpu in &context.snapshot.cpus {
         let Some(mm) = context.snapshot.mm_at(cpu.loaded_mm) else {
             continue;
         };
@@ -208,7 +217,7 @@ fn loaded_mm_has_bit(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn tlb_gen_not_ahead(context: &Context<'_>, findings: &mut Findings) {
-    for (cpu, _) in quiet_cpus(context, findings) {
+    for (cpu, _) in settled_cpus(context, findings) {
         let Some(mm) = context.snapshot.mm_at(cpu.loaded_mm) else {
             continue;
         };
@@ -223,10 +232,8 @@ fn tlb_gen_not_ahead(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn current_is_consistent(context: &Context<'_>, findings: &mut Findings) {
-    for (cpu, facts) in quiet_cpus(context, findings) {
-        if facts.cpl != 3 {
-            continue;
-        }
+    let in_user = context.vcpus.iter().filter(|facts| facts.cpl == 3);
+    for cpu in in_user.filter_map(|facts| context.snapshot.cpus.get(facts.index)) {
         let task = context.snapshot.task_at(cpu.current);
         let right = task.is_some_and(|task| {
             task.state() == Some(TaskState::Running)
@@ -298,7 +305,7 @@ fn running_tasks_run(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn mms_are_referenced(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
+    for space in context.spaces_without(InFlight::homeless, findings) {
         let mm = space.mm;
         let live = mm.count > 0 && mm.generation % 2 == 1 && mm.id != 0;
         findings.require(live, || {
@@ -465,6 +472,17 @@ fn nothing_left(context: &Context<'_>, findings: &mut Findings) {
             ))
             .frame(folio.frame)
             .details(context.describe_mappings(folio.frame))
+        });
+    }
+}
+
+fn nothing_is_held(context: &Context<'_>, findings: &mut Findings) {
+    findings.examine();
+    for held in context.in_flight.held() {
+        findings.report(|| {
+            Finding::new("something is held or waited for, and no vCPU is in the kernel to end it")
+                .expected("every lock word 0, no shootdown pending")
+                .found(held)
         });
     }
 }

@@ -50,12 +50,20 @@ pub enum Family {
 pub enum Applies {
     /// Between any two instructions.
     Always,
-    /// For a vCPU that is not inside the kernel.
-    QuiescentVcpu,
+    /// For a vCPU that is at a scheduling point or outside the kernel.
+    VcpuAtPoint,
+    /// While every vCPU is at a scheduling point or outside the kernel.
+    AllAtPoints,
     /// For an mm whose mmap_lock no writer holds.
-    QuiescentVmas,
-    /// For an mm, or a folio of it, that no system call, fault or shootdown is working on.
-    QuiescentMm,
+    UnwrittenVmas,
+    /// For an mm whose mmap_lock nobody holds.
+    UnlockedMm,
+    /// For an mm of which nobody holds a page-table lock.
+    UnlockedTables,
+    /// For an mm that has a task, and for every mm while no vCPU is inside the kernel.
+    InhabitedMm,
+    /// While no vCPU is inside the kernel.
+    OutsideKernel,
     /// While no vCPU is inside the kernel and no lock is held.
     QuiescentKernel,
     /// Once the last process has exited.
@@ -68,9 +76,13 @@ impl Applies {
     pub fn describe(self) -> &'static str {
         match self {
             Self::Always => "always",
-            Self::QuiescentVcpu => "the vCPU is outside the kernel",
-            Self::QuiescentVmas => "nobody writes the mm's VMAs",
-            Self::QuiescentMm => "nothing is in flight on the mm",
+            Self::VcpuAtPoint => "the vCPU is at a point or outside the kernel",
+            Self::AllAtPoints => "every vCPU is at a point or outside the kernel",
+            Self::UnwrittenVmas => "nobody holds mmap_lock for writing",
+            Self::UnlockedMm => "nobody holds mmap_lock",
+            Self::UnlockedTables => "nobody holds a page-table lock of the mm",
+            Self::InhabitedMm => "the mm has a task, or no vCPU is inside the kernel",
+            Self::OutsideKernel => "no vCPU is inside the kernel",
             Self::QuiescentKernel => "nothing is in flight",
             Self::AfterExit => "the last process has exited",
         }

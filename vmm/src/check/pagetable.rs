@@ -5,7 +5,7 @@ use abi::objects::{FrameKind, ORDERS, vma_flags};
 
 use super::context::Space;
 use super::render::flags_of;
-use super::{Applies, Context, Family, Finding, Findings, Invariant, tables};
+use super::{Applies, Context, Family, Finding, Findings, InFlight, Invariant, tables};
 use crate::inspect::translate;
 use crate::inspect::walk::Leaf;
 
@@ -16,7 +16,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "P-01",
         family: Family::PageTables,
         predicate: "every present user entry lies in an attached VMA of its mm",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnwrittenVmas,
         source: LINUX_WALK,
         run: in_a_vma,
     },
@@ -24,7 +24,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "P-02",
         family: Family::PageTables,
         predicate: "no user entry permits what its VMA does not (W, X, or any access at CPL 3)",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnwrittenVmas,
         source: "mmap(2), mprotect(2); SDM vol. 3A, 5.6",
         run: within_vma_permissions,
     },
@@ -64,7 +64,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "P-07",
         family: Family::PageTables,
         predicate: "the kernel half of every mm's level-4 table equals the kernel's",
-        applies: Applies::QuiescentMm,
+        applies: Applies::Always,
         source: "Linux arch/x86/mm/pgtable.c, pgd_ctor",
         run: tables::same_kernel_half,
     },
@@ -88,7 +88,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "P-10",
         family: Family::PageTables,
         predicate: "every page-table page of an mm is reached by its walk",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnlockedMm,
         source: "Linux mm/memory.c, free_pgtables",
         run: tables::no_lost_tables,
     },
@@ -96,7 +96,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "P-11",
         family: Family::PageTables,
         predicate: "a table's count of present entries is right",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnlockedTables,
         source: "abi::objects::Folio::used",
         run: tables::used_is_right,
     },
@@ -104,7 +104,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "P-12",
         family: Family::PageTables,
         predicate: "mm.tables is the number of page-table pages that the walk finds",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnlockedTables,
         source: "Linux mm_pgtables_bytes; abi::objects::Mm::tables",
         run: tables::tables_counted,
     },
@@ -112,7 +112,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "P-13",
         family: Family::PageTables,
         predicate: "mm.rss is the number of present user entries that the walk finds",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnlockedTables,
         source: "Linux kernel/fork.c, check_mm; abi::objects::Mm::rss",
         run: tables::rss_is_right,
     },
@@ -135,8 +135,8 @@ pub(super) const INVARIANTS: &[Invariant] = &[
 ];
 
 fn in_a_vma(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
-        for leaf in &space.user.leaves {
+    for space in context.spaces_without(InFlight::vmas, findings) {
+        for leaf in space.user.leaves.iter() {
             findings.require(space.vma_at(leaf.gva).is_some(), || {
                 let mapped = &format!("{} maps {:#x}", flags_of(leaf.entry, 1), leaf.target());
                 at_leaf(context, space, leaf, "a present entry outside every VMA")
@@ -149,8 +149,8 @@ fn in_a_vma(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn within_vma_permissions(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
-        for leaf in &space.user.leaves {
+    for space in context.spaces_without(InFlight::vmas, findings) {
+        for leaf in space.user.leaves.iter() {
             // Without a VMA it is P-01's.
             let Some(vma) = space.vma_at(leaf.gva) else {
                 continue;
@@ -233,7 +233,7 @@ fn free_head(context: &Context<'_>, frame: u64) -> Option<u64> {
 }
 
 fn kernel_write_xor_execute(context: &Context<'_>, findings: &mut Findings) {
-    for leaf in &context.kernel.leaves {
+    for leaf in context.kernel.leaves.iter() {
         let rights = leaf.rights();
         findings.require(!(rights.write && rights.execute), || {
             in_kernel(context, leaf, "a kernel mapping is writable and executable")
@@ -244,7 +244,7 @@ fn kernel_write_xor_execute(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn kernel_not_for_users(context: &Context<'_>, findings: &mut Findings) {
-    for leaf in &context.kernel.leaves {
+    for leaf in context.kernel.leaves.iter() {
         findings.require(!leaf.rights().user, || {
             in_kernel(context, leaf, "a kernel mapping is open to CPL 3")
                 .expected("U clear at some level")
@@ -254,7 +254,7 @@ fn kernel_not_for_users(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn kernel_maps_memory(context: &Context<'_>, findings: &mut Findings) {
-    for leaf in &context.kernel.leaves {
+    for leaf in context.kernel.leaves.iter() {
         let end = leaf.target().saturating_add(leaf.bytes());
         let right = end <= context.mem.bytes() || (leaf.target() == LAPIC_GPA && leaf.level == 1);
         findings.require(right, || {
@@ -265,9 +265,7 @@ fn kernel_maps_memory(context: &Context<'_>, findings: &mut Findings) {
     }
 }
 
-fn user_leaves<'c, 'a>(
-    context: &'c Context<'a>,
-) -> impl Iterator<Item = (&'c Space<'a>, &'c Leaf)> {
+fn user_leaves<'c, 'a>(context: &'c Context<'a>) -> impl Iterator<Item = (&'c Space<'a>, Leaf)> {
     let spaces = context.spaces.iter();
     spaces.flat_map(|space| space.user.leaves.iter().map(move |leaf| (space, leaf)))
 }
@@ -276,7 +274,7 @@ fn user_leaves<'c, 'a>(
 pub(super) fn at_leaf(
     context: &Context<'_>,
     space: &Space<'_>,
-    leaf: &Leaf,
+    leaf: Leaf,
     summary: impl Into<String>,
 ) -> Finding {
     Finding::new(summary)
@@ -286,7 +284,7 @@ pub(super) fn at_leaf(
         .walk(translate(context.mem, space.mm.pgd, leaf.gva))
 }
 
-fn in_kernel(context: &Context<'_>, leaf: &Leaf, summary: &str) -> Finding {
+fn in_kernel(context: &Context<'_>, leaf: Leaf, summary: &str) -> Finding {
     Finding::new(summary).gva(leaf.gva).walk(translate(
         context.mem,
         context.snapshot.root.pgd,

@@ -6,9 +6,10 @@ use abi::objects::FrameKind;
 use abi::pte::PteFlags;
 
 use super::context::Space;
+use super::in_flight::family_lock;
 use super::pagetable::at_leaf;
 use super::render::flags_of;
-use super::{Applies, Context, Family, Finding, Findings, Invariant};
+use super::{Applies, Context, Family, Finding, Findings, InFlight, Invariant};
 use crate::inspect::walk::Leaf;
 use crate::inspect::{FolioView, VmaView};
 
@@ -19,7 +20,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-01",
         family: Family::Rmap,
         predicate: "a folio's mapcount is the number of present entries that map it",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnlockedTables,
         source: "Linux include/linux/mm.h, folio_mapcount",
         run: mapcount_is_right,
     },
@@ -27,7 +28,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-02",
         family: Family::Rmap,
         predicate: "a block's refcount is 0 if and only if it is free",
-        applies: Applies::QuiescentKernel,
+        applies: Applies::AllAtPoints,
         source: "abi::objects::Folio::refcount; Linux mm/page_alloc.c, check_new_page",
         run: refcount_zero_iff_free,
     },
@@ -35,7 +36,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-03",
         family: Family::Rmap,
         predicate: "a folio's refcount is at least its mapcount",
-        applies: Applies::QuiescentMm,
+        applies: Applies::Always,
         source: "Linux mm/migrate.c, folio_expected_refs",
         run: refcount_covers_mapcount,
     },
@@ -51,7 +52,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-05",
         family: Family::Rmap,
         predicate: "a mapped folio has a live anon_vma",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnwrittenVmas,
         source: "Linux mm/rmap.c, folio_get_anon_vma",
         run: anon_vma_is_live,
     },
@@ -59,7 +60,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-06",
         family: Family::Rmap,
         predicate: "for every present user entry, the folio's anon_vma has a chain to the VMA",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnwrittenVmas,
         source: "Linux mm/rmap.c, rmap_walk_anon",
         run: chain_leads_to_vma,
     },
@@ -67,7 +68,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-07",
         family: Family::Rmap,
         predicate: "a folio's index is the page offset at which each VMA maps it",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnwrittenVmas,
         source: "Linux mm/rmap.c, __page_check_anon_rmap",
         run: index_is_right,
     },
@@ -75,7 +76,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-08",
         family: Family::Rmap,
         predicate: "a writable private entry maps an exclusive folio with mapcount 1",
-        applies: Applies::QuiescentMm,
+        applies: Applies::UnlockedTables,
         source: "Linux include/linux/page-flags.h, PG_anon_exclusive",
         run: writable_is_exclusive,
     },
@@ -83,7 +84,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-09",
         family: Family::Rmap,
         predicate: "an exclusive folio is mapped at most once",
-        applies: Applies::QuiescentMm,
+        applies: Applies::Always,
         source: "Linux mm/rmap.c, __folio_try_dup_anon_rmap",
         run: exclusive_is_single,
     },
@@ -91,7 +92,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "R-10",
         family: Family::Rmap,
         predicate: "no entry is both writable and marked copy-on-write",
-        applies: Applies::QuiescentMm,
+        applies: Applies::Always,
         source: "abi::pte::PteFlags::COW",
         run: cow_is_readonly,
     },
@@ -137,8 +138,27 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     },
 ];
 
+/// An entry and the count of its folio change under one page-table lock, one after the other: whoever
+/// holds such a lock may have done half of it, to one folio.
 fn mapcount_is_right(context: &Context<'_>, findings: &mut Findings) {
-    for folio in context.settled_folios(findings) {
+    let halfway = |folio: &&FolioView| {
+        let walked = context.mappings(folio.frame);
+        folio.mapcount.abs_diff(walked) == 1
+    };
+    let excused = match context.in_flight.any_tables() {
+        Some(busy) => {
+            let halfway = context.anonymous_folios().filter(halfway).count();
+            (halfway <= context.in_flight.table_lock_holders()).then_some(busy)
+        }
+        None => None,
+    };
+    for folio in context.anonymous_folios() {
+        if let Some(busy) = excused
+            && halfway(&folio)
+        {
+            findings.skip(busy);
+            continue;
+        }
         let walked = context.mappings(folio.frame);
         findings.require(folio.mapcount == walked, || {
             about(folio, "a folio's mapcount is wrong")
@@ -174,7 +194,7 @@ fn refcount_zero_iff_free(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn refcount_covers_mapcount(context: &Context<'_>, findings: &mut Findings) {
-    for folio in context.settled_folios(findings) {
+    for folio in context.anonymous_folios() {
         findings.require(folio.refcount >= folio.mapcount, || {
             about(folio, "a folio has fewer references than mappings")
                 .expected(format!("refcount >= {}, its mapcount", folio.mapcount))
@@ -185,7 +205,7 @@ fn refcount_covers_mapcount(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn no_leaked_folios(context: &Context<'_>, findings: &mut Findings) {
-    for folio in context.settled_folios(findings) {
+    for folio in context.anonymous_folios() {
         findings.require(
             folio.mapcount != 0 || context.mappings(folio.frame) != 0,
             || {
@@ -199,32 +219,34 @@ fn no_leaked_folios(context: &Context<'_>, findings: &mut Findings) {
 
 fn anon_vma_is_live(context: &Context<'_>, findings: &mut Findings) {
     let known = &context.snapshot.anon_vmas;
-    for folio in context.settled_folios(findings) {
-        if context.mappings(folio.frame) == 0 {
-            continue;
-        }
+    for (space, leaf, _, folio) in anonymous_entries(context, findings) {
         let anon_vma = known.get(&folio.owner);
         findings.require(
             anon_vma.is_some_and(|anon_vma| anon_vma.generation % 2 == 1),
             || {
-                about(folio, "a mapped folio whose anon_vma is gone")
-                    .expected("a live anon_vma (odd generation) that a VMA leads to")
-                    .found(match anon_vma {
-                        Some(gone) => format!("{:#x}, generation {}", gone.gpa, gone.generation),
-                        None => format!("{:#x}, which no VMA leads to", folio.owner),
-                    })
-                    .details(context.describe_mappings(folio.frame))
+                at_leaf(
+                    context,
+                    space,
+                    leaf,
+                    "a mapped folio whose anon_vma is gone",
+                )
+                .expected("a live anon_vma (odd generation) that a VMA leads to")
+                .found(match anon_vma {
+                    Some(gone) => format!("{:#x}, generation {}", gone.gpa, gone.generation),
+                    None => format!("{:#x}, which no VMA leads to", folio.owner),
+                })
+                .details(context.describe_mappings(folio.frame))
             },
         );
     }
 }
 
-/// Present entries of anonymous folios that lie in a VMA, in mms where nothing is in flight.
+/// Present entries of anonymous folios that lie in a VMA, in mms whose VMAs nobody changes.
 fn anonymous_entries<'c, 'a>(
     context: &'c Context<'a>,
     findings: &mut Findings,
-) -> impl Iterator<Item = (&'c Space<'a>, &'c Leaf, &'a VmaView, &'a FolioView)> + use<'a, 'c> {
-    let spaces = context.quiet_spaces(findings).into_iter();
+) -> impl Iterator<Item = (&'c Space<'a>, Leaf, &'a VmaView, &'a FolioView)> + use<'a, 'c> {
+    let spaces = context.spaces_without(InFlight::vmas, findings).into_iter();
     spaces.flat_map(move |space| {
         space.user.leaves.iter().filter_map(move |leaf| {
             let folio = context
@@ -238,9 +260,14 @@ fn anonymous_entries<'c, 'a>(
 fn chain_leads_to_vma(context: &Context<'_>, findings: &mut Findings) {
     for (space, leaf, vma, folio) in anonymous_entries(context, findings) {
         // Without an anon_vma it is R-05's.
-        let Some(anon_vma) = context.snapshot.anon_vmas.get(&folio.owner) else {
+        let known = &context.snapshot.anon_vmas;
+        let Some(anon_vma) = known.get(&folio.owner) else {
             continue;
         };
+        if let Some(busy) = known.get(&anon_vma.root).and_then(family_lock) {
+            findings.skip(&busy);
+            continue;
+        }
         let leads = anon_vma.chains.iter().any(|chain| chain.vma == vma.gpa);
         findings.require(leads, || {
             let chains = anon_vma.chains.iter().take(8);
@@ -285,11 +312,25 @@ fn index_is_right(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn writable_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
-    for (space, leaf, vma, folio) in anonymous_entries(context, findings) {
-        if !leaf.rights().write || !vma.is_private() {
+    let leaves = context.spaces.iter().flat_map(|space| {
+        let leaves = space.user.leaves.iter();
+        leaves.map(move |leaf| (space, leaf))
+    });
+    for (space, leaf) in leaves.filter(|(_, leaf)| leaf.rights().write) {
+        let folio = context.folio_of(leaf);
+        let Some(folio) = folio.filter(|folio| folio.is(FrameKind::Anon)) else {
+            continue;
+        };
+        // An entry outside every VMA is P-01's, and private all the same.
+        if space.vma_at(leaf.gva).is_some_and(|vma| !vma.is_private()) {
             continue;
         }
-        if let Some(busy) = context.unsettled(folio) {
+        // fork shares the folio before it takes the permission away, under the table's lock.
+        let table = context.snapshot.folio(leaf.table_gpa);
+        if let (Some(busy), Some(1..)) = (
+            context.in_flight.tables(space.mm.gpa),
+            table.map(|table| table.lock),
+        ) {
             findings.skip(busy);
             continue;
         }
@@ -317,10 +358,8 @@ fn writable_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn exclusive_is_single(context: &Context<'_>, findings: &mut Findings) {
-    for folio in context
-        .settled_folios(findings)
-        .filter(|folio| folio.is_exclusive())
-    {
+    let exclusive = |folio: &&FolioView| folio.is_exclusive();
+    for folio in context.anonymous_folios().filter(exclusive) {
         let mapped = context.mappings(folio.frame);
         findings.require(mapped <= 1, || {
             about(folio, "an exclusive folio is shared")
@@ -332,8 +371,8 @@ fn exclusive_is_single(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn cow_is_readonly(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
-        for leaf in &space.user.leaves {
+    for space in &context.spaces {
+        for leaf in space.user.leaves.iter() {
             let both = PteFlags::COW | PteFlags::WRITE;
             findings.require(!leaf.entry.flags().contains(both), || {
                 at_leaf(context, space, leaf, "a copy-on-write entry is writable")

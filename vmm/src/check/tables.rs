@@ -9,7 +9,7 @@ use abi::objects::FrameKind;
 use abi::pte::{Pte, PteFlags};
 
 use super::context::Space;
-use super::{Context, Finding, Findings};
+use super::{Context, Finding, Findings, InFlight};
 use crate::inspect::FolioView;
 use crate::inspect::walk::{AddressSpace, Table, WalkAnomaly, WalkProblem};
 
@@ -21,7 +21,7 @@ pub(super) fn same_kernel_half(context: &Context<'_>, findings: &mut Findings) {
         let entry = Pte(entries[slot].load(Relaxed));
         Some(entry.without(PteFlags::ACCESSED))
     };
-    for space in context.quiet_spaces(findings) {
+    for space in &context.spaces {
         for slot in ENTRIES_PER_TABLE / 2..ENTRIES_PER_TABLE {
             let (own, kernel) = (entry(space.mm.pgd, slot), entry(kernel_pgd, slot));
             findings.require(own == kernel, || {
@@ -151,7 +151,7 @@ pub(super) fn tables_are_tables(context: &Context<'_>, findings: &mut Findings) 
 
 pub(super) fn no_lost_tables(context: &Context<'_>, findings: &mut Findings) {
     let mut reached = HashSet::new();
-    for space in context.quiet_spaces(findings) {
+    for space in context.spaces_without(InFlight::unlinked_tables, findings) {
         reached.extend(space.user.tables.iter().map(|table| table.gpa));
     }
     let tables = context
@@ -162,7 +162,7 @@ pub(super) fn no_lost_tables(context: &Context<'_>, findings: &mut Findings) {
     for folio in tables {
         let owner = context.snapshot.mm_at(folio.owner);
         // A table of an mm that is gone is nobody's to finish, unless that is just happening.
-        let busy = context.in_flight.mm(folio.owner);
+        let busy = context.in_flight.unlinked_tables(folio.owner);
         let busy = busy.or(context.in_flight.kernel().filter(|_| owner.is_none()));
         if let Some(busy) = busy {
             findings.skip(busy);
@@ -182,7 +182,7 @@ pub(super) fn no_lost_tables(context: &Context<'_>, findings: &mut Findings) {
 }
 
 pub(super) fn used_is_right(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
+    for space in context.spaces_without(InFlight::tables, findings) {
         for table in &space.user.tables {
             let (Some(folio), Ok(entries)) = (
                 context.snapshot.folio(table.gpa),
@@ -205,7 +205,7 @@ pub(super) fn used_is_right(context: &Context<'_>, findings: &mut Findings) {
 }
 
 pub(super) fn tables_counted(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
+    for space in context.spaces_without(InFlight::tables, findings) {
         counted(
             findings,
             space,
@@ -217,7 +217,7 @@ pub(super) fn tables_counted(context: &Context<'_>, findings: &mut Findings) {
 }
 
 pub(super) fn rss_is_right(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.quiet_spaces(findings) {
+    for space in context.spaces_without(InFlight::tables, findings) {
         counted(
             findings,
             space,

@@ -6,7 +6,7 @@ use abi::layout::{PAGE_SIZE, USER_END, USER_MIN};
 use abi::objects::VMA_NODE_SLOTS;
 
 use super::context::Space;
-use super::{Applies, Context, Family, Finding, Findings, Invariant};
+use super::{Applies, Context, Family, Finding, Findings, InFlight, Invariant};
 use crate::inspect::VmaView;
 use crate::inspect::objects::{MmView, NodeView};
 
@@ -18,7 +18,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "V-01",
         family: Family::Vma,
         predicate: "an mm's VMAs are sorted and disjoint",
-        applies: Applies::QuiescentVmas,
+        applies: Applies::UnwrittenVmas,
         source: LINUX_VMA,
         run: sorted_and_disjoint,
     },
@@ -26,7 +26,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "V-02",
         family: Family::Vma,
         predicate: "a VMA is page aligned, not empty, and inside user space",
-        applies: Applies::QuiescentVmas,
+        applies: Applies::UnwrittenVmas,
         source: LINUX_VMA,
         run: well_formed,
     },
@@ -34,7 +34,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "V-03",
         family: Family::Vma,
         predicate: "mm.map_count is the number of VMAs in the tree",
-        applies: Applies::QuiescentVmas,
+        applies: Applies::UnwrittenVmas,
         source: LINUX_VMA,
         run: map_count,
     },
@@ -42,7 +42,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "V-04",
         family: Family::Vma,
         predicate: "the tree is balanced, its nodes are filled within bounds, its links are sound",
-        applies: Applies::QuiescentVmas,
+        applies: Applies::UnwrittenVmas,
         source: TREE,
         run: nodes_well_formed,
     },
@@ -50,7 +50,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "V-05",
         family: Family::Vma,
         predicate: "a slot's start is the least start below it",
-        applies: Applies::QuiescentVmas,
+        applies: Applies::UnwrittenVmas,
         source: TREE,
         run: separators,
     },
@@ -58,7 +58,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "V-06",
         family: Family::Vma,
         predicate: "a slot's gap is the largest hole below it",
-        applies: Applies::QuiescentVmas,
+        applies: Applies::UnwrittenVmas,
         source: TREE,
         run: gaps,
     },
@@ -66,14 +66,14 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         id: "V-07",
         family: Family::Vma,
         predicate: "a VMA in an mm's tree is attached, live, and that mm's",
-        applies: Applies::QuiescentVmas,
+        applies: Applies::UnwrittenVmas,
         source: "Linux include/linux/mmap_lock.h, vma_assert_attached",
         run: attached_and_owned,
     },
 ];
 
 fn sorted_and_disjoint(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.unwritten_spaces(findings) {
+    for space in context.spaces_without(InFlight::vmas, findings) {
         let vmas = &space.mm.vmas;
         findings.examined += vmas.len().min(1) as u64;
         for (before, after) in vmas.iter().zip(vmas.iter().skip(1)) {
@@ -111,7 +111,7 @@ fn well_formed(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn map_count(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.unwritten_spaces(findings) {
+    for space in context.spaces_without(InFlight::vmas, findings) {
         let MmView {
             map_count,
             vmas,
@@ -158,7 +158,7 @@ impl<'c> Tree<'c> {
 }
 
 fn nodes_well_formed(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.unwritten_spaces(findings) {
+    for space in context.spaces_without(InFlight::vmas, findings) {
         let tree = Tree::of(space);
         for node in &space.mm.nodes {
             let filled = (1..=VMA_NODE_SLOTS as u32).contains(&node.count);
@@ -205,7 +205,7 @@ fn nodes_well_formed(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn separators(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.unwritten_spaces(findings) {
+    for space in context.spaces_without(InFlight::vmas, findings) {
         let tree = Tree::of(space);
         for (node, index) in tree.slots() {
             let slot = node.slots[index];
@@ -232,7 +232,7 @@ fn separators(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn gaps(context: &Context<'_>, findings: &mut Findings) {
-    for space in context.unwritten_spaces(findings) {
+    for space in context.spaces_without(InFlight::vmas, findings) {
         let tree = Tree::of(space);
         let before = ends_before(&space.mm.vmas);
         for (node, index) in tree.slots() {
@@ -294,6 +294,6 @@ fn vmas<'c, 'a>(
     context: &'c Context<'a>,
     findings: &mut Findings,
 ) -> impl Iterator<Item = (&'c Space<'a>, &'a VmaView)> + use<'a, 'c> {
-    let spaces = context.unwritten_spaces(findings).into_iter();
+    let spaces = context.spaces_without(InFlight::vmas, findings).into_iter();
     spaces.flat_map(|space| space.mm.vmas.iter().map(move |vma| (space, vma)))
 }

@@ -86,7 +86,7 @@ fn entry(name: &str, form: String, help: &str) -> Entry {
 fn argument(arg: &guest::Arg) -> Entry {
     entry(
         arg.name,
-        format!("{} [{}]", catalog::form(arg), arg.default),
+        format!("{} [{}]", arg.form(), arg.default_text()),
         arg.help,
     )
 }

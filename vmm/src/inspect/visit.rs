@@ -7,6 +7,7 @@ use abi::layout::ENTRIES_PER_TABLE;
 use abi::pte::{Pte, index, level_size};
 use serde::Serialize;
 
+use super::leaves::Leaves;
 use super::serde_hex;
 use super::walk::{
     KERNEL_HALF, LINEAR_MASK, Rights, USER_HALF, canonical, has_reserved_bits, is_canonical,
@@ -299,7 +300,7 @@ pub fn for_each_table<M: PhysMem + ?Sized>(
 #[derive(Clone, Debug, Default)]
 pub struct AddressSpace {
     /// Pages, by GVA.
-    pub leaves: Vec<Leaf>,
+    pub leaves: Leaves,
     /// Non-zero entries without P, by GVA.
     pub absent: Vec<Leaf>,
     /// Table pages, the root first.

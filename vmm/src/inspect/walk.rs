@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use abi::pte::{Pte, PteFlags, index, level_size};
 use serde::Serialize;
 
+pub use super::leaves::Leaves;
 pub use super::visit::*;
 
 use super::serde_hex;

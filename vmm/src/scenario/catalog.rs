@@ -51,20 +51,9 @@ pub fn argument(program: &'static Info, name: &str, value: &str) -> Result<(), B
                 "'{value}' is no value for argument '{name}' of '{}'",
                 program.name
             ))
-            .with_help(format!("write {}", form(arg))),
+            .with_help(format!("write {}", arg.form())),
         )),
     }
-}
-
-/// What an argument takes.
-#[must_use]
-pub fn form(arg: &guest::Arg) -> String {
-    let auto = if arg.default == "auto" {
-        "auto or "
-    } else {
-        ""
-    };
-    format!("{auto}{} to {}", arg.range.start(), arg.range.end())
 }
 
 /// True where the program `name` has an argument `argument`.

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use abi::point::Point;
+
 use super::{Crash, Halt, Place, Report, Subject};
 use crate::report::{InvariantCount, Verdict, Violation, verdict};
 use crate::scenario::CheckWhen;
@@ -12,6 +14,9 @@ use crate::scenario::CheckWhen;
 pub const MAX_REPORTS: usize = 16;
 /// Violations of one kind of check that are kept.
 pub const MAX_VIOLATIONS: usize = 64;
+/// Address spaces whose end is checked in a run that is not checked at every point. After the last
+/// process there is little left to judge; just before a teardown everything is still in place.
+pub(super) const MAX_MM_EXITS: u64 = 32;
 /// Exit status with which a program says that it was called wrongly (as sysexits and this program).
 pub const STATUS_BAD_INPUT: u32 = 2;
 
@@ -47,6 +52,9 @@ pub fn observe<S: Subject>(
 ) -> Result<Observed, S::Error> {
     let mut watch = Watch::default();
     let started = Instant::now();
+    if when == CheckWhen::End {
+        subject.trap(Point::MmExit, true);
+    }
     loop {
         let left = timeout.saturating_sub(started.elapsed());
         let resumed = Instant::now();
@@ -60,6 +68,9 @@ pub fn observe<S: Subject>(
             Halt::Point { vcpu, point } => {
                 watch.points_checked += 1;
                 watch.check(subject, Place::Point(vcpu, point))?;
+                if when == CheckWhen::End && watch.points_checked == MAX_MM_EXITS {
+                    subject.trap(Point::MmExit, false);
+                }
                 // The first broken state explains; what follows from it only hides it.
                 if when == CheckWhen::EveryPoint && !watch.violations.is_empty() {
                     return Ok(watch.end(None, None));
@@ -195,7 +206,6 @@ pub(super) mod tests {
     use super::super::Checked;
     use super::*;
     use abi::channel::ReportKind;
-    use abi::point::Point;
     use std::collections::VecDeque;
 
     /// A subject that stops as it is told.
@@ -279,6 +289,25 @@ pub(super) mod tests {
             .collect();
         assert_eq!(counts, [("N-01", 0), ("P-01", 1)]);
         assert_eq!(observed.invariants[0].skipped["no nested tables"], 1);
+    }
+
+    #[test]
+    fn the_first_address_spaces_are_checked_before_their_teardown() {
+        let mm_exit = Halt::Point {
+            vcpu: 0,
+            point: Point::MmExit,
+        };
+        let mut halts = vec![mm_exit; MAX_MM_EXITS as usize];
+        halts.push(EXIT);
+        let mut script = Script::new(&halts);
+        let long = Duration::from_secs(3600);
+        let observed = super::observe(&mut script, CheckWhen::End, long).unwrap();
+        assert_eq!(observed.points_checked, MAX_MM_EXITS);
+        assert_eq!(observed.invariants[1].checks, MAX_MM_EXITS + 1);
+        assert_eq!(
+            script.trapped,
+            [(Point::MmExit, true), (Point::MmExit, false)]
+        );
     }
 
     #[test]

@@ -520,6 +520,10 @@ fn a_report_reaches_the_host() {
             user.call(nr::TESTBED_REPORT, [99, 0, 0, 0]),
             Err(Errno::EINVAL)
         );
+        assert_eq!(
+            user.call(nr::TESTBED_CRASH, [99, 0, 0, 0]),
+            Err(Errno::EINVAL)
+        );
         user.call(nr::TESTBED_NR_CPUS, [0; 4]).unwrap_or(0)
     };
     let outcome = machine(1, vec![program(body)]);

@@ -120,3 +120,28 @@ fn l13_a_lazy_cpu_holds_no_reference() {
         world.update::<Mm, _>(world.child, |mm| mm.count.store(1, Relaxed));
     });
 }
+
+#[test]
+fn l14_a_lock_is_never_released() {
+    fires(&["L-14"], |world| {
+        world.root(|root| root.sched_lock.store(2, Relaxed));
+    });
+}
+
+#[test]
+fn l14_a_shootdown_is_never_acknowledged() {
+    fires(&["L-14"], |world| {
+        let parent = world.parent;
+        world.cpu(0, |cpu| {
+            cpu.flush.mm.set(Pa::new(parent));
+            cpu.flush.pending.store(2, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn l14_an_unmap_never_flushes() {
+    fires(&["L-14"], |world| {
+        world.update::<Mm, _>(world.parent, |mm| mm.flush_pending.store(1, Relaxed));
+    });
+}

@@ -245,7 +245,10 @@ impl<A: Arch> Kernel<A> {
     ) {
         let size = level_size(level);
         let mut from = start;
-        while let Some((region, entry)) = self.next_present((table, level), from, end) {
+        // Stops with the last entry: at the end of an address space the rest of the table is empty.
+        while self.folio(table).used.get() > 0
+            && let Some((region, entry)) = self.next_present((table, level), from, end)
+        {
             let (child, past) = (entry.address(), region + size);
             if level > 2 {
                 let part = (start.max(region), end.min(past));

@@ -49,12 +49,22 @@ mod imp {
     pub(super) fn event<A: Arch>(kernel: &Kernel<A>, kind: EventKind, args: [u64; 5]) {
         let channel = kernel.arch.channel();
         if channel.event_mask.load(Relaxed) & (1 << kind as u32) != 0 {
-            record(kernel, kind, args);
+            // One by one: an array would be put into memory before the mask is looked at.
+            let [a, b, c, d, e] = args;
+            record(kernel, kind, a, b, c, d, e);
         }
     }
 
     #[cold]
-    fn record<A: Arch>(kernel: &Kernel<A>, kind: EventKind, args: [u64; 5]) {
+    fn record<A: Arch>(
+        kernel: &Kernel<A>,
+        kind: EventKind,
+        a: u64,
+        b: u64,
+        c: u64,
+        d: u64,
+        e: u64,
+    ) {
         let channel = kernel.arch.channel();
         let head = channel.ring_head.load(Relaxed);
         if channel.ring_exits.load(Relaxed) != 0
@@ -72,7 +82,7 @@ mod imp {
             tsc: kernel.arch.tsc(),
             kind: kind as u32,
             task,
-            args,
+            args: [a, b, c, d, e],
             sequence: head,
         };
         kernel

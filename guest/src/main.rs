@@ -43,6 +43,7 @@ fn print(text: &[u8]) {
 
 global_asm!(
     ".globl _start",
+    ".type _start, @function",
     "_start:",
     "xor ebp, ebp",
     "mov rcx, r8",

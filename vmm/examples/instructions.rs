@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! cargo run -p vmm --example instructions -- smoke
-//! cargo run -p vmm --example instructions -- cow-fork rounds=2
+//! cargo run -p vmm --example instructions -- cow-fork rounds=3
+//! cargo run -p vmm --example instructions -- smoke --no-events
 //! ```
 //!
 //! The machine has one vCPU and stops at the end of every call and fault; what KVM has emulated since
@@ -21,7 +22,17 @@ use vmm::control::{Machine, MachineConfig, ProgramSpec, Stop};
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut words = std::env::args().skip(1);
+    let (options, words): (Vec<String>, Vec<String>) = std::env::args()
+        .skip(1)
+        .partition(|word| word.starts_with("--"));
+    let mut config = MachineConfig::default();
+    for option in &options {
+        match option.as_str() {
+            "--no-events" => config.events = 0,
+            other => return Err(format!("{other}: the only option is --no-events").into()),
+        }
+    }
+    let mut words = words.into_iter();
     let name = words.next().unwrap_or_else(|| "smoke".into());
     let args = words
         .filter_map(|word| {
@@ -36,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             args,
             data: None,
         },
-        ..MachineConfig::default()
+        ..config
     })?;
     let counts = measure(&mut machine)?;
     println!(

@@ -1,42 +1,53 @@
 //! System calls: Linux's numbers, flags and errno for x86-64, and the testbed's own in a range that
 //! Linux does not use.
 
+macro_rules! numbers {
+    ($($(#[$doc:meta])* $name:ident = $value:expr;)+) => {
+        $($(#[$doc])* pub const $name: u64 = $value;)+
+
+        /// Every call that the kernel has, by its name.
+        pub const ALL: &[(&str, u64)] = &[$((stringify!($name), $name),)+];
+    };
+}
+
 /// System call numbers.
 #[allow(missing_docs)] // Linux's own names; see man 2.
 pub mod nr {
-    pub const WRITE: u64 = 1;
-    pub const MMAP: u64 = 9;
-    pub const MPROTECT: u64 = 10;
-    pub const MUNMAP: u64 = 11;
-    pub const BRK: u64 = 12;
-    pub const SCHED_YIELD: u64 = 24;
-    pub const MREMAP: u64 = 25;
-    pub const MADVISE: u64 = 28;
-    pub const GETPID: u64 = 39;
-    pub const CLONE: u64 = 56;
-    pub const FORK: u64 = 57;
-    pub const EXIT: u64 = 60;
-    pub const WAIT4: u64 = 61;
-    pub const GETTID: u64 = 186;
-    pub const FUTEX: u64 = 202;
-    pub const SCHED_SETAFFINITY: u64 = 203;
-    pub const SCHED_GETAFFINITY: u64 = 204;
-    pub const EXIT_GROUP: u64 = 231;
-    pub const GETCPU: u64 = 309;
-
     /// First of the testbed's own calls.
     pub const TESTBED_BASE: u64 = 0x5354_0000;
-    /// `report(kind, gva, expected, found)`: tells the host of a wrong value
-    /// ([`crate::channel::ReportKind`]). Returns 0.
-    pub const TESTBED_REPORT: u64 = TESTBED_BASE;
-    /// `fault_fixup(start, end, fixup)`: for the calling process, a fault that would kill a task whose
-    /// instruction pointer lies in `start..end` continues at `fixup` with `rax` = -EFAULT instead.
-    pub const TESTBED_FAULT_FIXUP: u64 = TESTBED_BASE + 1;
-    /// `nr_cpus()`: CPUs of this machine.
-    pub const TESTBED_NR_CPUS: u64 = TESTBED_BASE + 2;
-    /// `crash(how)`: the kernel fails as [`super::crash`] says, so that the host's report of it can be
-    /// seen. Never returns; EINVAL for another `how`, ENOSYS in a kernel built without the testbed.
-    pub const TESTBED_CRASH: u64 = TESTBED_BASE + 3;
+
+    numbers! {
+        WRITE = 1;
+        MMAP = 9;
+        MPROTECT = 10;
+        MUNMAP = 11;
+        BRK = 12;
+        SCHED_YIELD = 24;
+        MREMAP = 25;
+        MADVISE = 28;
+        GETPID = 39;
+        CLONE = 56;
+        FORK = 57;
+        EXIT = 60;
+        WAIT4 = 61;
+        GETTID = 186;
+        FUTEX = 202;
+        SCHED_SETAFFINITY = 203;
+        SCHED_GETAFFINITY = 204;
+        EXIT_GROUP = 231;
+        GETCPU = 309;
+        /// `report(kind, gva, expected, found)`: tells the host of a wrong value
+        /// ([`crate::channel::ReportKind`]). Returns 0.
+        TESTBED_REPORT = TESTBED_BASE;
+        /// `fault_fixup(start, end, fixup)`: for the calling process, a fault that would kill a task whose
+        /// instruction pointer lies in `start..end` continues at `fixup` with `rax` = -EFAULT instead.
+        TESTBED_FAULT_FIXUP = TESTBED_BASE + 1;
+        /// `nr_cpus()`: CPUs of this machine.
+        TESTBED_NR_CPUS = TESTBED_BASE + 2;
+        /// `crash(how)`: the kernel fails as [`super::crash`] says, so that the host's report of it can be
+        /// seen. Never returns; EINVAL for another `how`, ENOSYS in a kernel built without the testbed.
+        TESTBED_CRASH = TESTBED_BASE + 3;
+    }
 }
 
 /// Ways to fail on request ([`nr::TESTBED_CRASH`]).

@@ -312,8 +312,17 @@ fn index_is_right(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn writable_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
-    for (space, leaf, vma, folio) in anonymous_entries(context, findings) {
-        if !leaf.rights().write || !vma.is_private() {
+    let leaves = context.spaces.iter().flat_map(|space| {
+        let leaves = space.user.leaves.iter();
+        leaves.map(move |leaf| (space, leaf))
+    });
+    for (space, leaf) in leaves.filter(|(_, leaf)| leaf.rights().write) {
+        let folio = context.folio_of(leaf);
+        let Some(folio) = folio.filter(|folio| folio.is(FrameKind::Anon)) else {
+            continue;
+        };
+        // An entry outside every VMA is P-01's, and private all the same.
+        if space.vma_at(leaf.gva).is_some_and(|vma| !vma.is_private()) {
             continue;
         }
         // fork shares the folio before it takes the permission away, under the table's lock.

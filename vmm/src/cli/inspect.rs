@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::ops::RangeInclusive;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -18,7 +19,7 @@ use crate::inspect::render::{
 };
 use crate::inspect::walk::USER_HALF;
 use crate::inspect::{Snapshot, Walk};
-use crate::report::verdict::{Detail, Paint};
+use crate::report::verdict::{Detail, Paint, format_time};
 use crate::report::{HostFacts, SCHEMA, ScenarioFacts};
 use crate::scenario::Scenario;
 use crate::session::{self, Halt, Live, Place, Reached, Until};
@@ -211,8 +212,10 @@ fn see(live: &Live, place: Place, options: &Inspect) -> Result<Seen, Failure> {
         Some((walk, folio)) => (Some(walk), folio),
         None => (None, None),
     };
+    let mut report = machine(memory, &snapshot, &vcpus);
+    report.name_addresses(live.namer());
     Ok(Seen {
-        machine: machine(memory, &snapshot, &vcpus),
+        machine: report,
         trees,
         walk,
         frame: options
@@ -255,7 +258,10 @@ fn render(inspected: &Inspected, paint: Paint, detail: Detail) -> String {
         (Some(point), Some(vcpu), Some(nth)) => {
             format!("at {point} on vCPU {vcpu} (passage {nth})")
         }
-        _ => "after the time that was asked for".to_owned(),
+        _ => {
+            let after = Duration::from_nanos(stop.after_ns.unwrap_or(0));
+            format!("{} after its first user instruction", format_time(after))
+        }
     };
     let mut text = format!(
         "{} {} {place}\n",
@@ -276,7 +282,7 @@ fn render(inspected: &Inspected, paint: Paint, detail: Detail) -> String {
         );
     }
     if let Some(walk) = &seen.walk {
-        let _ = write!(text, "\n{}\n{walk}", paint.bold("Walk"));
+        let _ = write!(text, "\n{}\n{walk}\n", paint.bold("Walk"));
     }
     if let Some(frame) = &seen.frame {
         let _ = write!(text, "\n{}\n{frame}", paint.bold("Frame"));

@@ -101,6 +101,7 @@ pub struct Machine {
     runs: u64,
     first_resume: Option<Instant>,
     timings: Timings,
+    tsc_khz: Option<u32>,
     ended: Option<Stop>,
 }
 
@@ -162,11 +163,14 @@ impl Machine {
             Vec::new()
         };
         let mut vcpus = Vec::new();
+        let mut tsc_khz = None;
         for cpu in 0..config.vcpus {
             let index = cpu as usize;
+            let fd = vm.create_vcpu(cpu, config.vcpus, &boot)?;
+            tsc_khz = fd.get_tsc_khz().ok();
             let mut vcpu = Vcpu::new(VcpuSpec {
                 index,
-                fd: vm.create_vcpu(cpu, config.vcpus, &boot)?,
+                fd,
                 ram: ram.clone(),
                 interrupts: config.interrupts,
                 platform: board.clone(),
@@ -210,6 +214,7 @@ impl Machine {
             runs: 0,
             first_resume: None,
             timings,
+            tsc_khz,
             ended: None,
         })
     }
@@ -545,6 +550,12 @@ impl Machine {
     #[must_use]
     pub fn timings(&self) -> Timings {
         self.timings
+    }
+
+    /// Frequency of the guest's time stamp counters, where KVM tells it.
+    #[must_use]
+    pub fn tsc_khz(&self) -> Option<u32> {
+        self.tsc_khz
     }
 
     /// Host CPU that each vCPU's thread is pinned to.

@@ -120,6 +120,15 @@ impl CrashCause {
         Self::UnexpectedExit { text: text.into() }
     }
 
+    /// True where KVM or the CPU gave up, not the kernel or this machine.
+    #[must_use]
+    pub fn is_by_host(&self) -> bool {
+        matches!(
+            self,
+            Self::TripleFault | Self::InternalError { .. } | Self::FailEntry { .. }
+        )
+    }
+
     /// Name of a `KVM_INTERNAL_ERROR_*` suberror.
     #[must_use]
     pub fn suberror_name(suberror: u32) -> &'static str {

@@ -21,6 +21,7 @@ use serde::Serialize;
 
 pub use image::MemoryImage;
 pub use objects::{AnonVmaView, ChainView, CpuView, FolioView, MmView, TaskView, VmaView};
+pub use render::pte_flags;
 pub use snapshot::{Anomaly, InspectError, Snapshot};
 pub use walk::{Walk, translate};
 

@@ -14,7 +14,7 @@ type Reader<'a> = EndianSlice<'a, LittleEndian>;
 pub struct Location {
     /// The function, demangled; with an offset where only the symbol table knows the address.
     pub function: String,
-    /// Source file, where DWARF has it.
+    /// Source file, where DWARF has it; relative to the sources of this program or of Rust's library.
     pub file: Option<String>,
     /// Line in `file`.
     pub line: Option<u32>,
@@ -92,7 +92,7 @@ impl<'a> Symbols<'a> {
                     .location
                     .as_ref()
                     .and_then(|location| location.file)
-                    .map(str::to_owned),
+                    .map(|file| relative(file).to_owned()),
                 line: frame.location.as_ref().and_then(|location| location.line),
                 inlined: false,
             });
@@ -113,6 +113,19 @@ impl<'a> Symbols<'a> {
             line: None,
             inlined: false,
         })
+    }
+}
+
+/// `file` without what tells only where it was built.
+fn relative(file: &str) -> &str {
+    const MANIFEST: &str = env!("CARGO_MANIFEST_DIR");
+    let root = MANIFEST.rsplit_once('/').map_or(MANIFEST, |(root, _)| root);
+    if let Some(file) = file.strip_prefix(root) {
+        file.trim_start_matches('/')
+    } else if file.starts_with("/rustc/") {
+        file.split_once("/library/").map_or(file, |(_, file)| file)
+    } else {
+        file
     }
 }
 
@@ -147,6 +160,15 @@ mod tests {
         );
         assert!(location.line.is_some());
         assert!(!location.inlined);
+    }
+
+    #[test]
+    fn files_are_told_from_the_root_of_their_sources() {
+        let own = concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs");
+        assert_eq!(relative(own), "vmm/src/lib.rs");
+        let core = "/rustc/59807616/library/core/src/hint.rs";
+        assert_eq!(relative(core), "core/src/hint.rs");
+        assert_eq!(relative("/elsewhere/main.rs"), "/elsewhere/main.rs");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! A crash in both forms: [`crate::report::crash`] says everything, its first line is the reason.
+//! A crash in both forms: [`crate::report::crash`] says everything, its first line is the reason, which
+//! the verdict shows.
 
 use super::Crash;
 use crate::control::{self, Machine};
@@ -10,7 +11,7 @@ pub(super) fn describe(machine: &Machine, crash: &control::Crash) -> Crash {
         None => crash.cause.to_string(),
     };
     let report = CrashReport::of(crash, machine);
-    let text = report.to_string();
+    let text = report.body().to_string();
     let mut json = serde_json::to_value(&report).unwrap_or_default();
     if let Some(fields) = json.as_object_mut() {
         fields.insert("reason".into(), reason.into());

@@ -16,10 +16,12 @@ use crate::check::{self, Context, Moment, Outcome};
 use crate::control::{
     self, KernelImage, Machine, MachineConfig, MachineError, ProgramSpec, Stop, VcpuSnapshot,
 };
+use crate::inspect::walk::USER_HALF;
 use crate::inspect::{self, InspectError, Snapshot, VcpuFacts};
 use crate::kvm::host::{Host, HostKind};
 use crate::kvm::vcpu::ExitReason;
 use crate::memory::PhysMem;
+use crate::report::symbols::Symbols;
 use crate::report::{HostFacts, Timings};
 use crate::scenario::{CheckWhen, Scenario};
 
@@ -181,6 +183,32 @@ impl Live {
         check::run(&Context::new(self.memory(), snapshot, vcpus, moment))
     }
 
+    /// Names addresses in the kernel and in the program: `function (file:line)`.
+    pub fn namer(&self) -> impl Fn(u64) -> Option<String> {
+        let kernel = Symbols::of(self.machine.kernel_elf());
+        let user = Symbols::of(self.machine.user_elf());
+        move |address| {
+            let symbols = if USER_HALF.contains(&address) {
+                &user
+            } else {
+                &kernel
+            };
+            let locations = symbols.resolve(address);
+            // The function itself; what was inlined into it says less to a person.
+            let outermost = locations.last()?;
+            let place = outermost.file.as_deref().zip(outermost.line);
+            let function = short_name(&outermost.function);
+            Some(match place {
+                Some((file, line)) => {
+                    let mut names = file.rsplit('/').take(2).collect::<Vec<_>>();
+                    names.reverse();
+                    format!("{function} ({}:{line})", names.join("/"))
+                }
+                None => function,
+            })
+        }
+    }
+
     /// What the guest has written to its serial port.
     #[must_use]
     pub fn serial(&self) -> String {
@@ -255,6 +283,23 @@ impl Live {
     }
 }
 
+/// `Type::method` or `module::function`: a line has 100 columns.
+fn short_name(function: &str) -> String {
+    match function.rsplit_once(">::") {
+        Some((path, method)) => {
+            let path = path.rsplit_once("<impl ").map_or(path, |(_, path)| path);
+            let path = path.split('<').find(|path| !path.is_empty()).unwrap_or("");
+            let name = path.rsplit("::").next().unwrap_or(path);
+            format!("{name}::{method}")
+        }
+        None => {
+            let mut names = function.rsplit("::").take(2).collect::<Vec<_>>();
+            names.reverse();
+            names.join("::")
+        }
+    }
+}
+
 impl Subject for Live {
     type Error = MachineError;
 
@@ -298,5 +343,25 @@ impl Subject for Live {
         };
         let vcpus = self.vcpus(place)?;
         Ok(Checked::new(self.outcome(&snapshot, &vcpus, place), place))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::short_name;
+
+    #[test]
+    fn functions_are_named_by_type_or_module() {
+        let method = "guest_kernel::sync::<impl guest_kernel::kernel::Kernel<A>>::read_lock";
+        assert_eq!(short_name(method), "Kernel::read_lock");
+        assert_eq!(
+            short_name("<guest::rt::Rt as guest::sys::Sys>::mmap"),
+            "Sys::mmap"
+        );
+        assert_eq!(
+            short_name("guest_kernel::arch::x86_64::entry::leave+0x14"),
+            "entry::leave+0x14"
+        );
+        assert_eq!(short_name("memcpy"), "memcpy");
     }
 }

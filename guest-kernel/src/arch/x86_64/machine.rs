@@ -143,14 +143,14 @@ impl Arch for X86 {
     fn write_event(&self, slot: usize, event: &Event) {
         assert!(slot < RING_RECORDS, "event slot {slot} of {RING_RECORDS}");
         // SAFETY: the ring follows the control page; the slot is in range, and only this CPU writes
-        // here. Volatile: the reader is the host.
+        // here. The store of the ring's head that follows is a release: the host sees the record first.
         unsafe {
             percpu::channel()
                 .byte_add(PAGE_SIZE as usize)
                 .cast::<Event>()
                 .cast_mut()
                 .add(slot)
-                .write_volatile(*event);
+                .write(*event);
         }
     }
 

@@ -3,12 +3,13 @@
 //! one to the other. "Stack pointers" are numbers of contexts. A program is a closure; the
 //! instruction pointer is its number, so that a clone can start another one.
 //!
-//! There is no TLB: accesses walk the page tables, those of the kernel to user memory without a look at
-//! U, as at CPL 0 without SMAP. IPIs are taken where the kernel allows it,
+//! Each CPU has a TLB that keeps every translation of a program's access until it is flushed. The kernel's
+//! accesses to user memory walk the page tables without a look at U, as at CPL 0 without SMAP. IPIs are taken where the kernel allows it,
 //! and before each user access and system call.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::Cell;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
@@ -63,6 +64,8 @@ pub(crate) struct Machine {
     memory: *mut u8,
     nr_cpus: usize,
     roots: Vec<AtomicU64>,
+    /// By CPU and page: where it is, and whether it may be written.
+    tlbs: Vec<Mutex<HashMap<u64, (u64, bool)>>>,
     channels: *mut u8,
     ticks: AtomicU64,
     kernel: OnceLock<Weak<Kernel<Machine>>>,
@@ -100,6 +103,7 @@ impl Machine {
             memory,
             nr_cpus,
             roots: (0..nr_cpus).map(|_| AtomicU64::new(0)).collect(),
+            tlbs: (0..nr_cpus).map(|_| Mutex::default()).collect(),
             channels,
             ticks: AtomicU64::new(0),
             kernel: OnceLock::new(),
@@ -225,6 +229,30 @@ impl Machine {
         Ok(self.phys_to_virt(table + gva % PAGE_SIZE))
     }
 
+    /// Where `gva` is for a program's access: what this CPU has cached, or a walk, which it caches. A
+    /// fault removes what is cached (SDM vol. 3A, 5.10.4.1).
+    fn translate_cached(&self, gva: u64, write: bool) -> Result<*mut u8, u64> {
+        let page = gva / PAGE_SIZE;
+        let cached = self.tlb().get(&page).copied();
+        if let Some((frame, writable)) = cached
+            && (writable || !write)
+        {
+            return Ok(self.phys_to_virt(frame + gva % PAGE_SIZE));
+        }
+        self.tlb().remove(&page);
+        let place = self.translate(gva, write, PteFlags::USER)?;
+        let gpa = place as u64 - self.memory as u64;
+        self.tlb().insert(page, (gpa - gpa % PAGE_SIZE, write));
+        Ok(place)
+    }
+
+    /// The TLB of the CPU that executes this.
+    fn tlb(&self) -> MutexGuard<'_, HashMap<u64, (u64, bool)>> {
+        self.tlbs[self.cpu()]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A user access of the kernel: `access` gets the byte's index and place.
     fn kernel_access(
         &self,
@@ -330,9 +358,14 @@ impl Arch for Machine {
             to.store(from.load(Relaxed), Relaxed);
         }
     }
-    fn flush_page(&self, _gva: u64) {}
-    fn flush_all(&self) {}
+    fn flush_page(&self, gva: u64) {
+        self.tlb().remove(&(gva / PAGE_SIZE));
+    }
+    fn flush_all(&self) {
+        self.tlb().clear();
+    }
     fn load_root(&self, pgd: u64) {
+        self.flush_all();
         self.roots[self.cpu()].store(pgd, SeqCst);
     }
     fn current_root(&self) -> u64 {
@@ -493,7 +526,7 @@ impl User<'_> {
         self.take_ipis();
         let rip = self.frame.rip;
         loop {
-            match self.kernel.arch.translate(gva, write, PteFlags::USER) {
+            match self.kernel.arch.translate_cached(gva, write) {
                 // SAFETY: an aligned word of guest memory, only touched atomically.
                 Ok(place) => return Some(unsafe { &*place.cast::<AtomicU32>() }),
                 Err(error) => {

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use abi::objects::{AnonVma, FrameKind, Mm, Pa, RwLockWord};
 use abi::point::Point;
+use abi::pte::PteFlags;
 
 use crate::check::world::{DATA, TEXT, World};
 use crate::inspect::Stop;
@@ -257,4 +258,19 @@ fn what_always_holds_is_never_excused() {
         folio.kind.store(FrameKind::PerCpu as u8, Relaxed);
     });
     assert_eq!(world.violated().into_keys().collect::<Vec<_>>(), ["P-04"]);
+}
+
+/// munmap took the VMA out and has yet to clear the entry; fork forgot to write-protect it.
+#[test]
+fn a_writer_does_not_excuse_a_shared_page_that_is_writable() {
+    let mut world = World::new();
+    world.vcpus[0].cpl = 0;
+    world.vcpus[0].stop = Stop::Point(Point::ForkCopy);
+    world.update::<Mm, _>(world.child, |mm| {
+        mm.mmap_lock.store(RwLockWord::WRITER, Relaxed);
+    });
+    world.change_pte(world.child, DATA, 1, |entry| {
+        entry.with(PteFlags::WRITE).without(PteFlags::COW)
+    });
+    assert_eq!(violated(&world), ["R-08"]);
 }

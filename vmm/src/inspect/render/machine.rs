@@ -48,6 +48,9 @@ pub struct VcpuReport {
     pub tlb_gen: u64,
     /// CPUs whose acknowledgement of a shootdown it awaits.
     pub waits_for_cpus: u64,
+    /// Function and line at RIP, where [`MachineReport::name_addresses`] knows them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub function: Option<String>,
 }
 
 /// One address space.
@@ -115,6 +118,7 @@ fn vcpu(snapshot: &Snapshot, facts: &VcpuFacts) -> VcpuReport {
         waits_for_cpus: cpu
             .and_then(|cpu| cpu.flush)
             .map_or(0, |flush| flush.pending),
+        function: None,
     }
 }
 
@@ -146,6 +150,14 @@ impl Display for MachineReport {
             table.row(vcpu.cells());
         }
         writeln!(f, "{table}")?;
+        let named = || self.vcpus.iter().filter(|vcpu| vcpu.function.is_some());
+        for vcpu in named() {
+            let function = vcpu.function.as_deref().unwrap_or_default();
+            writeln!(f, "  vCPU {:>2} is in {function}", vcpu.facts.index)?;
+        }
+        if named().next().is_some() {
+            writeln!(f)?;
+        }
         writeln!(
             f,
             "Memory   {}, {} free",
@@ -160,6 +172,13 @@ impl Display for MachineReport {
 }
 
 impl MachineReport {
+    /// Says of each vCPU in which function it stands, as `resolve` knows its RIP.
+    pub fn name_addresses(&mut self, resolve: impl Fn(u64) -> Option<String>) {
+        for vcpu in &mut self.vcpus {
+            vcpu.function = resolve(vcpu.facts.rip);
+        }
+    }
+
     fn fmt_tasks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\nTasks")?;
         let heading = [

@@ -193,7 +193,7 @@ fn a_violation_for_a_person() {
         text.contains("    walk       GVA 0x400000 under CR3"),
         "{text}"
     );
-    assert!(text.contains("VIOLATED: 55 invariants examined"), "{text}");
+    assert!(text.contains("VIOLATED: 56 invariants examined"), "{text}");
     let walk = translate(&world.memory, pgd(&world, world.parent), TEXT);
     assert!(text.contains(&walk.to_string().lines().last().unwrap().to_string()));
 }
@@ -209,4 +209,17 @@ fn sets_and_counts_for_a_person() {
     assert_eq!(vma_flag_names(1 | 1 << 60), ["READ", "0x1000000000000000"]);
     assert_eq!(pte_flags(Pte(0x80), 1), "PAT");
     assert_eq!(pte_flags(Pte(0), 1), "-");
+}
+
+#[test]
+fn a_vcpu_says_in_which_function_it_stands() {
+    let world = World::new();
+    let mut report = machine(&world.memory, &world.snapshot(), &world.vcpus);
+    assert!(!report.to_string().contains("is in"));
+    report.name_addresses(|rip| (rip == world.vcpus[0].rip).then(|| "smoke (smoke.rs:7)".into()));
+    let text = report.to_string();
+    assert!(
+        text.contains("vCPU  0 is in smoke (smoke.rs:7)\n"),
+        "{text}"
+    );
 }

@@ -7,19 +7,21 @@
 mod backtrace;
 mod code;
 mod text;
+mod words;
 
 use std::fmt;
 
 use abi::channel::{Event, EventKind};
 use serde::Serialize;
 
-pub use backtrace::Frame;
+pub use backtrace::{Entry, Frame};
 pub use code::Instruction;
 
-use super::symbols::Symbols;
+use super::symbols::{Location, Symbols};
 use crate::control::{Crash, CrashCause, Machine};
+use crate::inspect::Snapshot;
 use crate::inspect::walk::{self, Walk};
-use crate::kvm::vcpu::VcpuSnapshot;
+use crate::kvm::vcpu::{Registers, VcpuSnapshot};
 use crate::memory::PhysMem;
 
 /// Events of each vCPU that a report shows.
@@ -49,11 +51,17 @@ pub struct VcpuReport {
     /// State and registers.
     #[serde(flatten)]
     pub snapshot: VcpuSnapshot,
-    /// Instructions from RIP on; empty where they cannot be read.
+    /// Task that it runs, by the kernel's own account.
+    pub task: Option<u32>,
+    /// The frame of `backtrace` that the crash is about: what raised an exception in the kernel, or
+    /// called for a panic; else the first.
+    pub site: usize,
+    /// Instructions from the site's on where it raised an exception, else from RIP on; empty where they
+    /// cannot be read.
     pub code: Vec<Instruction>,
-    /// Translation of RIP.
+    /// Translation of the first of them.
     pub rip_walk: Walk,
-    /// Translation of CR2, the address of the last page fault, where there was one.
+    /// Translation of CR2, where the vCPU was handling a page fault, or ended before it could.
     pub cr2_walk: Option<Walk>,
     /// Who called whom, innermost first.
     pub backtrace: Vec<Frame>,
@@ -68,6 +76,8 @@ pub struct EventReport {
     pub sequence: u64,
     /// Time stamp counter.
     pub tsc: u64,
+    /// Nanoseconds before the last event of all vCPUs, where the counter's frequency is known.
+    pub before_ns: Option<u64>,
     /// Task that was running, 0 for none.
     pub task: u32,
     /// Name of the kind, or its number where it has none.
@@ -108,13 +118,23 @@ impl CrashReport {
     /// Everything about `crash`, which has just stopped `machine`.
     #[must_use]
     pub fn of(crash: &Crash, machine: &Machine) -> Self {
+        let root = machine.kernel_root().unwrap_or(0);
         let scene = Scene {
             ram: machine.ram(),
             kernel: machine.kernel_elf(),
             user: machine.user_elf(),
+            // A kernel that is too broken to be read runs no task that could be named.
+            objects: Snapshot::read(machine.ram(), root).ok(),
+            tsc_khz: machine.tsc_khz(),
         };
         let events = |vcpu| machine.events(vcpu);
         Self::collect(crash, &scene, events, &machine.serial_output())
+    }
+
+    /// All but the first line: for a report that has said the cause already.
+    #[must_use]
+    pub fn body(&self) -> impl fmt::Display {
+        text::Body(self)
     }
 
     fn collect(
@@ -124,12 +144,47 @@ impl CrashReport {
         console: &str,
     ) -> Self {
         let (kernel, user) = (Symbols::of(scene.kernel), Symbols::of(scene.user));
+        let resolve = |address: u64| {
+            // The kernel has the upper half.
+            if address >> 63 == 1 {
+                kernel.resolve(address)
+            } else {
+                user.resolve(address)
+            }
+        };
+        let events: Vec<_> = crash
+            .snapshots
+            .iter()
+            .map(|vcpu| events(vcpu.index))
+            .collect();
+        let clock = Clock {
+            last: events.iter().flatten().map(|event| event.tsc).max(),
+            khz: scene.tsc_khz,
+        };
         let mut vcpus: Vec<_> = crash
             .snapshots
             .iter()
-            .map(|snapshot| vcpu(snapshot, scene, &kernel, &user, &events(snapshot.index)))
+            .zip(&events)
+            .map(|(snapshot, events)| {
+                let by_host = Some(snapshot.index) == crash.vcpu && crash.cause.is_by_host();
+                let last = events.len().saturating_sub(EVENTS);
+                VcpuReport {
+                    events: events[last..]
+                        .iter()
+                        .map(|event| EventReport::of(event, &clock))
+                        .collect(),
+                    ..VcpuReport::new(snapshot, scene, resolve, by_host)
+                }
+            })
             .collect();
-        vcpus.sort_by_key(|vcpu| (Some(vcpu.snapshot.index) != crash.vcpu, vcpu.snapshot.index));
+        vcpus.sort_by_key(|vcpu| {
+            let snapshot = &vcpu.snapshot;
+            (
+                Some(snapshot.index) != crash.vcpu,
+                snapshot.halted,
+                snapshot.index,
+            )
+        });
         let lines: Vec<_> = console.lines().collect();
         let last = lines.len().saturating_sub(CONSOLE_LINES);
         Self {
@@ -150,44 +205,87 @@ struct Scene<'a> {
     ram: &'a dyn PhysMem,
     kernel: &'a [u8],
     user: &'a [u8],
+    objects: Option<Snapshot>,
+    tsc_khz: Option<u32>,
 }
 
-fn vcpu(
-    snapshot: &VcpuSnapshot,
-    scene: &Scene<'_>,
-    kernel: &Symbols<'_>,
-    user: &Symbols<'_>,
-    events: &[Event],
-) -> VcpuReport {
-    let (cr2, cr3, rip) = (snapshot.sregs.cr2, snapshot.sregs.cr3, snapshot.regs.rip);
-    let space = code::Space {
-        ram: scene.ram,
-        cr3,
-    };
-    let last = events.len().saturating_sub(EVENTS);
-    VcpuReport {
-        code: code::disassemble(&space, rip),
-        rip_walk: walk::translate(scene.ram, cr3, rip),
-        cr2_walk: (cr2 != 0).then(|| walk::translate(scene.ram, cr3, cr2)),
-        backtrace: backtrace::unwind(&space, &snapshot.regs, |address| {
-            // The kernel has the upper half.
-            if address >> 63 == 1 {
-                kernel.resolve(address)
-            } else {
-                user.resolve(address)
-            }
-        }),
-        events: events[last..].iter().map(EventReport::of).collect(),
-        snapshot: snapshot.clone(),
+impl Scene<'_> {
+    fn task_on(&self, vcpu: usize) -> Option<u32> {
+        let objects = self.objects.as_ref()?;
+        let current = objects.cpus.get(vcpu)?.current;
+        let task = objects.tasks.iter().find(|task| task.gpa == current)?;
+        Some(task.id)
+    }
+}
+
+/// Makes times of time stamps.
+struct Clock {
+    last: Option<u64>,
+    khz: Option<u32>,
+}
+
+impl Clock {
+    fn before_ns(&self, tsc: u64) -> Option<u64> {
+        let khz = self.khz.filter(|khz| *khz != 0)?;
+        let cycles = self.last?.saturating_sub(tsc);
+        u64::try_from(u128::from(cycles) * 1_000_000 / u128::from(khz)).ok()
+    }
+}
+
+impl VcpuReport {
+    /// `by_host`: it was KVM that gave up on this vCPU.
+    fn new(
+        snapshot: &VcpuSnapshot,
+        scene: &Scene<'_>,
+        resolve: impl Fn(u64) -> Vec<Location>,
+        by_host: bool,
+    ) -> Self {
+        const PAGE_FAULT: u64 = 14;
+        let (cr2, cr3) = (snapshot.sregs.cr2, snapshot.sregs.cr3);
+        let space = code::Space {
+            ram: scene.ram,
+            cr3,
+        };
+        let backtrace = backtrace::unwind(&space, &snapshot.regs, resolve);
+        let site = backtrace::site(&backtrace);
+        let faulted = backtrace[site].entry.is_some();
+        let rip = if faulted {
+            backtrace[site].address.0
+        } else {
+            snapshot.regs.rip
+        };
+        let entered = backtrace.iter().find_map(|frame| frame.entry.as_ref());
+        let in_page_fault = entered.is_some_and(|entry| entry.vector == PAGE_FAULT);
+        Self {
+            task: scene.task_on(snapshot.index),
+            site,
+            code: code::disassemble(&space, rip),
+            rip_walk: walk::translate(scene.ram, cr3, rip),
+            cr2_walk: (in_page_fault || by_host && cr2 != 0)
+                .then(|| walk::translate(scene.ram, cr3, cr2)),
+            backtrace,
+            events: Vec::new(),
+            snapshot: snapshot.clone(),
+        }
+    }
+
+    /// The registers that matter: those of the exception that the kernel raised, if it did.
+    fn regs(&self) -> &Registers {
+        let entry = self
+            .backtrace
+            .get(self.site)
+            .and_then(|frame| frame.entry.as_ref());
+        entry.map_or(&self.snapshot.regs, |entry| &entry.regs)
     }
 }
 
 impl EventReport {
-    fn of(event: &Event) -> Self {
+    fn of(event: &Event, clock: &Clock) -> Self {
         let kind = EventKind::from_id(event.kind);
         Self {
             sequence: event.sequence,
             tsc: event.tsc,
+            before_ns: clock.before_ns(event.tsc),
             task: event.task,
             kind: kind.map_or_else(
                 || format!("kind-{}", event.kind),

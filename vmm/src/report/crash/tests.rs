@@ -52,6 +52,8 @@ fn report(ram: &GuestRam, snapshots: Vec<VcpuSnapshot>, events: &[Event]) -> Cra
         ram,
         kernel: &[],
         user: &[],
+        objects: None,
+        tsc_khz: Some(1_000_000),
     };
     CrashReport::collect(&crash, &scene, |_| events.to_vec(), "one\ntwo\n")
 }
@@ -167,7 +169,7 @@ fn the_text_has_the_crashed_vcpu_first_and_all_that_is_known() {
         "rax 0000000000001122",
         "> ffffffff80200000  0f 0b",
         "ud2",
-        "pte-change mm=0x10 gva=0x20 level=0x1 old=0x0 new=0x8000000000000003",
+        "pte-change mm=16 gva=0x20 level=1 old=0x0 new=0x0(P W NX)",
         "kind-999",
         "CR2: ",
         "Last lines of the console:\n  one\n  two",

@@ -80,10 +80,9 @@ fn measure(options: &Options) -> Result<(), Failure> {
         run.print();
         results.run = Some(run);
     }
-    if options.wants("machine/pause") {
-        let pause = pause::measure(options.quick)?;
+    results.pause = pause::measure(options)?;
+    if let Some(pause) = &results.pause {
         pause.print(&results.setting);
-        results.pause = Some(pause);
     }
     if let Some(file) = &options.json {
         let text = serde_json::to_string_pretty(&results)? + "\n";

@@ -10,6 +10,7 @@ use serde::Serialize;
 use vmm::control::{Machine, MachineConfig, Stop};
 
 use crate::Failure;
+use crate::options::Options;
 use crate::setting::Setting;
 use crate::stats::{ENOUGH_FOR_P99, Samples, Summary};
 use crate::table;
@@ -47,14 +48,17 @@ struct Found {
     halted: u64,
 }
 
-pub(crate) fn measure(quick: bool) -> Result<Pause, Failure> {
+/// Nothing where nothing is wanted.
+pub(crate) fn measure(options: &Options) -> Result<Option<Pause>, Failure> {
     let mut all = Vec::new();
     for workload in Workload::ALL {
-        for vcpus in VCPUS.filter(|vcpus| !quick || vcpus.is_power_of_two()) {
-            all.push(of_machine(workload, vcpus, quick)?);
+        for vcpus in VCPUS.filter(|vcpus| !options.quick || vcpus.is_power_of_two()) {
+            if options.wants(&format!("machine/pause/{}/{vcpus}", workload.name())) {
+                all.push(of_machine(workload, vcpus, options.quick)?);
+            }
         }
     }
-    Ok(Pause(all))
+    Ok((!all.is_empty()).then_some(Pause(all)))
 }
 
 fn of_machine(workload: Workload, vcpus: u32, quick: bool) -> Result<OfMachine, Failure> {
@@ -180,6 +184,9 @@ impl Pause {
                     ]
                 })
                 .collect();
+            if rows.is_empty() {
+                continue;
+            }
             table::print(
                 &format!("machine/pause: all vCPUs {}", workload.describe()),
                 [

@@ -19,6 +19,13 @@ pub(crate) enum Workload {
 impl Workload {
     pub(crate) const ALL: [Self; 2] = [Self::User, Self::Kernel];
 
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Kernel => "kernel",
+        }
+    }
+
     pub(crate) fn describe(self) -> &'static str {
         match self {
             Self::User => "busy at CPL 3 (a loop)",

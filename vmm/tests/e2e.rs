@@ -239,7 +239,7 @@ fn inspect_shows_a_page_table_tree_as_text_and_as_json() {
     let shown = String::from_utf8_lossy(&output.stdout);
     for word in [
         "pte-install",
-        "vCPU 0",
+        "on vCPU ",
         "Page tables of mm 1",
         "L1[",
         "P W U",

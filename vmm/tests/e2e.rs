@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde_json::Value;
 
@@ -28,8 +28,12 @@ fn host() -> Host {
     }
 }
 
-/// Runs `stalemate WORDS…` on the chosen host, at the root of the repository.
+/// Runs `stalemate WORDS…` on the chosen host, at the root of the repository. One machine at a time:
+/// vCPUs that share a CPU with another machine's wait for each other's time slices at every shootdown.
 fn stalemate(words: &[&str]) -> Output {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    // A test that failed while it held the lock has left no machine behind.
+    let _machine = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let mut command = match host() {
         Host::Kvm => Command::new(env!("CARGO_BIN_EXE_stalemate")),
         Host::Lab => {

@@ -100,6 +100,57 @@ fn the_frame_pointers_are_followed_upwards_only() {
     assert_eq!(addresses, [TEXT, TEXT + 0x10, TEXT + 0x20]);
 }
 
+/// Puts an entry frame as the kernel's entries build it at `offset` of the stack page.
+fn put_entry(ram: &GuestRam, offset: u64, vector: u64, cs: u64, rip: u64, rbp: u64) {
+    let mut words = [0; 24];
+    (words[0], words[1]) = (rbp, rip);
+    // r15 … rax, vector, error, rip, cs, rflags, rsp, ss
+    words[2 + 10] = rbp;
+    words[2 + 14] = 0x77; // rax
+    (words[2 + 15], words[2 + 16]) = (vector, 2);
+    (words[2 + 17], words[2 + 18]) = (rip, cs);
+    for (word, at) in words.iter().zip((offset..).step_by(8)) {
+        ram.write_value(0x8000 + at, word).unwrap();
+    }
+}
+
+#[test]
+fn the_chain_leads_through_a_fault_of_the_kernel_into_the_program() {
+    let (ram, cr3) = guest(&[0x90, 0x48, 0x8b, 0x10]);
+    let user_rbp = STACK + 0x40; // below: a program's stack lies where it wants to
+    put_entry(&ram, 0x100, 14, 8, TEXT + 1, STACK + 0x300);
+    put_entry(&ram, 0x300, 128, 0x23, 0x40_1000, user_rbp);
+    for (offset, word) in [(0x40, 0), (0x48, 0x40_2000_u64)] {
+        ram.write_value(0x8000 + offset, &word).unwrap();
+    }
+    let regs = Registers {
+        rip: TEXT,
+        rbp: STACK + 0x100,
+        ..Registers::default()
+    };
+    let report = report(&ram, vec![snapshot(1, cr3, regs)], &[]);
+    let vcpu = &report.vcpus[0];
+    let addresses: Vec<_> = vcpu.backtrace.iter().map(|f| f.address.0).collect();
+    assert_eq!(addresses, [TEXT, TEXT + 1, 0x40_1000, 0x40_2000]);
+    let entries: Vec<_> = vcpu
+        .backtrace
+        .iter()
+        .map(|f| f.entry.as_ref().map(|entry| (entry.vector, entry.cpl)))
+        .collect();
+    assert_eq!(entries, [None, Some((14, 0)), Some((128, 3)), None]);
+    // The crash is about what faulted: its registers and its code.
+    assert_eq!(vcpu.site, 1);
+    assert_eq!(vcpu.regs().rax, 0x77);
+    assert_eq!(vcpu.code[0].text, "mov (%rax),%rdx");
+    assert!(vcpu.cr2_walk.is_some());
+
+    // What does not repeat the link is no entry.
+    ram.write_value(0x8000 + 0x100 + 8 * 12, &1_u64).unwrap();
+    let report = self::report(&ram, vec![snapshot(1, cr3, regs)], &[]);
+    assert_eq!(report.vcpus[0].backtrace[1].entry, None);
+    assert_eq!(report.vcpus[0].site, 0);
+}
+
 #[test]
 fn a_loop_of_frames_and_an_unaligned_one_end() {
     let (ram, cr3) = guest(&[0x90]);

@@ -42,6 +42,18 @@ pub enum ElfError {
         /// First address past those allowed.
         most: u64,
     },
+    /// A kernel segment whose physical address is not where the machine's page tables expect it.
+    #[error(
+        "the segment at {address:#x} has physical address {found:#x}, not {expected:#x}: link it with guest-kernel/image.ld"
+    )]
+    WrongPhysical {
+        /// Its address.
+        address: u64,
+        /// Its physical address.
+        found: u64,
+        /// What the physical address must be.
+        expected: u64,
+    },
     /// Two segments on one page, whose permissions would have to be mixed.
     #[error("two segments share the page at {0:#x}: align segments to 4096 bytes")]
     SharedPage(u64),
@@ -60,6 +72,8 @@ pub struct Elf<'a> {
     pub entry: u64,
     /// What to load, in ascending order and on disjoint pages.
     pub segments: Vec<ElfSegment<'a>>,
+    /// The file.
+    pub file: &'a [u8],
 }
 
 /// One `PT_LOAD` that is not empty.
@@ -67,6 +81,8 @@ pub struct Elf<'a> {
 pub struct ElfSegment<'a> {
     /// First address.
     pub address: u64,
+    /// Physical address (`p_paddr`): where a loader without paging puts it.
+    pub physical: u64,
     /// Bytes in memory.
     pub bytes: u64,
     /// Contents; the rest of `bytes` is zero.
@@ -138,6 +154,7 @@ impl<'a> Elf<'a> {
         let elf = Self {
             entry: header.e_entry(endian),
             segments,
+            file,
         };
         elf.check()?;
         Ok(elf)
@@ -156,6 +173,24 @@ impl<'a> Elf<'a> {
                     found_end,
                     least,
                     most,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that every segment's physical address is its address less `offset`.
+    ///
+    /// # Errors
+    /// [`ElfError::WrongPhysical`].
+    pub fn check_physical(&self, offset: u64) -> Result<(), ElfError> {
+        for segment in &self.segments {
+            let expected = segment.address.wrapping_sub(offset);
+            if segment.physical != expected {
+                return Err(ElfError::WrongPhysical {
+                    address: segment.address,
+                    found: segment.physical,
+                    expected,
                 });
             }
         }
@@ -218,6 +253,7 @@ fn segment<'a>(
     }
     Ok(ElfSegment {
         address,
+        physical: program.p_paddr(endian),
         bytes,
         data,
         flags: program.p_flags(endian).0,

@@ -3,12 +3,15 @@
 //! W^X holds for aliases too: what the image maps without W is mapped without W in the direct map as
 //! well, and nothing in the direct map may be executed.
 
+use std::io::Cursor;
 use std::ops::Range;
 
 use abi::layout::{HUGE_PAGE_SIZE, KERNEL_LOAD_GPA, KERNEL_VIRT_OFFSET, PAGE_SIZE};
 
+use linux_loader::loader::{self, KernelLoader};
+
 use super::tables::{Access, BootTables};
-use super::{BootError, Elf};
+use super::{BootError, Elf, ElfError};
 use crate::memory::{GuestRam, PhysMem};
 
 /// First GVA of the kernel image.
@@ -30,6 +33,8 @@ pub(super) struct Kernel {
 /// Copies the segments of `elf` to their place.
 pub(super) fn load(ram: &GuestRam, elf: &Elf<'_>) -> Result<Kernel, BootError> {
     elf.check_addresses(FIRST, END).map_err(BootError::Kernel)?;
+    elf.check_physical(KERNEL_VIRT_OFFSET)
+        .map_err(BootError::Kernel)?;
     let mut segments = Vec::new();
     let mut end = KERNEL_LOAD_GPA;
     for segment in &elf.segments {
@@ -42,7 +47,6 @@ pub(super) fn load(ram: &GuestRam, elf: &Elf<'_>) -> Result<Kernel, BootError> {
                 memory: ram.bytes(),
             });
         }
-        ram.write(segment.address - KERNEL_VIRT_OFFSET, segment.data)?;
         let access = match (segment.is_writable(), segment.is_executable()) {
             (true, _) => Access::ReadWrite,
             (false, true) => Access::Execute,
@@ -50,6 +54,9 @@ pub(super) fn load(ram: &GuestRam, elf: &Elf<'_>) -> Result<Kernel, BootError> {
         };
         segments.push((pages, access));
     }
+    // Puts each segment at its physical address, which was checked above.
+    loader::Elf::load(&ram.backend(), None, &mut Cursor::new(elf.file), None)
+        .map_err(|error| BootError::Kernel(ElfError::Damaged(error.to_string())))?;
     Ok(Kernel {
         entry: elf.entry,
         end,

@@ -31,7 +31,9 @@ pub(crate) fn executable(entry: u64, pieces: &[Piece<'_>]) -> Vec<u8> {
             u64::from(*flags) << 32 | 1, // p_type PT_LOAD, p_flags
             offset,
             *address,
-            *address,
+            address
+                .checked_sub(abi::layout::KERNEL_VIRT_OFFSET)
+                .unwrap_or(*address),
             data.len() as u64,
             *bytes,
             0x1000,

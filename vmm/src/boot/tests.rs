@@ -213,6 +213,9 @@ fn what_is_no_kernel_is_refused_with_the_reason() {
     let wraps = executable(TEXT, &[(TEXT, RX, &[0xf4], u64::MAX - 1)]);
     assert!(matches!(refuse(&wraps), ElfError::Damaged(_)));
     assert_eq!(refuse(&executable(0, &[])), ElfError::Empty);
+    let mut moved = good.clone();
+    moved[64 + 24] ^= 0x10; // p_paddr of the first program header
+    assert!(matches!(refuse(&moved), ElfError::WrongPhysical { .. }));
 }
 
 #[test]

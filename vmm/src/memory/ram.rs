@@ -8,7 +8,8 @@ use std::sync::atomic::AtomicU64;
 
 use abi::layout::{ENTRIES_PER_TABLE, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+    Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -148,6 +149,13 @@ impl GuestRam {
     #[must_use]
     pub fn file(&self) -> &File {
         self.region.file_offset().expect("made from a memfd").file()
+    }
+
+    /// The same memory for libraries that take vm-memory's own type.
+    #[must_use]
+    pub fn backend(&self) -> GuestMemoryMmap {
+        GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&self.region)])
+            .expect("one region overlaps with none")
     }
 
     /// HVA of guest physical address 0, for the memory slot. Whoever registers it with KVM keeps a

@@ -1,4 +1,8 @@
 //! The kernel as a value, and the one place that turns guest physical addresses into references.
+#![allow(
+    unsafe_code,
+    reason = "the one place that turns guest physical addresses into references"
+)]
 
 use abi::objects::{AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Pa, Task, Vma, VmaNode};
 use abi::param::Config;

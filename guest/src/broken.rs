@@ -1,5 +1,6 @@
 //! Kernels that are wrong on purpose, to see that the programs notice: a wrapper around an executor
 //! that changes what some system calls do.
+#![allow(unsafe_code, reason = "arguments of threads are addresses")]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -4,6 +4,10 @@
 //! the program's name, then `key=value`) and the data blob in rdx (r8 bytes), 0 where there is none.
 #![no_std]
 #![no_main]
+#![allow(
+    unsafe_code,
+    reason = "the entry point and what the kernel passes to it"
+)]
 
 use core::arch::global_asm;
 use core::fmt::Write;

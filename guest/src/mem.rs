@@ -2,6 +2,10 @@
 //!
 //! In assembly, because the compiler may turn a loop in Rust into a call of the very function. Part of
 //! the image; the library has it in tests only, under names that do not replace libc's.
+#![allow(
+    unsafe_code,
+    reason = "memcpy and relatives for an image without a C library"
+)]
 
 use core::arch::naked_asm;
 

@@ -3,6 +3,7 @@
 //!
 //! Threads are raw clones that share the caller's thread-local storage, so what they run must use
 //! none: the programs do not, they know only [`Sys`].
+#![allow(unsafe_code, reason = "system calls and signal handlers of the host")]
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

@@ -2,6 +2,7 @@
 //! CPL 3, and, because the numbers and conventions are Linux's, of the programs on the host too.
 //!
 //! What differs between the two is behind [`Testbed`].
+#![allow(unsafe_code, reason = "system calls")]
 
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};

@@ -1,4 +1,5 @@
 //! A leader and its threads over shared state, what they found, and how they wait for each other.
+#![allow(unsafe_code, reason = "arguments of threads are addresses")]
 
 use core::sync::atomic::{AtomicU32, Ordering};
 

@@ -1,5 +1,6 @@
 //! User programs that keep every vCPU busy: each forks a process per CPU, and each process stays on
 //! its own. They are not among the guest's programs, because they check nothing and never end.
+#![allow(unsafe_code, reason = "labels of an assembly block")]
 
 use std::arch::global_asm;
 

@@ -93,6 +93,10 @@ pub trait Arch: Sync + Sized + 'static {
     /// # Safety
     /// `to` is a stack pointer that `prepare_stack` returned or `switch` stored, not resumed since,
     /// on a stack that stays allocated.
+    #[allow(
+        unsafe_code,
+        reason = "only the scheduler knows whether a stack may be resumed"
+    )]
     unsafe fn switch(&self, from: &AtomicU64, to: u64);
     /// Tells the machine which kernel stack entries from CPL 3 use on this CPU from now on
     /// (`top`: first byte past the stack).

@@ -7,6 +7,7 @@
 //! tables that stay.
 //!
 //! [`Folio::lock`]: abi::objects::Folio::lock
+#![allow(unsafe_code, reason = "paging structures in the direct map")]
 
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};

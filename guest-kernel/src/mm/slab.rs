@@ -3,6 +3,7 @@
 //!
 //! A free object is zero but for its generation and its link, so what the ABI says of a free slot
 //! (`Mm::id` is 0, `Vma::attached` is 0, `Task::state` is Free) holds by itself.
+#![allow(unsafe_code, reason = "the words of objects in type-stable memory")]
 
 use core::sync::atomic::{AtomicU32, AtomicU64};
 

@@ -1,4 +1,8 @@
 //! How tasks begin: the first process, fork, threads.
+#![allow(
+    unsafe_code,
+    reason = "the word of BootInfo that is the kernel's to write"
+)]
 
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;

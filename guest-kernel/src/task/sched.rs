@@ -10,6 +10,7 @@
 //! stack. (Linux, whose queues have a lock each, needs `task_struct::on_cpu` for this.)
 //!
 //! [`finish_switch`]: Kernel::finish_switch
+#![allow(unsafe_code, reason = "the context switch")]
 
 use core::mem;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};

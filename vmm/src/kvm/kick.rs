@@ -4,6 +4,7 @@
 //! mask (KVM_SET_SIGNAL_MASK). A kick that comes early therefore stays pending and makes the next
 //! KVM_RUN return EINTR at once: it cannot be lost between a look at the command queue and the entry,
 //! and no handler ever runs. The same pending signal ends the wait of a halted vCPU.
+#![allow(unsafe_code, reason = "signals and the kvm_run mapping")]
 
 use std::io;
 use std::marker::PhantomData;

@@ -1,4 +1,5 @@
 //! System calls that no crate of ours wraps, each behind a safe function.
+#![allow(unsafe_code, reason = "ioctls that kvm-ioctls does not wrap, affinity")]
 
 use std::fs::File;
 use std::io;

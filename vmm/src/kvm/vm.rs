@@ -1,4 +1,5 @@
 //! A VM with its memory and interrupt controller, and its vCPUs in their first state.
+#![allow(unsafe_code, reason = "memory slots")]
 
 use std::fs::File;
 

@@ -1,4 +1,5 @@
 //! The machine's memory: one memfd, mapped shared, from guest physical address 0 without holes.
+#![allow(unsafe_code, reason = "guest memory as atomics")]
 
 use std::fs::File;
 use std::io;

@@ -4,6 +4,7 @@
 //! table of leaf entries, is kept until a flush covers it, so a missing flush always has its
 //! consequence. IPIs wait until a CPU spins ([`Arch::relax`]); what other CPUs do meanwhile is a test's
 //! hook at a scheduling point ([`TestArch::at`]).
+#![allow(unsafe_code, reason = "an arena that stands for physical memory")]
 
 mod machine;
 

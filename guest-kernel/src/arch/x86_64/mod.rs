@@ -34,6 +34,10 @@
 //! does emulate. So string instructions do bulk work, and entry paths are short. User programs are built
 //! without SSE too, so a context switch saves no more than the integer registers. CR4.OSFXSR stays
 //! clear: on hardware an SSE instruction is a loud #UD.
+#![allow(
+    unsafe_code,
+    reason = "the machine itself: registers, entry code, descriptor tables"
+)]
 
 pub mod descriptors;
 mod memory;

@@ -6,6 +6,7 @@
 //! Each CPU has a TLB that keeps every translation of a program's access until it is flushed. The kernel's
 //! accesses to user memory walk the page tables without a look at U, as at CPL 0 without SMAP. IPIs are taken where the kernel allows it,
 //! and before each user access and system call.
+#![allow(unsafe_code, reason = "a machine of host threads")]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::Cell;

@@ -1,4 +1,5 @@
 //! One process of a replay: its turnstile, its table of watched pages, its tasks.
+#![allow(unsafe_code, reason = "arguments of threads are addresses")]
 
 use core::sync::atomic::{AtomicU64, Ordering};
 

@@ -23,6 +23,14 @@ class LabError(Exception):
         self.detail = detail
 
 
+class LabHung(LabError):
+    """The lab's Linux shows no sign of life: QEMU's fault, not the job's (docs/lab.md)."""
+
+    def __init__(self, message, has_spoken):
+        super().__init__(EXIT_LAB_DIED, message)
+        self.has_spoken = has_spoken
+
+
 class Interrupted(BaseException):
     """A signal asked us to stop; not an Exception, so that nothing on the way swallows it."""
 

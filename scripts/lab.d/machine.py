@@ -11,8 +11,9 @@ import socket
 import subprocess
 import time
 
-from common import EXIT_CANNOT, EXIT_LAB_DIED, EXIT_TIMEOUT, LabError, complain, say, tail
+from common import EXIT_CANNOT, EXIT_LAB_DIED, EXIT_TIMEOUT, LabError, LabHung, complain, say, tail
 
+SILENCE_LIMIT_S = 30  # the lab says "alive" every 2 s while the job runs
 BOOT_LIMIT_S = 120  # far above the 2 to 3 s it takes: a loaded machine is slow, not broken
 CPU_MODEL = "max,+svm,+npt"
 CONSOLE_TAIL_LINES = 30
@@ -51,6 +52,8 @@ class Machine:
         self.job = job
         self.options = options
         self.started = self.ready = self.finished = None  # time.monotonic(), seconds
+        self.last_sign = None  # time.monotonic() of the last line on the control channel
+        self.has_spoken = False  # whether anything was written to stdout
         self.exit_code = None
         self.control_line = b""
         self.files = None
@@ -99,7 +102,7 @@ class Machine:
 
     def follow(self, ends):
         """Passes the streams on until all three have ended, the machine is gone, or the time is up."""
-        sinks = (lambda data: write_all(1, data), lambda data: write_all(2, data), self.on_control)
+        sinks = (self.on_stdout, lambda data: write_all(2, data), self.on_control)
         streams = [MarkedStream(self.job.end_mark, sink) for sink in sinks]
         with selectors.DefaultSelector() as selector:
             for end, stream in zip(ends, streams):
@@ -108,7 +111,10 @@ class Machine:
                 left = self.seconds_left()
                 if left <= 0:
                     raise self.time_is_up()
-                for key, _ in selector.select(left):
+                silence_left = self.silence_left()
+                if silence_left <= 0:
+                    raise self.hung()
+                for key, _ in selector.select(min(left, silence_left)):
                     try:
                         data = key.fileobj.recv(1 << 16)
                     except ConnectionResetError:
@@ -123,14 +129,19 @@ class Machine:
             raise self.died()
         self.files.flush()
 
+    def on_stdout(self, data):
+        self.has_spoken = True
+        write_all(1, data)
+
     def on_control(self, data):
-        """Lines "ready" and "exit CODE", then "files" and the archive."""
+        """Lines "ready", "alive" and "exit CODE", then "files" and the archive."""
         while data and self.control_line != b"files\n":
             line, newline, data = data.partition(b"\n")
             self.control_line += line + newline
             if not newline:
                 return
             word, *rest = self.control_line.split()
+            self.last_sign = time.monotonic()
             if word == b"ready":
                 self.ready = time.monotonic()
                 say(f"booted in {self.ready - self.started:.1f} s; running {self.job.command.removeprefix('/lab/bin/')}")
@@ -145,6 +156,14 @@ class Machine:
         now = time.monotonic()
         limit = self.options.timeout if self.ready else min(self.options.timeout, BOOT_LIMIT_S)
         return self.started + limit - now
+
+    def silence_left(self):
+        if self.ready is None or self.finished is not None:
+            return SILENCE_LIMIT_S
+        return self.last_sign + SILENCE_LIMIT_S - time.monotonic()
+
+    def hung(self):
+        return LabHung(f"the lab's Linux has shown no sign of life for {SILENCE_LIMIT_S} s (docs/lab.md, Troubleshooting)", self.has_spoken)
 
     def time_is_up(self):
         if self.ready:

@@ -165,6 +165,28 @@ fn a_trace_with_an_unknown_call_is_refused_at_its_line() {
 }
 
 #[test]
+fn a_line_of_any_length_is_refused_like_a_short_one() {
+    let long = "a".repeat(70_000);
+    let (_dir, path) = scenario(&format!("[program]\nname = \"smoke\"\n{long} = 1\n"));
+    refused(
+        &["run", &path],
+        &[
+            "bad.toml:3:1: unknown field",
+            "'aaa",
+            "aaa…",
+            "one of: name",
+        ],
+    );
+    let (_dir, path) = scenario(&format!("name = \"{long}\" oops\n"));
+    refused(&["run", &path], &["bad.toml:1:70011", "…aaa", "oops"]);
+    let (directory, path) =
+        scenario("[program]\nname = \"replay\"\n[program.trace]\nfile = \"bad.trace\"\n");
+    let text = format!("stalemate-trace 1\ncommand \"true\"\n0 {long}(0x0, 4096) = 0x1000\n");
+    std::fs::write(directory.path().join("bad.trace"), text).expect("the file is written");
+    refused(&["run", &path], &["bad.trace:3:3", "aaa…", "(mmap, munmap"]);
+}
+
+#[test]
 fn unknown_parameters_bugs_and_points_name_the_nearest() {
     refused(
         &["run", "smoke", "--param", "poisn=on"],

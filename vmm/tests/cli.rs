@@ -150,6 +150,10 @@ fn a_kernel_that_is_no_elf_is_refused() {
         &["Cargo.toml", "ELF"],
     );
     refused(&["run", "smoke", "--kernel", "absent.elf"], &["absent.elf"]);
+    refused(
+        &["run", "smoke", "--kernel", "/dev/zero"],
+        &["/dev/zero", "not a regular file"],
+    );
 }
 
 #[test]

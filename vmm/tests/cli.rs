@@ -150,6 +150,10 @@ fn a_kernel_that_is_no_elf_is_refused() {
         &["Cargo.toml", "ELF"],
     );
     refused(&["run", "smoke", "--kernel", "absent.elf"], &["absent.elf"]);
+    refused(
+        &["run", "smoke", "--kernel", "/dev/zero"],
+        &["/dev/zero", "not a regular file"],
+    );
 }
 
 #[test]
@@ -162,6 +166,28 @@ fn a_trace_with_an_unknown_call_is_refused_at_its_line() {
         &["run", &path],
         &["bad.trace:3:3", "mmapp", "expected a call (mmap,"],
     );
+}
+
+#[test]
+fn a_line_of_any_length_is_refused_like_a_short_one() {
+    let long = "a".repeat(70_000);
+    let (_dir, path) = scenario(&format!("[program]\nname = \"smoke\"\n{long} = 1\n"));
+    refused(
+        &["run", &path],
+        &[
+            "bad.toml:3:1: unknown field",
+            "'aaa",
+            "aaa…",
+            "one of: name",
+        ],
+    );
+    let (_dir, path) = scenario(&format!("name = \"{long}\" oops\n"));
+    refused(&["run", &path], &["bad.toml:1:70011", "…aaa", "oops"]);
+    let (directory, path) =
+        scenario("[program]\nname = \"replay\"\n[program.trace]\nfile = \"bad.trace\"\n");
+    let text = format!("stalemate-trace 1\ncommand \"true\"\n0 {long}(0x0, 4096) = 0x1000\n");
+    std::fs::write(directory.path().join("bad.trace"), text).expect("the file is written");
+    refused(&["run", &path], &["bad.trace:3:3", "aaa…", "(mmap, munmap"]);
 }
 
 #[test]

@@ -1,8 +1,12 @@
 //! The two images that are booted: those built into this binary, or another kernel from a file.
 
 use std::borrow::Cow;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
+
+/// Largest kernel file that is read; ours has a few megabytes, debug information included.
+const MAX_BYTES: u64 = 256 << 20;
 
 /// A kernel's ELF file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,8 +53,47 @@ static EMBEDDED_KERNEL: &[u8] = include_bytes!(env!("STALEMATE_KERNEL_ELF"));
 static EMBEDDED_USER: &[u8] = include_bytes!(env!("STALEMATE_USER_ELF"));
 
 fn read(path: &Path) -> Result<Vec<u8>, KernelImageError> {
-    std::fs::read(path).map_err(|source| KernelImageError {
+    read_regular(path).map_err(|source| KernelImageError {
         path: path.to_owned(),
         source,
     })
+}
+
+/// A device may have no end, and a FIFO no writer.
+fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    let metadata = std::fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    if metadata.len() > MAX_BYTES {
+        return Err(io::Error::other(format!(
+            "it is larger than {} MiB: give the kernel's ELF file",
+            MAX_BYTES >> 20
+        )));
+    }
+    let mut bytes = Vec::new();
+    // It may have grown since; a file cut short is no ELF file.
+    File::open(path)?.take(MAX_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    fn refusal(path: &Path) -> String {
+        let error = KernelImage::File(path.to_owned()).bytes().unwrap_err();
+        error.source().unwrap().to_string()
+    }
+
+    #[test]
+    fn what_has_no_end_is_not_read() {
+        for path in ["/dev/zero", "/"] {
+            assert_eq!(refusal(Path::new(path)), "it is not a regular file");
+        }
+        let huge = tempfile::NamedTempFile::new().unwrap();
+        huge.as_file().set_len(MAX_BYTES + 1).unwrap();
+        assert!(refusal(huge.path()).contains("larger than 256 MiB"));
+    }
 }

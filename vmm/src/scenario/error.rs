@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use miette::{Diagnostic, NamedSource, SourceSpan};
+use miette::{Diagnostic, SourceSpan};
 
+use super::excerpt::{Excerpt, abridged};
 use super::values::Refused;
 
 /// Why a scenario cannot be used.
@@ -42,7 +43,7 @@ pub struct Located {
     column: usize,
     problem: String,
     #[source_code]
-    source_text: NamedSource<String>,
+    excerpt: Excerpt,
     #[label("{label}")]
     span: SourceSpan,
     label: String,
@@ -64,15 +65,16 @@ impl Located {
         let before = &text[..start];
         let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
         let file = file.display().to_string();
+        let (excerpt, span) = Excerpt::new(file.clone(), text, start..end);
         Self {
             line: before.matches('\n').count() + 1,
             column: text[line_start..start].chars().count() + 1,
-            problem: refused.problem,
-            source_text: NamedSource::new(&file, text.to_owned()),
+            problem: abridged(refused.problem),
+            excerpt,
             file,
-            span: (start..end).into(),
+            span,
             label: label.to_owned(),
-            help: refused.help,
+            help: refused.help.map(abridged),
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod catalog;
 mod error;
+mod excerpt;
 mod file;
 pub mod record;
 pub mod trace;

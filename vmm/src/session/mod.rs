@@ -43,6 +43,11 @@ pub trait Subject {
     /// # Errors
     /// The host failed.
     fn check(&mut self, place: Place) -> Result<Checked, Self::Error>;
+    /// Where everything stands in a run that is not over after `timeout`.
+    ///
+    /// # Errors
+    /// The host failed.
+    fn did_not_finish(&mut self, timeout: Duration) -> Result<Crash, Self::Error>;
 }
 
 /// Why all vCPUs are paused.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use abi::point::Point;
 
 use super::{Crash, Halt, Place, Report, Subject};
-use crate::report::{InvariantCount, Verdict, Violation, verdict};
+use crate::report::{InvariantCount, Verdict, Violation};
 use crate::scenario::CheckWhen;
 
 /// Wrong values that a program may report before the run ends: the first tells what is wrong, a
@@ -89,7 +89,10 @@ pub fn observe<S: Subject>(
             }
             Halt::Nothing => {}
             Halt::Crashed(crash) => return Ok(watch.end(None, Some(crash))),
-            Halt::Deadline => return Ok(watch.end(None, Some(did_not_finish(timeout)))),
+            Halt::Deadline => {
+                let late = subject.did_not_finish(timeout)?;
+                return Ok(watch.end(None, Some(late)));
+            }
             Halt::Interrupted => {
                 let mut observed = watch.end(None, None);
                 if observed.violations.is_empty() {
@@ -190,17 +193,6 @@ fn program_failed(status: u32) -> Violation {
     }
 }
 
-fn did_not_finish(timeout: Duration) -> Crash {
-    let reason = format!(
-        "the run did not finish in {}",
-        verdict::format_time(timeout)
-    );
-    Crash {
-        text: format!("{reason}; --timeout gives it more"),
-        json: serde_json::json!({ "kind": "timeout", "reason": reason }),
-    }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::Checked;
@@ -250,6 +242,12 @@ pub(super) mod tests {
                     .then(|| program_failed(9))
                     .into_iter()
                     .collect(),
+            })
+        }
+        fn did_not_finish(&mut self, timeout: Duration) -> Result<Crash, Self::Error> {
+            Ok(Crash {
+                json: serde_json::Value::Null,
+                text: format!("resumed {} times in {timeout:?}", self.resumed),
             })
         }
     }
@@ -429,14 +427,10 @@ pub(super) mod tests {
     fn a_deadline_is_a_failed_guest_and_says_how_long() {
         let late = observe(&[Halt::Deadline], None, CheckWhen::End);
         assert_eq!(late.verdict, Verdict::Crashed);
-        assert!(
-            late.crash
-                .unwrap()
-                .text
-                .contains("did not finish in 3600 s")
-        );
+        assert_eq!(late.crash.unwrap().text, "resumed 1 times in 3600s");
         let mut script = Script::new(&[]);
         let none = super::observe(&mut script, CheckWhen::End, Duration::ZERO).unwrap();
         assert_eq!(none.verdict, Verdict::Crashed);
+        assert_eq!(none.crash.unwrap().text, "resumed 0 times in 0ns");
     }
 }

@@ -348,6 +348,10 @@ impl Subject for Live {
     fn did_not_finish(&mut self, timeout: Duration) -> Result<Crash, MachineError> {
         super::crash::did_not_finish(&self.machine, timeout)
     }
+
+    fn console(&self) -> String {
+        self.serial()
+    }
 }
 
 #[cfg(test)]

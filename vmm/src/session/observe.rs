@@ -29,7 +29,7 @@ pub struct Observed {
     pub status: Option<u32>,
     /// Everything that was violated.
     pub violations: Vec<Violation>,
-    /// The crash, where that is the answer.
+    /// What kept the guest from its end: it crashed, hung, or had too little time or memory.
     pub crash: Option<Crash>,
     /// Counts by invariant.
     pub invariants: Vec<InvariantCount>,
@@ -85,7 +85,11 @@ pub fn observe<S: Subject>(
             }
             Halt::Exited { status } => {
                 watch.check(subject, Place::End)?;
-                return Ok(watch.end(Some(status), None));
+                let starved = match status {
+                    0 => None,
+                    _ => out_of_memory(&subject.console()),
+                };
+                return Ok(watch.end(Some(status), starved));
             }
             Halt::Nothing => {}
             Halt::Crashed(crash) => return Ok(watch.end(None, Some(crash))),
@@ -139,7 +143,9 @@ impl Watch {
     }
 
     fn end(mut self, status: Option<u32>, crash: Option<Crash>) -> Observed {
-        let refused = status == Some(STATUS_BAD_INPUT) && self.violations.is_empty();
+        // A program that ends though something stopped it was killed for want of memory.
+        let refused = status.is_some_and(|status| status == STATUS_BAD_INPUT || crash.is_some())
+            && self.violations.is_empty();
         if let Some(status) = status
             && status != 0
             && !refused
@@ -151,8 +157,8 @@ impl Watch {
             verdict: match (&crash, self.violations.is_empty()) {
                 // A wrong value is the better news of the two: it says why.
                 (_, false) => Verdict::Violation,
+                (_, true) if refused => Verdict::BadInput,
                 (Some(_), true) => Verdict::Crashed,
-                (None, true) if refused => Verdict::BadInput,
                 (None, true) => Verdict::Held,
             },
             status,
@@ -178,6 +184,19 @@ fn data_probe(report: &Report) -> Violation {
         ),
         details: Vec::new(),
     }
+}
+
+/// The kernel killed a process because it had no frame left: the machine is too small for what it was
+/// asked, which breaks no invariant. The kernel's own line on the `console` tells it from other ends.
+fn out_of_memory(console: &str) -> Option<Crash> {
+    let killed = console.lines().find(|line| {
+        line.contains("): SIGKILL at rip ") && line.contains(", out of memory for address ")
+    })?;
+    let reason = "the guest ran out of memory and killed a process; --memory gives it more";
+    Some(Crash {
+        text: format!("  the kernel said: {killed}"),
+        json: serde_json::json!({ "kind": "out-of-memory", "reason": reason }),
+    })
 }
 
 fn program_failed(status: u32) -> Violation {
@@ -208,6 +227,7 @@ pub(super) mod tests {
         /// Resumes until the first user instruction.
         pub(in super::super) boots_after: u32,
         pub(in super::super) trapped: Vec<(Point, bool)>,
+        pub(in super::super) console: &'static str,
     }
 
     impl Script {
@@ -218,6 +238,7 @@ pub(super) mod tests {
                 resumed: 0,
                 boots_after: 0,
                 trapped: Vec::new(),
+                console: "",
             }
         }
     }
@@ -249,6 +270,9 @@ pub(super) mod tests {
                 json: serde_json::Value::Null,
                 text: format!("resumed {} times in {timeout:?}", self.resumed),
             })
+        }
+        fn console(&self) -> String {
+            self.console.to_owned()
         }
     }
 
@@ -389,6 +413,50 @@ pub(super) mod tests {
             CheckWhen::End,
         );
         assert_eq!(both.verdict, Verdict::Violation);
+    }
+
+    #[test]
+    fn a_program_killed_for_want_of_memory_is_no_violation_and_told_to_ask_for_more() {
+        let ended = |status, broken_at, halts: &[Halt]| {
+            let mut script = Script::new(&[halts, &[Halt::Exited { status }]].concat());
+            script.broken_at = broken_at;
+            script.console = "round 1\ntask 3 (process 2): SIGKILL at rip 0x401000, out of memory \
+                              for address 0x7f0000001000\n";
+            super::observe(&mut script, CheckWhen::End, Duration::from_secs(3600)).unwrap()
+        };
+        let starved = ended(137, None, &[]);
+        assert_eq!(
+            (starved.verdict, starved.violations.len(), starved.status),
+            (Verdict::BadInput, 0, Some(137))
+        );
+        let why = starved.crash.unwrap();
+        assert_eq!(why.json["kind"], "out-of-memory");
+        let reason = why.json["reason"].as_str().unwrap();
+        assert!(
+            reason.starts_with("the guest ran out of memory"),
+            "{reason}"
+        );
+        assert!(reason.contains("--memory gives it more"), "{reason}");
+        assert!(
+            why.text.contains("for address 0x7f0000001000"),
+            "{}",
+            why.text
+        );
+
+        let survived = ended(0, None, &[]);
+        assert_eq!(survived.verdict, Verdict::Held, "it coped with the kill");
+        assert!(survived.crash.is_none());
+        let broken = ended(137, Some(Place::End), &[]);
+        assert_eq!(broken.verdict, Verdict::Violation);
+        let reported = ended(1, None, &[report(ReportKind::ForeignFrame)]);
+        assert_eq!(reported.verdict, Verdict::Violation);
+
+        let other = observe(&[Halt::Exited { status: 137 }], None, CheckWhen::End);
+        assert_eq!(
+            other.verdict,
+            Verdict::Violation,
+            "killed for another reason"
+        );
     }
 
     #[test]

@@ -291,6 +291,19 @@ fn a_run_that_does_not_finish_is_a_failed_guest() {
             .contains("did not finish in"),
         "{result}"
     );
+    assert_eq!(result["crash"]["kind"], "timeout");
+    let vcpus = result["crash"]["vcpus"].as_array().expect("vCPUs");
+    assert!(!vcpus.is_empty());
+    for vcpu in vcpus {
+        assert!(vcpu["regs"].is_object(), "{vcpu}");
+        assert_ne!(vcpu["backtrace"].as_array().map_or(0, Vec::len), 0);
+    }
+
+    let output = stalemate(&["run", "unmap-race", "--timeout", "1ms"]);
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(shown.matches("did not finish in").count(), 1, "{shown}");
+    assert!(shown.contains("backtrace:"), "{shown}");
+    assert!(shown.contains("--timeout gives it more"), "{shown}");
 }
 
 #[test]

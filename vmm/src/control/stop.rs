@@ -103,6 +103,11 @@ pub enum CrashCause {
         /// The watchdog's time, in seconds.
         seconds: f64,
     },
+    /// The run was not over when its time was: not by itself a crash, but it is looked at like one.
+    DidNotFinish {
+        /// The time it had, in seconds.
+        seconds: f64,
+    },
     /// The CPU refused to enter the guest (KVM_EXIT_FAIL_ENTRY).
     FailEntry {
         /// The CPU's reason (VMX: exit reason; SVM: exit code).
@@ -164,6 +169,9 @@ impl fmt::Display for CrashCause {
             ),
             Self::KernelPanic { message } => write!(f, "kernel panic: {message}"),
             Self::NoProgress { seconds } => write!(f, "no progress for {seconds} s"),
+            Self::DidNotFinish { seconds } => {
+                write!(f, "the run did not finish in {seconds} s")
+            }
             Self::FailEntry { reason } => write!(f, "failed VM entry, reason {reason:#x}"),
             Self::UnexpectedExit { text } => f.write_str(text),
         }

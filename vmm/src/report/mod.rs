@@ -113,7 +113,7 @@ pub enum Verdict {
     Held,
     /// An invariant did not hold, or the program saw a wrong value.
     Violation,
-    /// The program refused its arguments or its trace.
+    /// The program refused its arguments or its trace, or the machine has too little memory for it.
     BadInput,
     /// The guest crashed, hung or did not finish in time.
     Crashed,

@@ -134,24 +134,29 @@ pub fn headline(result: &RunResult, paint: Paint) -> String {
             )
         }
         Verdict::Crashed => {
-            let reason = result
-                .crash
-                .as_ref()
-                .and_then(|crash| crash.get("reason"))
-                .and_then(serde_json::Value::as_str)
-                .unwrap_or("the guest crashed");
+            let reason = reason(result).unwrap_or("the guest crashed");
             format!("{} {reason}", paint.red(&format!("✘ GUEST FAILED{runs}")))
         }
-        Verdict::BadInput => format!(
-            "{} program '{}' refused what it was given",
-            paint.red("✘ BAD INPUT"),
-            result.scenario.program
-        ),
+        Verdict::BadInput => {
+            let bad = paint.red("✘ BAD INPUT");
+            match reason(result) {
+                Some(reason) => format!("{bad} {reason}"),
+                None => format!(
+                    "{bad} program '{}' refused what it was given",
+                    result.scenario.program
+                ),
+            }
+        }
         Verdict::Interrupted => format!(
             "{} nothing wrong was found until then",
             paint.yellow(&format!("◌ INTERRUPTED{runs}"))
         ),
     }
+}
+
+/// What kept the guest from its end, in one line.
+fn reason(result: &RunResult) -> Option<&str> {
+    result.crash.as_ref()?.get("reason")?.as_str()
 }
 
 fn machine(text: &mut String, result: &RunResult, paint: Paint) {
@@ -362,6 +367,12 @@ mod tests {
         );
         assert!(headline(&result(Verdict::Interrupted), Paint::Plain).contains("INTERRUPTED"));
         assert!(headline(&result(Verdict::BadInput), Paint::Plain).contains("'smoke' refused"));
+        let mut starved = result(Verdict::BadInput);
+        starved.crash = Some(serde_json::json!({ "reason": "the guest ran out of memory" }));
+        assert_eq!(
+            headline(&starved, Paint::Plain),
+            "✘ BAD INPUT the guest ran out of memory"
+        );
         assert!(headline(&result(Verdict::Held), Paint::Colour).contains("\x1b[1;32m✔"));
         let mut many = result(Verdict::Held);
         (many.runs, many.runs_done) = (20, 20);

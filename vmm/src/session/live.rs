@@ -344,6 +344,14 @@ impl Subject for Live {
         let vcpus = self.vcpus(place)?;
         Ok(Checked::new(self.outcome(&snapshot, &vcpus, place), place))
     }
+
+    fn did_not_finish(&mut self, timeout: Duration) -> Result<Crash, MachineError> {
+        super::crash::did_not_finish(&self.machine, timeout)
+    }
+
+    fn console(&self) -> String {
+        self.serial()
+    }
 }
 
 #[cfg(test)]

@@ -43,6 +43,13 @@ pub trait Subject {
     /// # Errors
     /// The host failed.
     fn check(&mut self, place: Place) -> Result<Checked, Self::Error>;
+    /// Where everything stands in a run that is not over after `timeout`.
+    ///
+    /// # Errors
+    /// The host failed.
+    fn did_not_finish(&mut self, timeout: Duration) -> Result<Crash, Self::Error>;
+    /// What the guest has written to its serial port.
+    fn console(&self) -> String;
 }
 
 /// Why all vCPUs are paused.
@@ -89,7 +96,7 @@ pub struct Report {
     pub task: u64,
 }
 
-/// A crash or hang, in both forms.
+/// Why a guest did not get to its end (a crash, a hang, too little time or memory), in both forms.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Crash {
     /// For programs; `reason` is one line.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use abi::point::Point;
 
 use super::{Crash, Halt, Place, Report, Subject};
-use crate::report::{InvariantCount, Verdict, Violation, verdict};
+use crate::report::{InvariantCount, Verdict, Violation};
 use crate::scenario::CheckWhen;
 
 /// Wrong values that a program may report before the run ends: the first tells what is wrong, a
@@ -29,7 +29,7 @@ pub struct Observed {
     pub status: Option<u32>,
     /// Everything that was violated.
     pub violations: Vec<Violation>,
-    /// The crash, where that is the answer.
+    /// What kept the guest from its end: it crashed, hung, or had too little time or memory.
     pub crash: Option<Crash>,
     /// Counts by invariant.
     pub invariants: Vec<InvariantCount>,
@@ -85,11 +85,18 @@ pub fn observe<S: Subject>(
             }
             Halt::Exited { status } => {
                 watch.check(subject, Place::End)?;
-                return Ok(watch.end(Some(status), None));
+                let starved = match status {
+                    0 => None,
+                    _ => out_of_memory(&subject.console()),
+                };
+                return Ok(watch.end(Some(status), starved));
             }
             Halt::Nothing => {}
             Halt::Crashed(crash) => return Ok(watch.end(None, Some(crash))),
-            Halt::Deadline => return Ok(watch.end(None, Some(did_not_finish(timeout)))),
+            Halt::Deadline => {
+                let late = subject.did_not_finish(timeout)?;
+                return Ok(watch.end(None, Some(late)));
+            }
             Halt::Interrupted => {
                 let mut observed = watch.end(None, None);
                 if observed.violations.is_empty() {
@@ -136,7 +143,9 @@ impl Watch {
     }
 
     fn end(mut self, status: Option<u32>, crash: Option<Crash>) -> Observed {
-        let refused = status == Some(STATUS_BAD_INPUT) && self.violations.is_empty();
+        // A program that ends though something stopped it was killed for want of memory.
+        let refused = status.is_some_and(|status| status == STATUS_BAD_INPUT || crash.is_some())
+            && self.violations.is_empty();
         if let Some(status) = status
             && status != 0
             && !refused
@@ -148,8 +157,8 @@ impl Watch {
             verdict: match (&crash, self.violations.is_empty()) {
                 // A wrong value is the better news of the two: it says why.
                 (_, false) => Verdict::Violation,
+                (_, true) if refused => Verdict::BadInput,
                 (Some(_), true) => Verdict::Crashed,
-                (None, true) if refused => Verdict::BadInput,
                 (None, true) => Verdict::Held,
             },
             status,
@@ -177,6 +186,19 @@ fn data_probe(report: &Report) -> Violation {
     }
 }
 
+/// The kernel killed a process because it had no frame left: the machine is too small for what it was
+/// asked, which breaks no invariant. The kernel's own line on the `console` tells it from other ends.
+fn out_of_memory(console: &str) -> Option<Crash> {
+    let killed = console.lines().find(|line| {
+        line.contains("): SIGKILL at rip ") && line.contains(", out of memory for address ")
+    })?;
+    let reason = "the guest ran out of memory and killed a process; --memory gives it more";
+    Some(Crash {
+        text: format!("  the kernel said: {killed}"),
+        json: serde_json::json!({ "kind": "out-of-memory", "reason": reason }),
+    })
+}
+
 fn program_failed(status: u32) -> Violation {
     Violation {
         id: "program".into(),
@@ -187,17 +209,6 @@ fn program_failed(status: u32) -> Violation {
         details: vec![
             "its own words are on the serial port (--verbose, or serial.log in --out)".into(),
         ],
-    }
-}
-
-fn did_not_finish(timeout: Duration) -> Crash {
-    let reason = format!(
-        "the run did not finish in {}",
-        verdict::format_time(timeout)
-    );
-    Crash {
-        text: format!("{reason}; --timeout gives it more"),
-        json: serde_json::json!({ "kind": "timeout", "reason": reason }),
     }
 }
 
@@ -216,6 +227,7 @@ pub(super) mod tests {
         /// Resumes until the first user instruction.
         pub(in super::super) boots_after: u32,
         pub(in super::super) trapped: Vec<(Point, bool)>,
+        pub(in super::super) console: &'static str,
     }
 
     impl Script {
@@ -226,6 +238,7 @@ pub(super) mod tests {
                 resumed: 0,
                 boots_after: 0,
                 trapped: Vec::new(),
+                console: "",
             }
         }
     }
@@ -251,6 +264,15 @@ pub(super) mod tests {
                     .into_iter()
                     .collect(),
             })
+        }
+        fn did_not_finish(&mut self, timeout: Duration) -> Result<Crash, Self::Error> {
+            Ok(Crash {
+                json: serde_json::Value::Null,
+                text: format!("resumed {} times in {timeout:?}", self.resumed),
+            })
+        }
+        fn console(&self) -> String {
+            self.console.to_owned()
         }
     }
 
@@ -394,6 +416,50 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_program_killed_for_want_of_memory_is_no_violation_and_told_to_ask_for_more() {
+        let ended = |status, broken_at, halts: &[Halt]| {
+            let mut script = Script::new(&[halts, &[Halt::Exited { status }]].concat());
+            script.broken_at = broken_at;
+            script.console = "round 1\ntask 3 (process 2): SIGKILL at rip 0x401000, out of memory \
+                              for address 0x7f0000001000\n";
+            super::observe(&mut script, CheckWhen::End, Duration::from_secs(3600)).unwrap()
+        };
+        let starved = ended(137, None, &[]);
+        assert_eq!(
+            (starved.verdict, starved.violations.len(), starved.status),
+            (Verdict::BadInput, 0, Some(137))
+        );
+        let why = starved.crash.unwrap();
+        assert_eq!(why.json["kind"], "out-of-memory");
+        let reason = why.json["reason"].as_str().unwrap();
+        assert!(
+            reason.starts_with("the guest ran out of memory"),
+            "{reason}"
+        );
+        assert!(reason.contains("--memory gives it more"), "{reason}");
+        assert!(
+            why.text.contains("for address 0x7f0000001000"),
+            "{}",
+            why.text
+        );
+
+        let survived = ended(0, None, &[]);
+        assert_eq!(survived.verdict, Verdict::Held, "it coped with the kill");
+        assert!(survived.crash.is_none());
+        let broken = ended(137, Some(Place::End), &[]);
+        assert_eq!(broken.verdict, Verdict::Violation);
+        let reported = ended(1, None, &[report(ReportKind::ForeignFrame)]);
+        assert_eq!(reported.verdict, Verdict::Violation);
+
+        let other = observe(&[Halt::Exited { status: 137 }], None, CheckWhen::End);
+        assert_eq!(
+            other.verdict,
+            Verdict::Violation,
+            "killed for another reason"
+        );
+    }
+
+    #[test]
     fn what_was_found_before_a_crash_or_an_interrupt_stays_found() {
         let crash = Halt::Crashed(Crash {
             json: serde_json::Value::Null,
@@ -429,14 +495,10 @@ pub(super) mod tests {
     fn a_deadline_is_a_failed_guest_and_says_how_long() {
         let late = observe(&[Halt::Deadline], None, CheckWhen::End);
         assert_eq!(late.verdict, Verdict::Crashed);
-        assert!(
-            late.crash
-                .unwrap()
-                .text
-                .contains("did not finish in 3600 s")
-        );
+        assert_eq!(late.crash.unwrap().text, "resumed 1 times in 3600s");
         let mut script = Script::new(&[]);
         let none = super::observe(&mut script, CheckWhen::End, Duration::ZERO).unwrap();
         assert_eq!(none.verdict, Verdict::Crashed);
+        assert_eq!(none.crash.unwrap().text, "resumed 0 times in 0ns");
     }
 }

@@ -48,6 +48,10 @@ fn report(ram: &GuestRam, snapshots: Vec<VcpuSnapshot>, events: &[Event]) -> Cra
         vcpu: Some(1),
         snapshots,
     };
+    report_of(ram, &crash, events)
+}
+
+fn report_of(ram: &GuestRam, crash: &Crash, events: &[Event]) -> CrashReport {
     let scene = Scene {
         ram,
         kernel: &[],
@@ -55,7 +59,30 @@ fn report(ram: &GuestRam, snapshots: Vec<VcpuSnapshot>, events: &[Event]) -> Cra
         objects: None,
         tsc_khz: Some(1_000_000),
     };
-    CrashReport::collect(&crash, &scene, |_| events.to_vec(), "one\ntwo\n")
+    CrashReport::collect(crash, &scene, |_| events.to_vec(), "one\ntwo\n")
+}
+
+#[test]
+fn a_run_that_did_not_finish_shows_where_each_vcpu_stands() {
+    let (ram, cr3) = guest(&[0x90]);
+    let regs = Registers {
+        rip: TEXT,
+        ..Registers::default()
+    };
+    let late = Crash {
+        cause: CrashCause::DidNotFinish { seconds: 0.6 },
+        vcpu: None,
+        snapshots: vec![snapshot(0, cr3, regs), snapshot(1, cr3, regs)],
+    };
+    let report = report_of(&ram, &late, &[]);
+    assert_eq!(report.summary, "the run did not finish in 0.6 s");
+    let text = report.body().to_string();
+    assert!(!text.contains("did not finish"), "{text}");
+    assert!(text.starts_with("  --timeout gives it more\n"), "{text}");
+    assert_eq!(text.matches("backtrace:").count(), 2, "{text}");
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!(json["cause"], "did-not-finish");
+    assert_eq!(json["seconds"], 0.6);
 }
 
 #[test]

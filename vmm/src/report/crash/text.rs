@@ -35,6 +35,7 @@ impl Display for Body<'_> {
                 f,
                 "  no system call, fault, interrupt, switch or exit on any vCPU; limits.watchdog gives it longer"
             )?,
+            CrashCause::DidNotFinish { .. } => writeln!(f, "  --timeout gives it more")?,
             _ => {}
         }
         for vcpu in &report.vcpus {

@@ -69,7 +69,7 @@ fn render(host: &HostReport, paint: Paint, detail: Detail) -> String {
             mark(capability, paint),
             paint.dim(&capability.detail)
         );
-        if !capability.present {
+        if !capability.present && capability.known {
             let _ = writeln!(text, "      impossible here: {}", capability.needed_for);
             let _ = writeln!(text, "      to get it: {}", capability.how_to_get);
         }
@@ -93,7 +93,7 @@ fn verdict(host: &HostReport, paint: Paint) -> String {
     }
     let required: Vec<&str> = host
         .missing()
-        .filter(|capability| capability.need == Need::Required)
+        .filter(|capability| capability.need == Need::Required && capability.known)
         .map(|capability| capability.name)
         .collect();
     format!(
@@ -107,6 +107,7 @@ fn verdict(host: &HostReport, paint: Paint) -> String {
 
 fn mark(capability: &Capability, paint: Paint) -> String {
     match (capability.present, capability.need) {
+        _ if !capability.known => paint.dim("?"),
         (true, _) => paint.green("✔"),
         (false, Need::Required) => paint.red("✘"),
         (false, Need::Optional) => paint.yellow("✘"),
@@ -122,6 +123,7 @@ mod tests {
         Capability {
             name,
             present,
+            known: true,
             need,
             detail: "what was seen".into(),
             needed_for: "breakfast",
@@ -160,6 +162,25 @@ mod tests {
         );
         assert!(text.contains("impossible here: breakfast"), "{text}");
         assert!(text.contains("to get it: ask the cook"), "{text}");
+    }
+
+    #[test]
+    fn what_could_not_be_asked_for_is_no_thing_to_get() {
+        let unknown = Capability {
+            known: false,
+            detail: "unknown: /dev/kvm cannot be opened".into(),
+            ..capability("KVM_CAP_TOAST", false, Need::Required)
+        };
+        let device = capability("/dev/kvm", false, Need::Required);
+        let host = host(HostKind::None, vec![device, unknown]);
+        let text = render(&host, Paint::Plain, Detail::Normal);
+        assert!(text.contains("missing: /dev/kvm\n"), "{text}");
+        assert!(
+            text.contains("? KVM_CAP_TOAST  unknown: /dev/kvm cannot be opened"),
+            "{text}"
+        );
+        assert_eq!(text.matches("ask the cook").count(), 1, "{text}");
+        assert_eq!(text.matches("impossible here").count(), 1, "{text}");
     }
 
     #[test]

@@ -12,7 +12,11 @@ impl Facts {
         let kind = kind(self.lab, self.kvm.is_ok(), self.nested_flag);
         let mut capabilities = vec![device(&self.kvm)];
         let kvm = self.kvm.as_ref().ok().cloned().unwrap_or_default();
-        capabilities.extend(kvm_capabilities(&kvm, kind));
+        let mut of_kvm = kvm_capabilities(&kvm, kind);
+        if let Err(error) = &self.kvm {
+            of_kvm.iter_mut().for_each(|one| forget(one, error));
+        }
+        capabilities.extend(of_kvm);
         capabilities.extend(self.host_capabilities(kind));
         HostReport {
             kind,
@@ -124,6 +128,7 @@ fn device(kvm: &Result<KvmFacts, OpenError>) -> Capability {
     Capability {
         name: "/dev/kvm",
         present: kvm.is_ok(),
+        known: true,
         need: Need::Required,
         detail,
         needed_for: "booting the guest kernel",
@@ -197,6 +202,19 @@ fn kvm_capabilities(kvm: &KvmFacts, kind: HostKind) -> Vec<Capability> {
     ]
 }
 
+/// KVM could not be asked for `capability`: the remedy for `/dev/kvm` is the only one that helps.
+fn forget(capability: &mut Capability, error: &OpenError) {
+    capability.known = false;
+    capability.how_to_get = "";
+    capability.detail = match error {
+        OpenError::Absent(_) | OpenError::Permission(_) => "unknown: /dev/kvm cannot be opened",
+        OpenError::Kvm(_) | OpenError::Version(_) | OpenError::Missing(_) => {
+            "unknown: /dev/kvm cannot be used"
+        }
+    }
+    .into();
+}
+
 fn optional(
     name: &'static str,
     present: bool,
@@ -207,6 +225,7 @@ fn optional(
     Capability {
         name,
         present,
+        known: true,
         need: Need::Optional,
         detail: detail.into(),
         needed_for,
@@ -298,6 +317,28 @@ mod tests {
             libc::EACCES,
         )));
         assert!(refused.how_to_get.contains("group kvm"), "{refused:?}");
+    }
+
+    #[test]
+    fn what_kvm_could_not_be_asked_for_is_unknown_and_only_the_device_has_a_remedy() {
+        let absent = OpenError::Absent(io::Error::from_raw_os_error(libc::ENOENT));
+        let report = facts(Err(absent)).judge();
+        let unknown: Vec<_> = report.missing().filter(|one| !one.known).collect();
+        let asked = kvm_capabilities(&KvmFacts::default(), HostKind::None);
+        assert_eq!(unknown.len(), asked.len());
+        for capability in unknown {
+            assert_eq!(capability.detail, "unknown: /dev/kvm cannot be opened");
+            assert_eq!(capability.how_to_get, "", "{}", capability.name);
+        }
+        assert!(report.missing().all(|one| one.how_to_get != NEWER_KERNEL));
+
+        let old = facts(Err(OpenError::Version(11))).judge();
+        let irqchip = get(&old, "KVM_CAP_IRQCHIP");
+        assert_eq!(irqchip.detail, "unknown: /dev/kvm cannot be used");
+
+        let report = facts(Ok(KvmFacts::default())).judge();
+        assert!(report.capabilities.iter().all(|one| one.known));
+        assert_eq!(get(&report, "KVM_CAP_IRQCHIP").how_to_get, NEWER_KERNEL);
     }
 
     #[test]

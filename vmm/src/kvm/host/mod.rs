@@ -62,15 +62,17 @@ pub enum Need {
 pub struct Capability {
     /// Its name.
     pub name: &'static str,
-    /// Whether the host has it.
+    /// Whether the host is known to have it.
     pub present: bool,
+    /// False where it could not be asked for: what kept it from being asked comes first.
+    pub known: bool,
     /// How much depends on it.
     pub need: Need,
     /// What was seen.
     pub detail: String,
     /// What it is used for: impossible where it is missing.
     pub needed_for: &'static str,
-    /// How to get it.
+    /// How to get it; empty where it is not known to be missing.
     pub how_to_get: &'static str,
 }
 

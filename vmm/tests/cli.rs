@@ -367,6 +367,27 @@ fn a_reader_that_goes_away_is_no_error() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
 }
 
+#[test]
+fn a_result_that_is_lost_is_an_error() {
+    for words in [
+        &["list", "params"][..],
+        &["list", "params", "--json"],
+        &["list", "--help"],
+        &["--version"],
+    ] {
+        let full = std::fs::File::create("/dev/full").expect("/dev/full is there");
+        let output = Command::new(env!("CARGO_BIN_EXE_stalemate"))
+            .args(words)
+            .stdout(full)
+            .stderr(Stdio::piped())
+            .output()
+            .expect("the binary runs");
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{words:?}\n{text}");
+        assert!(text.contains("cannot write to stdout: No space"), "{text}");
+    }
+}
+
 /// A directory with a `strace` that behaves as told, to put before PATH.
 fn fake_path(script: Option<&str>) -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a temporary directory");

@@ -418,6 +418,28 @@ fn record_without_strace_says_how_to_get_it() {
 }
 
 #[test]
+fn what_a_recorded_command_prints_stays_out_of_the_json() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = directory.path().join("x.trace");
+    let trace = trace.to_str().expect("UTF-8");
+    let command = ["--", "echo", "from the command"];
+    let record = |options: &[&str]| stalemate(&[&["record"], options, &command].concat());
+    let output = record(&["--json", "-o", trace]);
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "this test needs the Debian package `strace`: {}",
+        stderr(&output)
+    );
+    let json: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("stdout is JSON only");
+    assert_eq!(json["kind"], "record");
+    assert!(stderr(&output).contains("from the command\n"));
+    let output = record(&["--force", "-o", trace]);
+    assert!(stdout(&output).starts_with("from the command\n"));
+}
+
+#[test]
 fn record_does_not_overwrite_without_force() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let trace = directory.path().join("x.trace");

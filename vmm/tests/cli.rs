@@ -91,8 +91,14 @@ fn a_scenario_that_is_not_text_is_refused() {
     std::fs::write(&path, [0xff, 0xfe, 0x00]).expect("the file is written");
     refused(
         &["run", path.to_str().expect("UTF-8")],
-        &["cannot read", "binary.toml"],
+        &["cannot read", "binary.toml", "line 1, column 1: byte 0xff"],
     );
+    for path in ["scenarios", "/dev/zero"] {
+        refused(&["run", path], &["cannot read", path, "not a regular file"]);
+    }
+    let (_dir, path) =
+        scenario("[program]\nname = \"replay\"\n[program.trace]\nfile = \"/dev/zero\"\n");
+    refused(&["run", &path], &["bad.toml:4:8", "not a regular file"]);
 }
 
 #[test]

@@ -91,8 +91,14 @@ fn a_scenario_that_is_not_text_is_refused() {
     std::fs::write(&path, [0xff, 0xfe, 0x00]).expect("the file is written");
     refused(
         &["run", path.to_str().expect("UTF-8")],
-        &["cannot read", "binary.toml"],
+        &["cannot read", "binary.toml", "line 1, column 1: byte 0xff"],
     );
+    for path in ["scenarios", "/dev/zero"] {
+        refused(&["run", path], &["cannot read", path, "not a regular file"]);
+    }
+    let (_dir, path) =
+        scenario("[program]\nname = \"replay\"\n[program.trace]\nfile = \"/dev/zero\"\n");
+    refused(&["run", &path], &["bad.toml:4:8", "not a regular file"]);
 }
 
 #[test]
@@ -367,6 +373,27 @@ fn a_reader_that_goes_away_is_no_error() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
 }
 
+#[test]
+fn a_result_that_is_lost_is_an_error() {
+    for words in [
+        &["list", "params"][..],
+        &["list", "params", "--json"],
+        &["list", "--help"],
+        &["--version"],
+    ] {
+        let full = std::fs::File::create("/dev/full").expect("/dev/full is there");
+        let output = Command::new(env!("CARGO_BIN_EXE_stalemate"))
+            .args(words)
+            .stdout(full)
+            .stderr(Stdio::piped())
+            .output()
+            .expect("the binary runs");
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{words:?}\n{text}");
+        assert!(text.contains("cannot write to stdout: No space"), "{text}");
+    }
+}
+
 /// A directory with a `strace` that behaves as told, to put before PATH.
 fn fake_path(script: Option<&str>) -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a temporary directory");
@@ -394,6 +421,28 @@ fn record_without_strace_says_how_to_get_it() {
     let text = stderr(&output);
     assert!(text.contains("strace") && text.contains("apt"), "{text}");
     assert!(!empty.path().join("x.trace").exists());
+}
+
+#[test]
+fn what_a_recorded_command_prints_stays_out_of_the_json() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = directory.path().join("x.trace");
+    let trace = trace.to_str().expect("UTF-8");
+    let command = ["--", "echo", "from the command"];
+    let record = |options: &[&str]| stalemate(&[&["record"], options, &command].concat());
+    let output = record(&["--json", "-o", trace]);
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "this test needs the Debian package `strace`: {}",
+        stderr(&output)
+    );
+    let json: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("stdout is JSON only");
+    assert_eq!(json["kind"], "record");
+    assert!(stderr(&output).contains("from the command\n"));
+    let output = record(&["--force", "-o", trace]);
+    assert!(stdout(&output).starts_with("from the command\n"));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::exit::Exit;
@@ -48,6 +49,9 @@ pub(super) enum Failure {
     /// A result cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// What was to be read on stdout is lost.
+    #[error("cannot write to stdout: {0}")]
+    Stdout(io::Error),
 }
 
 impl Failure {
@@ -66,9 +70,11 @@ impl Failure {
     #[must_use]
     pub(super) fn exit(&self) -> Exit {
         match self {
-            Self::Scenario(_) | Self::Usage { .. } | Self::Kernel { .. } | Self::Write(_) => {
-                Exit::BadInput
-            }
+            Self::Scenario(_)
+            | Self::Usage { .. }
+            | Self::Kernel { .. }
+            | Self::Write(_)
+            | Self::Stdout(_) => Exit::BadInput,
             Self::Machine(error) => match error {
                 MachineError::NoKvm { .. }
                 | MachineError::NoPermission { .. }

@@ -24,6 +24,8 @@ use exit::Exit;
 use failure::Failure;
 use output::Output;
 
+use crate::report::verdict::Paint;
+
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -51,31 +53,41 @@ fn backtrace() -> String {
 fn parse_and_run() -> Exit {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            // --help and --version are errors to clap, not to a shell.
-            let asked_for = !error.use_stderr();
+        Err(error) if error.use_stderr() => {
             let _ = error.print();
-            return if asked_for {
-                Exit::Held
-            } else {
-                Exit::BadInput
-            };
+            return Exit::BadInput;
         }
+        // --help and --version are errors to clap, not to a shell.
+        Err(asked_for) => return end(print_help(&asked_for)),
     };
     start_log(cli.talk.verbose);
-    match dispatch(cli) {
-        Ok(exit) => exit,
-        Err(failure) => {
-            output::complain(&failure.render(output::paint(std::io::stderr().is_terminal())));
-            failure.exit()
-        }
-    }
+    end(dispatch(cli))
+}
+
+fn print_help(text: &clap::Error) -> Result<Exit, Failure> {
+    let text = text.render();
+    let text = match output::paint(std::io::stdout().is_terminal()) {
+        Paint::Colour => text.ansi().to_string(),
+        Paint::Plain => text.to_string(),
+    };
+    output::write_stdout(&text).map_err(Failure::Stdout)?;
+    Ok(Exit::Held)
+}
+
+fn end(result: Result<Exit, Failure>) -> Exit {
+    result.unwrap_or_else(|failure| {
+        output::complain(&failure.render(output::paint(std::io::stderr().is_terminal())));
+        failure.exit()
+    })
 }
 
 fn dispatch(cli: Cli) -> Result<Exit, Failure> {
-    let talk = cli.talk;
+    let output = |json| Output::new(json, cli.talk);
     match cli.command {
-        Command::Doctor(doctor) => doctor::doctor(&Output::new(&doctor.json, talk)),
+        Command::Doctor(doctor) => {
+            let output = output(&doctor.json);
+            doctor::doctor(&output).and_then(|exit| output.finish(exit))
+        }
         Command::Run(mut run) => {
             let path = |text: &str| Some(text.into());
             run.scenario = run.json.give_back(run.scenario, path);
@@ -83,7 +95,8 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
                 .scenario
                 .clone()
                 .ok_or_else(|| missing("run", "<SCENARIO>"))?;
-            run::run(&scenario, &run, &Output::new(&run.json, talk))
+            let output = output(&run.json);
+            run::run(&scenario, &run, &output).and_then(|exit| output.finish(exit))
         }
         Command::Inspect(mut inspect) => {
             let path = |text: &str| Some(text.into());
@@ -92,17 +105,20 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
                 .scenario
                 .clone()
                 .ok_or_else(|| missing("inspect", "<SCENARIO>"))?;
-            inspect::inspect(&scenario, &inspect, &Output::new(&inspect.json, talk))
+            let output = output(&inspect.json);
+            inspect::inspect(&scenario, &inspect, &output).and_then(|exit| output.finish(exit))
         }
-        Command::Record(record) => record::record(&record, &Output::new(&record.json, talk)),
+        Command::Record(record) => {
+            let output = output(&record.json);
+            record::record(&record, &output).and_then(|exit| output.finish(exit))
+        }
         Command::List(mut list) => {
             let what = list
                 .json
                 .give_back(list.what, |text| Listed::from_str(text, false).ok());
-            list::list(
-                what.ok_or_else(|| missing("list", "<WHAT>"))?,
-                &Output::new(&list.json, talk),
-            )
+            let what = what.ok_or_else(|| missing("list", "<WHAT>"))?;
+            let output = output(&list.json);
+            list::list(what, &output).and_then(|exit| output.finish(exit))
         }
     }
 }
@@ -128,8 +144,6 @@ fn start_log(verbose: bool) {
         .with_writer(std::io::stderr)
         .with_target(false)
         .without_time()
-        .with_ansi(
-            output::paint(std::io::stderr().is_terminal()) == crate::report::verdict::Paint::Colour,
-        )
+        .with_ansi(output::paint(std::io::stderr().is_terminal()) == Paint::Colour)
         .try_init();
 }

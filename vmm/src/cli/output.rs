@@ -1,11 +1,13 @@
 //! Where text and JSON go. The only module that writes to the terminal.
 
+use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use super::args::{Json, Talk};
+use super::exit::Exit;
 use super::failure::Failure;
 use crate::report::json;
 use crate::report::verdict::{Detail, Paint};
@@ -14,6 +16,8 @@ use crate::report::verdict::{Detail, Paint};
 #[derive(Debug)]
 pub(super) struct Output {
     json: Option<PathBuf>,
+    /// Why stdout is incomplete, where it is.
+    lost: OnceCell<io::Error>,
     /// How much is said.
     pub(super) detail: Detail,
     /// Whether the text is coloured.
@@ -26,6 +30,7 @@ impl Output {
     pub(super) fn new(json: &Json, talk: Talk) -> Self {
         let mut output = Self {
             json: json.json.clone(),
+            lost: OnceCell::new(),
             detail: match talk {
                 Talk { quiet: true, .. } => Detail::Headline,
                 Talk { verbose: true, .. } => Detail::Full,
@@ -45,9 +50,9 @@ impl Output {
     /// Text for a person: to stdout, or to stderr where stdout carries JSON.
     pub(super) fn say(&self, text: &str) {
         if self.json_on_stdout() {
-            print(&mut io::stderr(), text);
+            complain(text);
         } else {
-            print(&mut io::stdout(), text);
+            self.print(text);
         }
     }
 
@@ -59,7 +64,7 @@ impl Output {
         match &self.json {
             None => {}
             Some(path) if path == Path::new("-") => {
-                print(&mut io::stdout(), &json::to_text(result));
+                self.print(&json::to_text(result));
             }
             Some(path) => json::write(path, &json::to_text(result))?,
         }
@@ -83,19 +88,50 @@ impl Output {
         self.detail != Detail::Headline && io::stderr().is_terminal()
     }
 
-    fn json_on_stdout(&self) -> bool {
+    /// Ends the output; `exit` is what the command came to.
+    ///
+    /// # Errors
+    /// Something that was to go to stdout was lost.
+    pub(super) fn finish(self, exit: Exit) -> Result<Exit, Failure> {
+        match self.lost.into_inner() {
+            None => Ok(exit),
+            Some(source) => Err(Failure::Stdout(source)),
+        }
+    }
+
+    fn print(&self, text: &str) {
+        if let Err(error) = write_stdout(text) {
+            // The first failure is the cause of the others.
+            let _ = self.lost.set(error);
+        }
+    }
+
+    /// True where stdout is for the JSON alone.
+    #[must_use]
+    pub(super) fn json_on_stdout(&self) -> bool {
         self.json.as_deref() == Some(Path::new("-"))
     }
 }
 
 /// Writes to stderr: errors and warnings.
 pub(super) fn complain(text: &str) {
-    print(&mut io::stderr(), text);
+    // There is nowhere left to say that this failed.
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// A reader that is gone (`stalemate list points | head`) is no error of ours.
-fn print(to: &mut impl Write, text: &str) {
-    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
+/// Writes to stdout. A reader that is gone (`stalemate list points | head`) is no error of ours.
+///
+/// # Errors
+/// What was written is lost: a full disk, for one.
+pub(super) fn write_stdout(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Whether a stream may be coloured (<https://no-color.org>).

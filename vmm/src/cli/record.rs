@@ -1,5 +1,8 @@
 //! `stalemate record`: the memory calls of a real program, as a trace.
 
+use std::io;
+use std::process::Stdio;
+
 use serde::Serialize;
 
 use super::args::Record;
@@ -26,7 +29,13 @@ pub(super) fn record(options: &Record, output: &Output) -> Result<Exit, Failure>
     } else {
         Existing::Keep
     };
-    let summary = strace(&options.command, &options.output, existing)?;
+    // What the command prints must not end up in the JSON.
+    let stdout = if output.json_on_stdout() {
+        Stdio::from(io::stderr())
+    } else {
+        Stdio::inherit()
+    };
+    let summary = strace(&options.command, &options.output, existing, stdout)?;
     let trace = options.output.display();
     output.json(&Recorded {
         schema: SCHEMA,

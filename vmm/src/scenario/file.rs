@@ -10,6 +10,7 @@ use toml::Spanned;
 
 use super::catalog::{self, BadArgument, Data};
 use super::error::{Located, ScenarioError};
+use super::source;
 use super::trace;
 use super::values::{self, Refused};
 use super::{CheckWhen, Program, Scenario};
@@ -207,7 +208,7 @@ impl Reader<'_> {
 
     fn trace(&self, file: &Spanned<String>) -> Result<super::Trace, ScenarioError> {
         let path = self.path.with_file_name("").join(file.as_ref());
-        let text = std::fs::read_to_string(&path).map_err(|error| {
+        let text = source::read(&path).map_err(|error| {
             let refused =
                 Refused::new(format!("cannot read the trace {}: {error}", path.display()))
                     .with_help("the path is relative to the scenario's directory");

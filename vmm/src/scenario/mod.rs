@@ -8,6 +8,7 @@ mod error;
 mod excerpt;
 mod file;
 pub mod record;
+mod source;
 pub mod trace;
 pub mod values;
 
@@ -99,7 +100,7 @@ impl Scenario {
     /// No such file, or one that is refused; the error points into the text.
     pub fn load(name: &Path) -> Result<Self, ScenarioError> {
         let path = find(name)?;
-        let text = std::fs::read_to_string(&path).map_err(|source| ScenarioError::Unreadable {
+        let text = source::read(&path).map_err(|source| ScenarioError::Unreadable {
             path: path.clone(),
             source,
         })?;
@@ -182,6 +183,10 @@ fn find(name: &Path) -> Result<PathBuf, ScenarioError> {
     let wanted = name.file_stem().unwrap_or_default().to_string_lossy();
     if is_bare && let Some((_, path)) = available.iter().find(|(other, _)| *other == wanted) {
         return Ok(path.clone());
+    }
+    // No file, but something: reading it says what is wrong.
+    if name.exists() {
+        return Ok(name.to_path_buf());
     }
     let names = || available.iter().map(|(name, _)| name.as_str());
     let help = match names().next() {

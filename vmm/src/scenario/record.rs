@@ -95,7 +95,7 @@ impl RecordError {
 }
 
 /// Runs `command` and writes its memory calls to `out`, all at once when it has ended. The command keeps
-/// its standard streams. One that fails is recorded like any other; the trace notes its status.
+/// its standard streams but for `stdout`, which its standard output is. One that fails is recorded like any other; the trace notes its status.
 ///
 /// # Errors
 /// See [`RecordError`]; `out` is then as it was.
@@ -103,8 +103,9 @@ pub fn record(
     command: &[OsString],
     out: &Path,
     existing: Existing,
+    stdout: Stdio,
 ) -> Result<RecordSummary, RecordError> {
-    record_with(OsStr::new("strace"), command, out, existing)
+    record_with(OsStr::new("strace"), command, out, existing, stdout)
 }
 
 fn record_with(
@@ -112,6 +113,7 @@ fn record_with(
     command: &[OsString],
     out: &Path,
     existing: Existing,
+    stdout: Stdio,
 ) -> Result<RecordSummary, RecordError> {
     let program = command.first().ok_or(RecordError::NoCommand)?;
     if existing == Existing::Keep && out.symlink_metadata().is_ok() {
@@ -133,7 +135,7 @@ fn record_with(
         &std::env::temp_dir(),
         "creating a temporary file",
     ))?;
-    let (status, complaint) = run_strace(strace, command, log.path())?;
+    let (status, complaint) = run_strace(strace, command, log.path(), stdout)?;
     let bytes = std::fs::read(log.path()).map_err(RecordError::file(log.path(), "reading"))?;
     let recording = strace::parse(&String::from_utf8_lossy(&bytes));
     if recording.entries.is_empty() {
@@ -195,6 +197,7 @@ fn run_strace(
     strace: &OsStr,
     command: &[OsString],
     log: &Path,
+    stdout: Stdio,
 ) -> Result<(ExitStatus, String), RecordError> {
     let mut child = Command::new(strace)
         .args(["-f", "-q", "-s", "256", "-X", "raw", "-e", CALLS, "-o"])
@@ -202,6 +205,7 @@ fn run_strace(
         .arg("--")
         .args(command)
         .env("LC_ALL", "C")
+        .stdout(stdout)
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| match error.kind() {
@@ -276,7 +280,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("sh.trace");
         let command = words(&["sh", "-c", "(true); exit 3"]);
-        let summary = record(&command, &out, Existing::Keep).unwrap();
+        let summary = record(&command, &out, Existing::Keep, Stdio::inherit()).unwrap();
         assert_eq!(summary.status, 3);
         assert_eq!(summary.not_understood, 0);
         assert!(summary.tasks >= 2, "{summary:?}");
@@ -295,10 +299,10 @@ mod tests {
         // Nothing but the trace is left in the folder.
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 
-        let again = record(&command, &out, Existing::Keep);
+        let again = record(&command, &out, Existing::Keep, Stdio::inherit());
         assert!(matches!(again, Err(RecordError::Exists(path)) if path == out));
         assert_eq!(std::fs::read_to_string(&out).unwrap(), text);
-        record(&words(&["true"]), &out, Existing::Replace).unwrap();
+        record(&words(&["true"]), &out, Existing::Replace, Stdio::inherit()).unwrap();
         assert_eq!(
             parse(&std::fs::read_to_string(&out).unwrap())
                 .unwrap()
@@ -316,7 +320,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("killed.trace");
         let command = words(&["sh", "-c", "kill -TERM $$"]);
-        let summary = record(&command, &out, Existing::Keep).unwrap();
+        let summary = record(&command, &out, Existing::Keep, Stdio::inherit()).unwrap();
         assert_eq!(summary.status, 128 + libc::SIGTERM);
         let trace = parse(&std::fs::read_to_string(&out).unwrap()).unwrap();
         let killed = Call::Killed {
@@ -330,7 +334,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("x.trace");
         let error = |strace: &str, command: &[&str]| {
-            let result = record_with(OsStr::new(strace), &words(command), &out, Existing::Keep);
+            let result = record_with(
+                OsStr::new(strace),
+                &words(command),
+                &out,
+                Existing::Keep,
+                Stdio::inherit(),
+            );
             result.unwrap_err().to_string()
         };
         assert_eq!(error("strace", &[]), "there is no command to record");
@@ -357,7 +367,13 @@ mod tests {
         assert!(!out.exists());
 
         let nowhere = folder.path().join("no/such/folder.trace");
-        let error = record(&words(&["true"]), &nowhere, Existing::Keep).unwrap_err();
+        let error = record(
+            &words(&["true"]),
+            &nowhere,
+            Existing::Keep,
+            Stdio::inherit(),
+        )
+        .unwrap_err();
         assert!(matches!(error, RecordError::File { .. }), "{error}");
     }
 }

@@ -8,6 +8,7 @@ use abi::channel::ReportKind;
 use abi::layout::PAGE_SIZE;
 use abi::syscall::{Errno, map, nr};
 
+use crate::native;
 use crate::sys::{self, Sys, Thread};
 
 /// What is wrong.
@@ -141,4 +142,16 @@ impl<S: Sys> Sys for Broken<S> {
     fn report(&self, kind: ReportKind, gva: u64, expected: u64, found: u64) {
         self.inner.report(kind, gva, expected, found);
     }
+}
+
+/// Asserts that `program`, on an executor with `fault`, fails with a report of `kind`.
+#[track_caller]
+pub(crate) fn assert_caught(fault: Fault, program: &str, args: &str, kind: ReportKind) {
+    let broken = |native| Broken::new(native, fault);
+    let outcome = native::run_on(broken, program, args, None).unwrap();
+    assert_eq!(outcome.status, 1);
+    assert!(
+        outcome.reports.iter().any(|report| report.kind == kind),
+        "{outcome:?}"
+    );
 }

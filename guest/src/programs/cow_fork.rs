@@ -250,7 +250,7 @@ fn constant<S: Sys>(sys: &S, shared: &Shared, findings: &Findings, tag: Tag) {
 
 #[cfg(test)]
 mod tests {
-    use crate::broken::{Broken, Fault};
+    use crate::broken::{Fault, assert_caught};
     use crate::native;
     use abi::channel::ReportKind::ChangedUnderneath;
 
@@ -269,13 +269,11 @@ mod tests {
 
     #[test]
     fn a_fork_that_shares_memory_is_caught() {
-        let broken = |native| Broken::new(native, Fault::PrivateIsShared);
-        let outcome = native::run_on(broken, "cow-fork", "rounds=20", None).unwrap();
-        assert_eq!(outcome.status, 1);
-        let changed = outcome
-            .reports
-            .iter()
-            .any(|report| report.kind == ChangedUnderneath);
-        assert!(changed, "{outcome:?}");
+        assert_caught(
+            Fault::PrivateIsShared,
+            "cow-fork",
+            "rounds=20",
+            ChangedUnderneath,
+        );
     }
 }

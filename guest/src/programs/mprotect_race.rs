@@ -260,7 +260,7 @@ fn check_and_write<S: Sys>(sys: &S, shared: &Shared, tag: Tag, last: &mut u64) -
 
 #[cfg(test)]
 mod tests {
-    use crate::broken::{Broken, Fault};
+    use crate::broken::{Fault, assert_caught};
     use crate::native;
     use abi::channel::ReportKind::WrongPermission;
 
@@ -279,15 +279,11 @@ mod tests {
 
     #[test]
     fn an_mprotect_that_does_nothing_is_caught() {
-        let broken = |native| Broken::new(native, Fault::MprotectIgnored);
-        let outcome = native::run_on(broken, "mprotect-race", "rounds=50", None).unwrap();
-        assert_eq!(outcome.status, 1);
-        assert!(
-            outcome
-                .reports
-                .iter()
-                .any(|report| report.kind == WrongPermission),
-            "{outcome:?}"
+        assert_caught(
+            Fault::MprotectIgnored,
+            "mprotect-race",
+            "rounds=50",
+            WrongPermission,
         );
     }
 }

@@ -319,7 +319,7 @@ impl OwnSlot {
 
 #[cfg(test)]
 mod tests {
-    use crate::broken::{Broken, Fault};
+    use crate::broken::{Fault, assert_caught};
     use crate::native;
     use abi::channel::ReportKind::ForeignFrame;
 
@@ -338,29 +338,21 @@ mod tests {
 
     #[test]
     fn a_munmap_that_does_not_unmap_is_caught() {
-        let broken = |native| Broken::new(native, Fault::MunmapIgnored);
-        let outcome = native::run_on(broken, "unmap-race", "rounds=50", None).unwrap();
-        assert_eq!(outcome.status, 1);
-        assert!(
-            outcome
-                .reports
-                .iter()
-                .any(|report| report.kind == ForeignFrame),
-            "{outcome:?}"
+        assert_caught(
+            Fault::MunmapIgnored,
+            "unmap-race",
+            "rounds=50",
+            ForeignFrame,
         );
     }
 
     #[test]
     fn stale_writes_into_reused_frames_are_caught() {
-        let broken = |native| Broken::new(native, Fault::ReuseAliasesSubject);
-        let outcome = native::run_on(broken, "unmap-race", "rounds=50", None).unwrap();
-        assert_eq!(outcome.status, 1);
-        assert!(
-            outcome
-                .reports
-                .iter()
-                .any(|report| report.kind == ForeignFrame),
-            "{outcome:?}"
+        assert_caught(
+            Fault::ReuseAliasesSubject,
+            "unmap-race",
+            "rounds=50",
+            ForeignFrame,
         );
     }
 }

@@ -91,7 +91,7 @@ fn to_passage<S: Subject>(
                     }
                 }
             }
-            Halt::Report(_) | Halt::Nothing => {}
+            Halt::Report { .. } | Halt::Nothing => {}
             halt => return Ok(Reached::Ended { halt, passages }),
         }
     }
@@ -115,7 +115,7 @@ fn to_time<S: Subject>(
         }
         match subject.resume(step.min(clock.left()))? {
             Halt::Deadline if !clock.left().is_zero() => {}
-            Halt::Report(_) | Halt::Nothing | Halt::Point { .. } => {}
+            Halt::Report { .. } | Halt::Nothing | Halt::Point { .. } => {}
             halt => return Ok(Reached::Ended { halt, passages: 0 }),
         }
     }

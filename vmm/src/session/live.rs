@@ -11,7 +11,7 @@ use abi::layout::{CHANNEL_GPA, CHANNEL_STRIDE, KERNEL_VIRT_OFFSET};
 use abi::point::Point;
 use abi::port;
 
-use super::{Checked, Crash, Halt, Interrupt, Observed, Place, Report, Subject, observe};
+use super::{Checked, Crash, Halt, Interrupt, Observed, Place, Subject, observe};
 use crate::check::{self, Context, Moment, Outcome};
 use crate::control::{
     self, KernelImage, Machine, MachineConfig, MachineError, ProgramSpec, Stop, VcpuSnapshot,
@@ -259,7 +259,7 @@ impl Live {
             .then(|| Point::from_id(u64::from_le_bytes(point)))?
     }
 
-    /// With an in-kernel irqchip KVM does not tell that a vCPU is halted. The kernel waits in
+    /// A vCPU that an interrupt has just woken is no longer halted for KVM. The kernel waits in
     /// `sti; hlt; cli`: right behind the `hlt` nothing is half done, awake or not.
     fn is_idle(&self, vcpu: &VcpuSnapshot) -> bool {
         const WAIT: [u8; 3] = [0xfb, 0xf4, 0xfa];
@@ -310,14 +310,10 @@ impl Subject for Live {
                 vcpu: vcpu as u32,
                 point,
             },
-            Stop::Report { vcpu, report } => Halt::Report(Report {
+            Stop::Report { vcpu, report } => Halt::Report {
                 vcpu: vcpu as u32,
-                kind: report.kind,
-                gva: report.gva,
-                expected: report.expected,
-                found: report.found,
-                task: report.task,
-            }),
+                report,
+            },
             // Nobody asked for it: the rings are flight recorders here.
             Stop::RingFull { .. } => Halt::Nothing,
             Stop::Deadline => Halt::Deadline,

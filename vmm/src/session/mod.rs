@@ -13,11 +13,10 @@ mod observe;
 use std::fmt;
 use std::time::Duration;
 
-use abi::channel::ReportKind;
 use abi::point::Point;
 
 use crate::check::Outcome;
-pub use crate::control::MachineError;
+pub use crate::control::{MachineError, ProbeReport};
 use crate::inspect::InspectError;
 use crate::report::Violation;
 pub use advance::{Reached, Until, advance};
@@ -68,7 +67,12 @@ pub enum Halt {
         point: Point,
     },
     /// A program reported a wrong value.
-    Report(Report),
+    Report {
+        /// vCPU on which it was found.
+        vcpu: u32,
+        /// What was found.
+        report: ProbeReport,
+    },
     /// The limit is over.
     Deadline,
     /// Ctrl-C.
@@ -77,23 +81,6 @@ pub enum Halt {
     Crashed(Crash),
     /// Nothing that concerns a session.
     Nothing,
-}
-
-/// A wrong value that a program found.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Report {
-    /// vCPU on which it was found.
-    pub vcpu: u32,
-    /// What is wrong.
-    pub kind: ReportKind,
-    /// Address.
-    pub gva: u64,
-    /// What had to be there.
-    pub expected: u64,
-    /// What was there.
-    pub found: u64,
-    /// Task that found it.
-    pub task: u64,
 }
 
 /// Why a guest did not get to its end (a crash, a hang, too little time or memory), in both forms.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use abi::point::Point;
 
-use super::{Crash, Halt, Place, Report, Subject};
+use super::{Crash, Halt, Place, ProbeReport, Subject};
 use crate::report::{InvariantCount, Verdict, Violation};
 use crate::scenario::CheckWhen;
 
@@ -76,9 +76,9 @@ pub fn observe<S: Subject>(
                     return Ok(watch.end(None, None));
                 }
             }
-            Halt::Report(report) => {
+            Halt::Report { vcpu, report } => {
                 watch.reports += 1;
-                watch.violations.push(data_probe(&report));
+                watch.violations.push(data_probe(vcpu, &report));
                 if watch.reports == MAX_REPORTS {
                     return Ok(watch.end(None, None));
                 }
@@ -172,7 +172,7 @@ impl Watch {
     }
 }
 
-fn data_probe(report: &Report) -> Violation {
+fn data_probe(vcpu: u32, report: &ProbeReport) -> Violation {
     Violation {
         id: "data-probe".into(),
         title: report.kind.describe().to_owned(),
@@ -180,7 +180,7 @@ fn data_probe(report: &Report) -> Violation {
         found: Some(format!("{:#018x}", report.found)),
         at: format!(
             "gva {:#x}, task {} on vCPU {}",
-            report.gva, report.task, report.vcpu
+            report.gva, report.task, vcpu
         ),
         details: Vec::new(),
     }
@@ -289,14 +289,16 @@ pub(super) mod tests {
     };
 
     fn report(kind: ReportKind) -> Halt {
-        Halt::Report(Report {
+        Halt::Report {
             vcpu: 0,
-            kind,
-            gva: 0x1000,
-            expected: 1,
-            found: 2,
-            task: 3,
-        })
+            report: ProbeReport {
+                kind,
+                gva: 0x1000,
+                expected: 1,
+                found: 2,
+                task: 3,
+            },
+        }
     }
 
     #[test]

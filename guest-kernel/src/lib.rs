@@ -7,7 +7,7 @@
 //! - `sync` has the locks, `testbed` the channel to the host (events, scheduling points, failpoints).
 //!
 //! A kernel is a value ([`Kernel`]), not a set of global statics: many can live in one process.
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, feature = "model")), no_std)]
 
 pub mod arch;
 pub mod mm;

@@ -12,27 +12,12 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use abi::channel::EventKind;
+use abi::lock::LockClass;
 use abi::objects::RwLockWord;
 use abi::point::Point;
 
 use crate::Kernel;
 use crate::arch::Arch;
-
-/// What a lock protects, for events.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
-#[allow(missing_docs)] // named after what they protect
-pub enum LockClass {
-    MmapRead = 1,
-    MmapWrite = 2,
-    AnonVma = 3,
-    PageTable = 4,
-    Buddy = 5,
-    Slab = 6,
-    MmList = 7,
-    Sched = 8,
-    Futex = 9,
-}
 
 /// A held lock; dropping it releases.
 #[must_use = "the lock is released at once"]
@@ -81,7 +66,7 @@ impl<A: Arch> Kernel<A> {
     pub fn read_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
         loop {
             let value = word.load(Relaxed);
-            if value & (RwLockWord::WRITER | RwLockWord::WAITING) == 0
+            if LockClass::MmapRead.lets_in(value)
                 && word
                     .compare_exchange_weak(value, value + 1, Acquire, Relaxed)
                     .is_ok()
@@ -96,7 +81,7 @@ impl<A: Arch> Kernel<A> {
     pub fn write_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
         loop {
             let value = word.load(Relaxed);
-            if value & (RwLockWord::WRITER | RwLockWord::READERS) == 0 {
+            if LockClass::MmapWrite.lets_in(value) {
                 if word
                     .compare_exchange_weak(value, RwLockWord::WRITER, Acquire, Relaxed)
                     .is_ok()
@@ -113,6 +98,10 @@ impl<A: Arch> Kernel<A> {
 
     #[cold]
     fn wait(&self, word: &AtomicU64, class: LockClass) {
+        self.event(
+            EventKind::LockWait,
+            [self.lock_id(word), class as u64, 0, 0, 0],
+        );
         self.point(Point::LockWait, [self.lock_id(word), class as u64]);
         self.arch.relax();
     }
@@ -131,7 +120,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Guest physical address of a lock word: its name in events, the same on every engine.
-    fn lock_id(&self, word: &AtomicU64) -> u64 {
+    pub(crate) fn lock_id(&self, word: &AtomicU64) -> u64 {
         (core::ptr::from_ref(word) as u64).wrapping_sub(self.arch.phys_to_virt(0) as u64)
     }
 }
@@ -143,7 +132,6 @@ impl<A: Arch> Drop for Guard<'_, A> {
             word,
             class,
         } = self;
-        kernel.point(Point::LockRelease, [kernel.lock_id(word), *class as u64]);
         kernel.event(
             EventKind::LockRelease,
             [kernel.lock_id(word), *class as u64, 0, 0, 0],
@@ -159,5 +147,6 @@ impl<A: Arch> Drop for Guard<'_, A> {
             }
             _ => word.store(0, Release),
         }
+        kernel.point(Point::LockRelease, [kernel.lock_id(word), *class as u64]);
     }
 }

@@ -3,6 +3,7 @@
 //! Built without the feature `testbed` all of it is empty and vanishes from the code.
 
 use abi::channel::EventKind;
+use abi::failpoint::Failpoint;
 use abi::point::Point;
 
 use crate::Kernel;
@@ -27,6 +28,18 @@ impl<A: Arch> Kernel<A> {
         let _ = (point, args);
     }
 
+    /// True where the host wants this passage of the failpoint to fail.
+    #[inline]
+    pub fn fail(&self, failpoint: Failpoint) -> bool {
+        #[cfg(feature = "testbed")]
+        return imp::fail(self, failpoint);
+        #[cfg(not(feature = "testbed"))]
+        {
+            let _ = failpoint;
+            false
+        }
+    }
+
     /// A sign of life for the host's watchdog: a system call, a fault, an interrupt, a switch.
     #[inline]
     pub fn progress(&self) {
@@ -37,9 +50,11 @@ impl<A: Arch> Kernel<A> {
 
 #[cfg(feature = "testbed")]
 mod imp {
-    use core::sync::atomic::Ordering::{Relaxed, Release};
+    use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 
     use abi::channel::{Doorbell, Event, EventKind, RING_RECORDS};
+    use abi::failpoint::Failpoint;
+    use abi::param::Stamp;
     use abi::point::Point;
 
     use crate::Kernel;
@@ -79,7 +94,7 @@ mod imp {
             kernel.obj(task).id.load(Relaxed)
         };
         let event = Event {
-            tsc: kernel.arch.tsc(),
+            stamp: stamp(kernel),
             kind: kind as u32,
             task,
             args: [a, b, c, d, e],
@@ -90,6 +105,30 @@ mod imp {
             .write_event(head as usize % RING_RECORDS, &event);
         // Release: a host that sees the new head sees the record.
         channel.ring_head.store(head.wrapping_add(1), Release);
+    }
+
+    fn stamp<A: Arch>(kernel: &Kernel<A>) -> u64 {
+        match kernel.config.stamp {
+            Stamp::Tsc => kernel.arch.tsc(),
+            // AcqRel: an event that was made after this CPU saw what led to another one has the later
+            // number.
+            Stamp::Ticket => kernel.root().ticket.fetch_add(1, AcqRel),
+        }
+    }
+
+    #[inline]
+    pub(super) fn fail<A: Arch>(kernel: &Kernel<A>, failpoint: Failpoint) -> bool {
+        let left = &kernel.arch.channel().fail[failpoint as usize];
+        match left.load(Relaxed) {
+            0 => false,
+            passages => {
+                left.store(passages - 1, Relaxed);
+                if passages == 1 {
+                    kernel.event(EventKind::FailpointHit, [failpoint as u64, 0, 0, 0, 0]);
+                }
+                passages == 1
+            }
+        }
     }
 
     #[inline]

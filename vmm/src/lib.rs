@@ -6,6 +6,8 @@ pub mod boot;
 pub mod check;
 pub mod cli;
 pub mod control;
+pub mod engine;
+pub mod explore;
 pub mod inspect;
 pub mod kvm;
 pub mod memory;

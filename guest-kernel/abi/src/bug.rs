@@ -33,6 +33,29 @@ bugs! {
     ForkNoWriteprotectFlush = 1, "fork-no-writeprotect-flush";
     /// munmap and madvise return frames to the allocator before the flush that covers them.
     FreeBeforeFlush = 2, "free-before-flush";
+    /// munmap drops the mmap_lock before it flushes (class C1, B1's order): another thread can map and
+    /// fill the same addresses while a CPU still has translations of the old frames.
+    MunmapFlushAfterUnlock = 3, "munmap-flush-after-unlock";
+    /// munmap, mprotect and madvise flush a range that is one page too short (class C2).
+    FlushRangeShort = 4, "flush-range-short";
+    /// madvise(MADV_DONTNEED) that finds entries already none does not flush, though another thread
+    /// has cleared them and not flushed yet (class C3, B5; Linux 4647706ebeee).
+    DontneedSkipNone = 5, "dontneed-skip-none";
+    /// A CPU loads CR3 before its bit is in the mm's cpumask (class C5, B17, CVE-2016-2069): a flusher
+    /// that looks between the two misses it.
+    Cr3BeforeCpumask = 6, "cr3-before-cpumask";
+    /// The flusher skips CPUs whose loaded mm is another one, and so those that are in the middle of
+    /// switching to this one (class C5, B15, CVE-2025-37964).
+    FlushSkipSwitching = 7, "flush-skip-switching";
+    /// A flush that frees page-table pages skips lazy CPUs as if only leaf entries had changed (class
+    /// C8, B14, CVE-2025-22045): they may still walk the freed tables.
+    FreedTablesSkipLazy = 8, "freed-tables-skip-lazy";
+    /// A CPU that stops being lazy reuses its CR3 without a look at what was flushed meanwhile (class
+    /// C15).
+    LazyReuseNoFlush = 9, "lazy-reuse-no-flush";
+    /// A copy-on-write fault puts the new page in place, drops the page-table lock and gives the old
+    /// frame back before it flushes (class C1): other CPUs still read the old frame.
+    CowFreeBeforeFlush = 10, "cow-free-before-flush";
 }
 
 /// A set of seeded bugs.

@@ -147,8 +147,9 @@ const _: () = assert!(size_of::<Control>() == crate::layout::PAGE_SIZE as usize)
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
 )]
 pub struct Event {
-    /// Time stamp counter at the event.
-    pub tsc: u64,
+    /// When: the time stamp counter, or with the kernel parameter `stamp=ticket` a number that a locked
+    /// add on [`crate::objects::KernelRoot::ticket`] gave, so that it orders the events of all vCPUs.
+    pub stamp: u64,
     /// [`EventKind`].
     pub kind: u32,
     /// Task that was running, 0 for none.
@@ -157,6 +158,18 @@ pub struct Event {
     pub args: [u64; 5],
     /// Position in this vCPU's stream, from 0: tells the host a torn or overwritten record.
     pub sequence: u64,
+}
+
+/// Bits of the argument `how` of [`EventKind::Access`].
+pub mod access {
+    /// A store; else a load.
+    pub const WRITE: u64 = 1;
+    /// The soft TLB had the translation; else the tables were walked.
+    pub const HIT: u64 = 2;
+    /// The translation that was used is no longer what the page tables say.
+    pub const STALE: u64 = 4;
+    /// The access faulted for good: the program gets an error; `frame` and `value` are 0.
+    pub const FAULT: u64 = 8;
 }
 
 macro_rules! events {
@@ -214,4 +227,21 @@ events! {
     MmDestroy = 23, "mm-destroy", ["mm"];
     TaskCreate = 24, "task-create", ["task", "mm"];
     TaskExit = 25, "task-exit", ["task", "status"];
+    LazyEnter = 26, "lazy-enter", ["mm"];
+    LazyLeave = 27, "lazy-leave", ["mm", "tlb_gen"];
+    Access = 28, "access", ["gva", "frame", "value", "how"];
+    LockWait = 29, "lock-wait", ["lock", "class"];
+    CpumaskSet = 30, "cpumask-set", ["mm"];
+    CpumaskClear = 31, "cpumask-clear", ["mm"];
+    TlbGen = 32, "tlb-gen", ["mm", "gen"];
+    MmCount = 33, "mm-count", ["mm", "count", "users"];
+    VmaAlloc = 34, "vma-alloc", ["vma", "generation"];
+    VmaFree = 35, "vma-free", ["vma", "generation"];
+    VmaFound = 36, "vma-found", ["mm", "vma", "gva"];
+    WalkBegin = 37, "walk-begin", ["mm", "gva"];
+    WalkEnd = 38, "walk-end", ["mm", "gva"];
+    FolioMapped = 39, "folio-mapped", ["frame", "mm", "gva"];
+    FolioUnmapped = 40, "folio-unmapped", ["frame", "mm", "gva"];
+    FailpointHit = 41, "failpoint", ["failpoint"];
+    MmFree = 42, "mm-free", ["mm"];
 }

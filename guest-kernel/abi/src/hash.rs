@@ -3,7 +3,9 @@
 
 use core::mem::offset_of;
 
-use crate::objects::{AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Slab, Task, Vma, VmaNode};
+use crate::objects::{
+    AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Slab, SoftTlb, Task, Vma, VmaNode,
+};
 use crate::{boot::BootInfo, channel, point::Point};
 
 const fn mix(hash: u64, value: usize) -> u64 {
@@ -36,8 +38,8 @@ pub const fn layout_hash() -> u64 {
     let hash = hash_layouts! {
         BootInfo { segments, kernel_root, cmdline }
         channel::Control { trap, event_mask, ring_head, point, report, message, fail }
-        channel::Event { tsc, kind, task, args, sequence }
-        KernelRoot { folios, nr_frames, buddy, slabs, mms, tasks, futex_queue, online, cpus }
+        channel::Event { stamp, kind, task, args, sequence }
+        KernelRoot { folios, nr_frames, buddy, slabs, mms, tasks, futex_queue, ticket, online, cpus }
         Folio { kind, order, flags, refcount, mapcount, generation, owner, index, next, lock, used }
         Vma { start, end, flags, pgoff, mm, attached, generation, anon_vma, chains }
         VmaNode { level, count, slots }
@@ -45,7 +47,8 @@ pub const fn layout_hash() -> u64 {
         AnonVma { root, parent, chains, refcount, degree }
         AnonVmaChain { vma, anon_vma, next_of_vma, next_of_anon }
         Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame, leader, flags, threads }
-        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush, idle_sp, dead }
+        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush, idle_sp, dead, soft_tlb }
+        SoftTlb { pages, tables, evictions }
         Slab { object_bytes, used, frames, free }
     };
     mix(mix(hash, Point::ALL.len()), channel::EventKind::ALL.len())

@@ -12,7 +12,9 @@
 pub mod boot;
 pub mod bug;
 pub mod channel;
+pub mod failpoint;
 pub mod layout;
+pub mod lock;
 pub mod objects;
 pub mod param;
 pub mod point;

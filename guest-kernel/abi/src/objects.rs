@@ -192,6 +192,9 @@ pub mod vma_flags {
     /// Was writable and private once, so it counts against memory: keeps it apart from neighbours
     /// that never were.
     pub const ACCOUNT: u64 = 0x10_0000;
+    /// The program's own memory, not under test ([`crate::syscall::nr::TESTBED_WIRE`]): populated, and
+    /// copied at fork instead of shared, so that no access to it ever faults.
+    pub const WIRED: u64 = 1 << 33;
     /// No 2 MiB folios (MAP_STACK).
     pub const NOHUGEPAGE: u64 = 0x4000_0000;
     /// The `brk` heap.
@@ -494,9 +497,41 @@ pub struct Cpu {
     pub idle_sp: AtomicU64,
     /// The task that exited here last, until the context after it has freed its stack.
     pub dead: Link<Task>,
-    /// Zero.
-    pub reserved: [AtomicU64; 1],
+    /// Its soft TLB, none with `tlb=hw`.
+    pub soft_tlb: Link<SoftTlb>,
 }
+
+/// Translations that a [`SoftTlb`] holds.
+pub const SOFT_TLB_PAGES: usize = 190;
+/// Pointers to leaf tables that a [`SoftTlb`] holds (the paging-structure cache of PDEs).
+pub const SOFT_TLB_TABLES: usize = 64;
+
+/// One entry of a [`SoftTlb`].
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct SoftEntry {
+    /// First address that it translates, with bit 0 set; 0 for an unused entry.
+    pub tag: AtomicU64,
+    /// The entry as it was when it was walked: a leaf entry, or the GPA of a leaf table.
+    pub value: AtomicU64,
+}
+
+/// One CPU's TLB in software: it keeps every entry until a flush covers it, the worst that the
+/// architecture allows. One page.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct SoftTlb {
+    /// Leaf entries by page.
+    pub pages: [SoftEntry; SOFT_TLB_PAGES],
+    /// Leaf tables by the 2 MiB that they map.
+    pub tables: [SoftEntry; SOFT_TLB_TABLES],
+    /// Entries that had to leave because it was full: a run in which this is not 0 may miss bugs.
+    pub evictions: AtomicU64,
+    /// Zero.
+    pub reserved: [AtomicU64; 3],
+}
+
+const _: () = assert!(size_of::<SoftTlb>() == crate::layout::PAGE_SIZE as usize);
 
 /// A shootdown in flight: written by its CPU, acknowledged by the others.
 #[repr(C)]
@@ -590,6 +625,8 @@ pub struct KernelRoot {
     pub next_task: AtomicU64,
     /// Next number of an mm.
     pub next_mm: AtomicU64,
+    /// Events stamped so far, with `stamp=ticket`.
+    pub ticket: AtomicU64,
     /// CPUs that are up.
     pub online: AtomicU64,
     /// Used entries of `cpus`.

@@ -55,6 +55,38 @@ impl Value for u64 {
     }
 }
 
+macro_rules! choices {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)+ })+) => { $(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$vdoc])* $variant,)+ }
+        impl Value for $name {
+            fn parse(text: &str) -> Option<Self> {
+                match text { $($text => Some(Self::$variant),)+ _ => None }
+            }
+        }
+    )+ };
+}
+
+choices! {
+    /// How programs reach memory under test.
+    TlbBackEnd {
+        /// By loads and stores at CPL 3.
+        Hw = "hw",
+        /// Through [`crate::objects::SoftTlb`].
+        Soft = "soft",
+        /// Through the soft TLB, which decides, and by the processor, which is compared.
+        Both = "both",
+    }
+    /// What [`crate::channel::Event::stamp`] is.
+    Stamp {
+        /// The time stamp counter of the vCPU.
+        Tsc = "tsc",
+        /// A number from [`crate::objects::KernelRoot::ticket`].
+        Ticket = "ticket",
+    }
+}
+
 macro_rules! params {
     ($($name:ident: $type:ty = $default:literal, $form:literal, $help:literal;)+) => {
         /// The kernel's configuration: one field a parameter.
@@ -114,6 +146,10 @@ params! {
         "freed user frames are filled with a pattern, so that a use after free is seen";
     fault_around: u64 = "1", "PAGES",
         "pages that one read or write fault of an anonymous VMA maps at once, power of two up to 16";
+    tlb: TlbBackEnd = "hw", "hw|soft|both",
+        "how programs reach memory under test: by the processor, through a TLB in the kernel that keeps every entry until a flush covers it, or by both, compared";
+    stamp: Stamp = "tsc", "tsc|ticket",
+        "what events are stamped with: the time stamp counter, or a number that orders the events of all vCPUs";
 }
 
 impl Config {

@@ -1,5 +1,7 @@
 //! Scheduling points: named places in the kernel where the host may stop a vCPU.
 
+use crate::lock::LockClass;
+
 macro_rules! points {
     ($($variant:ident = $id:literal, $name:literal, $help:literal;)+) => {
         /// One scheduling point.
@@ -49,7 +51,7 @@ points! {
     VmaDetach = 17, "vma-detach", "a VMA was removed from its mm";
     LockWait = 18, "lock-wait", "spinning on a lock that another CPU holds";
     LockAcquire = 19, "lock-acquire", "a lock was taken";
-    LockRelease = 20, "lock-release", "a lock is about to be released";
+    LockRelease = 20, "lock-release", "a lock was released";
     ForkCopy = 21, "fork-copy", "fork has copied the entries of one VMA";
     ForkFlush = 22, "fork-flush", "fork has write-protected the parent and is about to flush";
     CowCopy = 23, "cow-copy", "a write fault has copied a shared frame and not yet replaced the entry";
@@ -57,7 +59,61 @@ points! {
     Switch = 25, "switch", "the scheduler has chosen another task";
     Cr3Load = 26, "cr3-load", "a CR3 load is about to run";
     MmExit = 27, "mm-exit", "the last user of an mm is gone; it is about to be torn down";
-    IdleEnter = 28, "idle", "a CPU found nothing to run";
+    IdleEnter = 28, "idle", "a CPU found nothing to run and waits for an IPI";
+    LazyEnter = 29, "lazy-enter", "a CPU has entered lazy mode: no user code, its last mm still loaded";
+    LazyLeave = 30, "lazy-leave", "a CPU that was lazy is about to look at what it has missed";
+    RefcountChange = 31, "refcount-change", "a folio's refcount is about to change";
+    Access = 32, "access", "a program is about to access memory under test through the soft TLB";
+    UserRelax = 33, "user-relax", "a program waits for another thread of its own";
+    TestBegin = 34, "test-begin", "the program's set-up is over: schedules start here";
+    TestEnd = 35, "test-end", "the program's test is over: schedules end here";
+}
+
+impl Point {
+    /// True where the CPU waits for somebody else: what for is in the point's arguments ([`Wait`]).
+    #[must_use]
+    pub const fn is_wait(self) -> bool {
+        matches!(
+            self,
+            Self::LockWait | Self::FlushWait | Self::IdleEnter | Self::UserRelax
+        )
+    }
+
+    /// What a CPU that stands here with these arguments waits for; none where it does not wait.
+    #[must_use]
+    pub fn wait(self, args: [u64; 2]) -> Option<Wait> {
+        Some(match self {
+            Self::LockWait => Wait::Lock {
+                word: args[0],
+                class: LockClass::from_u64(args[1])?,
+            },
+            Self::FlushWait => Wait::Acknowledged { word: args[0] },
+            Self::IdleEnter => Wait::Interrupt,
+            Self::UserRelax => Wait::Anyone,
+            _ => return None,
+        })
+    }
+}
+
+/// What a CPU that spins or idles waits for. In every case it takes IPIs meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Until the lock word at this GPA lets it in ([`LockClass::lets_in`]).
+    Lock {
+        /// GPA of the lock word.
+        word: u64,
+        /// What it wants to take it as.
+        class: LockClass,
+    },
+    /// Until every CPU of its shootdown has acknowledged: the word at this GPA is 0.
+    Acknowledged {
+        /// GPA of [`crate::objects::FlushRequest::pending`].
+        word: u64,
+    },
+    /// For an IPI.
+    Interrupt,
+    /// For some other thread of the program to do something: it can always go on, but need not.
+    Anyone,
 }
 
 impl core::str::FromStr for Point {

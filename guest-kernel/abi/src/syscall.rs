@@ -47,6 +47,23 @@ pub mod nr {
         /// `crash(how)`: the kernel fails as [`super::crash`] says, so that the host's report of it can be
         /// seen. Never returns; EINVAL for another `how`, ENOSYS in a kernel built without the testbed.
         TESTBED_CRASH = TESTBED_BASE + 3;
+        /// `tlb()`: how memory under test is to be reached: 0 by the processor, 1 by `TESTBED_LOAD` and
+        /// `TESTBED_STORE`, 2 by both.
+        TESTBED_TLB = TESTBED_BASE + 4;
+        /// `load(gva)`: the 8 aligned bytes at `gva` through the soft TLB, in `rdx`; 0 in `rax`, or -EFAULT
+        /// where the access faults for good.
+        TESTBED_LOAD = TESTBED_BASE + 5;
+        /// `store(gva, value)`: likewise.
+        TESTBED_STORE = TESTBED_BASE + 6;
+        /// `relax()`: one turn of a program's spin loop ([`crate::point::Point::UserRelax`]).
+        TESTBED_RELAX = TESTBED_BASE + 7;
+        /// `begin()`: the set-up is over ([`crate::point::Point::TestBegin`]).
+        TESTBED_BEGIN = TESTBED_BASE + 8;
+        /// `end()`: the test is over ([`crate::point::Point::TestEnd`]).
+        TESTBED_END = TESTBED_BASE + 9;
+        /// `wire(start, len)`: populates whole mapped pages and marks them
+        /// [`crate::objects::vma_flags::WIRED`]. Nothing with `tlb=hw`.
+        TESTBED_WIRE = TESTBED_BASE + 10;
     }
 }
 

@@ -20,7 +20,7 @@ use super::vma::{Area, leaf_flags, prot_flags};
 use super::{Field, Slot, is_page_aligned};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// An empty address space with one user and one reference.

@@ -7,7 +7,7 @@ use super::gather::Unmap;
 use super::{Field, is_page_aligned, page_align};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 /// What is done to each VMA of the range.
 #[derive(Clone, Copy)]

@@ -16,7 +16,7 @@ use super::vma_tree::STACK_GUARD;
 use super::{Field, FreedTables, Slot, page_of, pages};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 /// Largest stack that grows by itself (Linux's default RLIMIT_STACK).
 const STACK_LIMIT: u64 = 8 << 20;

@@ -15,7 +15,7 @@ use super::vma::Area;
 use super::{Field, FreedTables, Slot};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// A copy of `parent`, with one user and one reference. When it returns, no CPU can write a frame

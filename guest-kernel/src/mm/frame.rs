@@ -17,7 +17,7 @@ use abi::syscall::Errno;
 use super::Field;
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// Allocates a block of 2^`order` frames with contents of no meaning, with one reference.

@@ -15,7 +15,7 @@ use super::vma_tree::STACK_GUARD;
 use super::{Field, is_page_aligned, page_align, page_of};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// mmap of private anonymous memory. `prot` and `flags` are Linux's. MAP_LOCKED populates, as

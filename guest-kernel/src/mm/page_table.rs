@@ -23,7 +23,8 @@ use super::Field;
 use super::gather::Gather;
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::{Guard, LockClass};
+use crate::sync::Guard;
+use abi::lock::LockClass;
 
 /// Place of one entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

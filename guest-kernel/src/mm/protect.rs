@@ -12,7 +12,7 @@ use super::vma::{ACCESS, leaf_flags, prot_flags};
 use super::{Field, FreedTables, Slot, is_page_aligned, page_align};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 /// PROT_SEM: accepted and without effect, as in Linux.
 const PROT_SEM: u64 = 8;

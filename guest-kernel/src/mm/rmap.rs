@@ -15,7 +15,8 @@ use abi::syscall::Errno;
 use super::{Field, Slot, pages};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::{Guard, LockClass};
+use crate::sync::Guard;
+use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// Gives `vma` an anon_vma before its first folio: a neighbour's, where the two may merge one day,

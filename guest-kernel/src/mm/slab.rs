@@ -15,7 +15,7 @@ use super::Field;
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::kernel::Object;
-use crate::sync::LockClass;
+use abi::lock::LockClass;
 
 /// Objects that come from a slab.
 pub trait Slabbed: Object + Sized {

@@ -170,7 +170,7 @@ impl<A: Arch> Kernel<A> {
             if left == 0 {
                 break;
             }
-            self.point(Point::FlushWait, [id, left]);
+            self.point(Point::FlushWait, [self.lock_id(pending), left]);
             self.arch.relax();
         }
         self.event(EventKind::ShootdownEnd, [id, targets, 0, 0, 0]);

@@ -25,7 +25,8 @@ use super::placement::{Load, choose_cpu};
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi};
 use crate::mm::Field;
-use crate::sync::{Guard, LockClass};
+use crate::sync::Guard;
+use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// The scheduler loop of this CPU, on its boot stack; runs for ever.

@@ -8,6 +8,7 @@
 //! One family per file. A check only reads; it knows nothing of KVM.
 
 pub mod render;
+pub mod stream;
 
 mod context;
 mod finding;

@@ -158,7 +158,7 @@ impl CrashReport {
             .map(|vcpu| events(vcpu.index))
             .collect();
         let clock = Clock {
-            last: events.iter().flatten().map(|event| event.tsc).max(),
+            last: events.iter().flatten().map(|event| event.stamp).max(),
             khz: scene.tsc_khz,
         };
         let mut vcpus: Vec<_> = crash
@@ -284,8 +284,8 @@ impl EventReport {
         let kind = EventKind::from_id(event.kind);
         Self {
             sequence: event.sequence,
-            tsc: event.tsc,
-            before_ns: clock.before_ns(event.tsc),
+            tsc: event.stamp,
+            before_ns: clock.before_ns(event.stamp),
             task: event.task,
             kind: kind.map_or_else(
                 || format!("kind-{}", event.kind),

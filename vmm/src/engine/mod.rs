@@ -1,0 +1,201 @@
+//! Engines: machines whose vCPUs run one at a time, where the host decides which.
+//!
+//! Two of them, with the same scheduling points, events and guest memory: `kvm` runs the kernel image on
+//! vCPUs, `model` the same kernel inside this process. Whoever drives an [`Engine`] cannot tell
+//! which one it is.
+
+use abi::channel::Event;
+use abi::point::Point;
+
+use crate::control::ProbeReport;
+use crate::inspect::VcpuFacts;
+use crate::memory::PhysMem;
+use crate::report::symbols::Symbols;
+
+/// Which engine.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineKind {
+    /// The kernel image on vCPUs.
+    Kvm,
+    /// The kernel inside this process.
+    Model,
+}
+
+/// A set of points, bit `p` for [`Point`] `p`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PointSet(pub u64);
+
+impl PointSet {
+    /// The set of `points`.
+    #[must_use]
+    pub const fn of(points: &[Point]) -> Self {
+        let (mut set, mut i) = (0, 0);
+        while i < points.len() {
+            set |= 1 << points[i] as u64;
+            i += 1;
+        }
+        Self(set)
+    }
+    /// This set and `other`.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+    /// True where `point` is in it.
+    #[must_use]
+    pub const fn has(self, point: Point) -> bool {
+        self.0 & 1 << point as u64 != 0
+    }
+}
+
+/// Points of an [`Engine::run`] without a bound.
+pub const UNBOUNDED: u64 = u64::MAX;
+
+/// How far a vCPU runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit {
+    /// At most to this many points from here (at least 1).
+    pub points: u64,
+    /// Or to the next of these.
+    pub traps: PointSet,
+}
+
+/// Why a vCPU no longer runs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Halt {
+    /// It stands at a point: its points are used up, the point is trapped, or it is the first point
+    /// after an IPI was sent.
+    Point {
+        /// The point.
+        point: Point,
+        /// Its arguments.
+        args: [u64; 2],
+    },
+    /// The kernel is about to enter CPL 3 for the first time.
+    FirstUser,
+    /// A program found a wrong value.
+    Report(ProbeReport),
+    /// The first process has ended: the machine is over.
+    Exited {
+        /// Its exit status.
+        status: u32,
+    },
+    /// The guest cannot go on (a panic, a triple fault, something that the machine has not).
+    Crashed(GuestCrash),
+}
+
+/// A guest that cannot go on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GuestCrash {
+    /// What happened, in one line.
+    pub reason: String,
+    /// More for a person: registers, a backtrace.
+    pub details: Vec<String>,
+}
+
+/// Why an engine cannot go on: the host's fault, or that of who drives it.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The machine cannot be made or run.
+    #[error(transparent)]
+    Machine(#[from] crate::control::MachineError),
+    /// A vCPU ran for this long without reaching a scheduling point.
+    #[error("vCPU {vcpu} has not reached a scheduling point in {seconds} s (at {at})")]
+    NoPoint {
+        /// Which.
+        vcpu: usize,
+        /// The watchdog's patience.
+        seconds: f64,
+        /// Where it was.
+        at: String,
+    },
+    /// This engine cannot do what the scenario asks for.
+    #[error("{0}")]
+    Unsupported(String),
+    /// Ctrl-C.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// A machine whose vCPUs run one at a time.
+///
+/// IPIs take two steps, so that their delay is a choice: a send puts them *in flight* to each target;
+/// [`Engine::deliver`] makes them pending there; the target takes them as soon as its interrupts are on
+/// (in user code, in a spin loop, while idle).
+///
+/// A new engine stands before the kernel's first instruction. Events carry tickets (`stamp=ticket`), all
+/// kinds are recorded, and a full ring never loses one.
+pub trait Engine {
+    /// Which one it is.
+    fn kind(&self) -> EngineKind;
+    /// Number of vCPUs.
+    fn nr_vcpus(&self) -> usize;
+
+    /// Lets `vcpu`, which must be able to, run to `limit`, and appends what it recorded to `events`.
+    ///
+    /// # Errors
+    /// The host failed. A guest that fails is a [`Halt`].
+    fn run(
+        &mut self,
+        vcpu: usize,
+        limit: Limit,
+        events: &mut Vec<Event>,
+    ) -> Result<Halt, EngineError>;
+    /// Points that `vcpu` has passed since the machine was made or last [reset](Engine::reset).
+    fn points_passed(&self, vcpu: usize) -> u64;
+
+    /// True where an IPI is on its way to `vcpu`.
+    fn in_flight(&self, vcpu: usize) -> bool;
+    /// Makes every IPI that is on its way to `vcpu` pending there.
+    fn deliver(&mut self, vcpu: usize);
+    /// True where `vcpu` will take an interrupt as soon as it may.
+    fn pending(&self, vcpu: usize) -> bool;
+
+    /// Notes this state, in which no vCPU runs, as the one to go back to.
+    ///
+    /// # Errors
+    /// The host failed.
+    fn save(&mut self) -> Result<(), EngineError>;
+    /// Goes back to the noted state, with every vCPU's translations flushed.
+    ///
+    /// # Errors
+    /// The host failed.
+    fn reset(&mut self) -> Result<(), EngineError>;
+
+    /// Arms (or with 0 disarms) a failpoint on `vcpu`: its `passages`-th passage from here fails.
+    fn arm(&mut self, vcpu: usize, failpoint: abi::failpoint::Failpoint, passages: u32);
+
+    /// Guest memory.
+    fn memory(&self) -> &dyn PhysMem;
+    /// GPA of the kernel's root object, once there is one.
+    fn kernel_root(&self) -> Option<u64>;
+    /// Where each vCPU stands, for the checkers.
+    ///
+    /// # Errors
+    /// The host failed.
+    fn vcpu_facts(&self) -> Result<Vec<VcpuFacts>, EngineError>;
+    /// Names of the kernel's code, where this engine has addresses.
+    fn symbols(&self) -> Option<&Symbols<'_>>;
+    /// What the guest has written to its console since the start or the last reset.
+    fn console(&self) -> String;
+    /// Where the time went since the engine was made.
+    fn costs(&self) -> Costs;
+}
+
+/// Where an engine's time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Costs {
+    /// In the guest, exits included.
+    pub guest: std::time::Duration,
+    /// Returns from the guest to the host (model: coroutine switches).
+    pub exits: u64,
+    /// In [`Engine::reset`].
+    pub reset: std::time::Duration,
+    /// Resets.
+    pub resets: u64,
+    /// Pages copied by resets.
+    pub pages: u64,
+}

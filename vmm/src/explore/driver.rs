@@ -1,0 +1,465 @@
+//! Runs one schedule on an engine.
+
+use abi::channel::Event;
+use abi::point::{Point, Wait};
+
+use super::{Actor, Schedule, Scheduler, View};
+use crate::check::Violation;
+use crate::check::stream::{Monitor, Seen};
+use crate::control::ProbeReport;
+use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
+
+/// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
+const ALWAYS: PointSet = PointSet::of(&[
+    Point::LockWait,
+    Point::FlushWait,
+    Point::IdleEnter,
+    Point::UserRelax,
+    Point::TestBegin,
+    Point::TestEnd,
+]);
+
+/// Where a vCPU stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// At this point; none before its first.
+    pub point: Option<Point>,
+    /// Arguments of the point.
+    pub args: [u64; 2],
+}
+
+impl Standing {
+    /// What it waits for, where it stands at a wait.
+    #[must_use]
+    pub fn wait(&self) -> Option<Wait> {
+        self.point?.wait(self.args)
+    }
+}
+
+/// What one vCPU waits for, in a deadlock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitsFor {
+    /// vCPU.
+    pub vcpu: usize,
+    /// What for.
+    pub wait: Wait,
+    /// Value of the word that it waits on: a spin lock's is the holder's CPU plus one.
+    pub word: u64,
+}
+
+/// How an execution ended.
+#[derive(Clone, Debug)]
+pub enum Ending {
+    /// The program's test is over, or the first process has ended.
+    Finished {
+        /// The first process's exit status, where it has ended.
+        status: Option<u32>,
+    },
+    /// A monitor found something.
+    Violation(Box<Violation>),
+    /// A program found a wrong value.
+    Report {
+        /// vCPU on which it was found.
+        vcpu: usize,
+        /// What was found.
+        report: ProbeReport,
+    },
+    /// Nobody can take a step.
+    Deadlock(Vec<WaitsFor>),
+    /// The execution is longer than any sane one, or all that can run only wait for each other.
+    Livelock(Vec<Standing>),
+    /// The guest cannot go on.
+    Crashed {
+        /// On which vCPU.
+        vcpu: usize,
+        /// What happened.
+        crash: GuestCrash,
+    },
+    /// The scheduler had no more steps (a replay that is over).
+    ScheduleOver,
+}
+
+/// One execution.
+#[derive(Debug)]
+pub struct Execution {
+    /// What was run.
+    pub schedule: Schedule,
+    /// How it ended.
+    pub ending: Ending,
+    /// Everything that was recorded, in order.
+    pub events: Vec<Seen>,
+}
+
+/// Bounds of one execution.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Scheduling points.
+    pub points: u64,
+    /// Turns in a row in which whoever can run only waits for anyone.
+    pub idle_turns: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            points: 1_000_000,
+            idle_turns: 1_000,
+        }
+    }
+}
+
+/// Why there is no execution.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// The engine failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The scheduler chose somebody who cannot take a step: an impossible schedule.
+    #[error("after {points} points {actor} is to run, but cannot: {why}")]
+    Impossible {
+        /// Who.
+        actor: Actor,
+        /// Points so far.
+        points: u64,
+        /// Where it stands, or that nothing is in flight.
+        why: String,
+    },
+    /// The set-up of the program did not get to the start of the schedule.
+    #[error("the program's set-up ended early: {0}")]
+    SetUp(String),
+}
+
+/// Runs schedules on one engine.
+pub struct Driver<E> {
+    engine: E,
+    limits: Limits,
+    /// Where each vCPU stands now, and where at the start of a schedule.
+    standing: Vec<Standing>,
+    at_start: Vec<Standing>,
+    /// For each vCPU, number of the step in which it began to wait for anyone.
+    steps: u64,
+    stopped_in: Vec<u64>,
+    enabled: Vec<Actor>,
+    slice: Vec<Event>,
+}
+
+impl<E: Engine> Driver<E> {
+    /// Runs the set-up of `engine`'s program by a fixed policy to [`Point::TestBegin`] (to the first user
+    /// instruction, where the program has no such point and `to_begin` is false) and notes that state as
+    /// the start of every schedule.
+    ///
+    /// # Errors
+    /// The engine failed, or the program did not get there.
+    pub fn new(engine: E, limits: Limits, to_begin: bool) -> Result<Self, DriverError> {
+        let none = Standing {
+            point: None,
+            args: [0; 2],
+        };
+        let vcpus = engine.nr_vcpus();
+        let mut driver = Self {
+            engine,
+            limits,
+            standing: vec![none; vcpus],
+            at_start: Vec::new(),
+            steps: 0,
+            stopped_in: vec![0; vcpus],
+            enabled: Vec::new(),
+            slice: Vec::new(),
+        };
+        driver.set_up(to_begin)?;
+        driver.engine.save()?;
+        driver.at_start = driver.standing.clone();
+        Ok(driver)
+    }
+
+    /// The engine.
+    pub fn engine(&mut self) -> &mut E {
+        &mut self.engine
+    }
+
+    /// The first vCPU runs to the first user instruction, then every other one until it waits; then
+    /// always the first that can, until it waits.
+    fn set_up(&mut self, to_begin: bool) -> Result<(), DriverError> {
+        self.set_up_step(0, |halt| matches!(halt, Halt::FirstUser))?;
+        for vcpu in 1..self.standing.len() {
+            // It may wait for an interrupt that the first one sent while it was not yet there.
+            self.engine.deliver(vcpu);
+            self.set_up_step(vcpu, is_wait)?;
+        }
+        for turn in 0.. {
+            if !to_begin {
+                return Ok(());
+            }
+            self.steps += 1;
+            self.find_enabled();
+            let Some(&actor) = self.enabled.first() else {
+                return Err(DriverError::SetUp("nobody can run".into()));
+            };
+            if turn > self.limits.points {
+                return Err(DriverError::SetUp("it does not end".into()));
+            }
+            match actor {
+                Actor::Wire(vcpu) => self.engine.deliver(usize::from(vcpu)),
+                Actor::Vcpu(vcpu) => {
+                    let vcpu = usize::from(vcpu);
+                    let halt = self.set_up_step(vcpu, |halt| matches!(halt, Halt::Point { .. }))?;
+                    if matches!(
+                        halt,
+                        Halt::Point {
+                            point: Point::TestBegin,
+                            ..
+                        }
+                    ) {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        unreachable!("the loop has no end of its own")
+    }
+
+    fn set_up_step(
+        &mut self,
+        vcpu: usize,
+        wanted: impl Fn(&Halt) -> bool,
+    ) -> Result<Halt, DriverError> {
+        self.slice.clear();
+        let limit = Limit {
+            points: UNBOUNDED,
+            traps: ALWAYS,
+        };
+        loop {
+            let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
+            if let Halt::Point { point, args } = halt {
+                self.standing[vcpu] = Standing {
+                    point: Some(point),
+                    args,
+                };
+                self.stopped_in[vcpu] = self.steps;
+            }
+            match &halt {
+                halt if wanted(halt) => return Ok(halt.clone()),
+                // The first point after an IPI.
+                Halt::Point { point, .. } if !ALWAYS.has(*point) => {}
+                halt => return Err(DriverError::SetUp(format!("vCPU {vcpu}: {halt:?}"))),
+            }
+        }
+    }
+
+    /// Runs one execution from the start; none where the scheduler has no more. `on_events` is told of
+    /// every step.
+    ///
+    /// # Errors
+    /// The engine failed, or the scheduler chose what is impossible.
+    pub fn execute(
+        &mut self,
+        scheduler: &mut dyn Scheduler,
+        monitors: &mut [Box<dyn Monitor>],
+    ) -> Result<Option<Execution>, DriverError> {
+        if !scheduler.begin() {
+            return Ok(None);
+        }
+        self.engine.reset()?;
+        self.standing.clone_from(&self.at_start);
+        self.stopped_in.fill(0);
+        self.steps = 0;
+        for monitor in monitors.iter_mut() {
+            monitor.reset();
+        }
+        let mut run = Execution {
+            schedule: Schedule::default(),
+            ending: Ending::ScheduleOver,
+            events: Vec::new(),
+        };
+        run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
+        scheduler.end(&run.schedule);
+        Ok(Some(run))
+    }
+
+    fn steps_to_end(
+        &mut self,
+        scheduler: &mut dyn Scheduler,
+        monitors: &mut [Box<dyn Monitor>],
+        run: &mut Execution,
+    ) -> Result<Ending, DriverError> {
+        let mut found = Vec::new();
+        let mut last = None;
+        let mut points = 0;
+        let mut idle_turns = 0;
+        self.slice.clear();
+        loop {
+            self.steps += 1;
+            self.find_enabled();
+            if self.enabled.is_empty() {
+                return Ok(Ending::Deadlock(self.who_waits()));
+            }
+            idle_turns = if self.only_relaxing() {
+                idle_turns + 1
+            } else {
+                0
+            };
+            if points > self.limits.points || idle_turns > self.limits.idle_turns {
+                return Ok(Ending::Livelock(self.standing.clone()));
+            }
+            let view = View {
+                points,
+                last,
+                enabled: &self.enabled,
+                standing: &self.standing,
+                events: &self.slice,
+            };
+            let Some(choice) = scheduler.choose(&view) else {
+                return Ok(Ending::ScheduleOver);
+            };
+            if !view.can(choice.actor) {
+                return Err(self.impossible(choice.actor, points));
+            }
+            self.slice.clear();
+            let vcpu = match choice.actor {
+                Actor::Wire(vcpu) => {
+                    self.engine.deliver(usize::from(vcpu));
+                    run.schedule.push(choice.actor, 1);
+                    last = Some((choice.actor, 1));
+                    continue;
+                }
+                Actor::Vcpu(vcpu) => usize::from(vcpu),
+            };
+            let before = self.engine.points_passed(vcpu);
+            let limit = Limit {
+                points: choice.points.max(1),
+                traps: ALWAYS.and(self.awaited()),
+            };
+            let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
+            let passed = self.engine.points_passed(vcpu).saturating_sub(before);
+            points += passed;
+            run.schedule.push(choice.actor, passed);
+            last = Some((choice.actor, passed));
+            for event in &self.slice {
+                let seen = Seen {
+                    vcpu,
+                    event: *event,
+                };
+                run.events.push(seen);
+                for monitor in monitors.iter_mut() {
+                    monitor.observe(&seen, &mut found);
+                }
+            }
+            if !found.is_empty() {
+                return Ok(Ending::Violation(Box::new(found.swap_remove(0))));
+            }
+            match halt {
+                Halt::Point { point, args } => {
+                    self.standing[vcpu] = Standing {
+                        point: Some(point),
+                        args,
+                    };
+                    self.stopped_in[vcpu] = self.steps;
+                    if point == Point::TestEnd {
+                        return Ok(Ending::Finished { status: None });
+                    }
+                }
+                Halt::FirstUser => {}
+                Halt::Report(report) => return Ok(Ending::Report { vcpu, report }),
+                Halt::Exited { status } => {
+                    return Ok(Ending::Finished {
+                        status: Some(status),
+                    });
+                }
+                Halt::Crashed(crash) => return Ok(Ending::Crashed { vcpu, crash }),
+            }
+        }
+    }
+
+    /// Points after which somebody who waits may be able to go on: the scheduler is asked there.
+    fn awaited(&self) -> PointSet {
+        let waits = self.standing.iter().filter_map(Standing::wait);
+        waits.fold(PointSet::default(), |set, wait| {
+            set.and(match wait {
+                Wait::Lock { .. } => PointSet::of(&[Point::LockRelease]),
+                Wait::Acknowledged { .. } => PointSet::of(&[Point::IpiAck]),
+                Wait::Interrupt | Wait::Anyone => PointSet::default(),
+            })
+        })
+    }
+
+    fn find_enabled(&mut self) {
+        self.enabled.clear();
+        let mut relaxing = Vec::new();
+        for vcpu in 0..self.standing.len() {
+            let actor = Actor::Vcpu(vcpu as u8);
+            let ready = match self.standing[vcpu].wait() {
+                None => true,
+                _ if self.engine.pending(vcpu) => true,
+                Some(Wait::Lock { word, class }) => class.lets_in(self.word(word)),
+                Some(Wait::Acknowledged { word }) => self.word(word) == 0,
+                Some(Wait::Interrupt) => false,
+                Some(Wait::Anyone) => {
+                    let nobody_since = self.stopped_in[vcpu] + 1 == self.steps;
+                    if nobody_since {
+                        relaxing.push(actor);
+                    }
+                    !nobody_since
+                }
+            };
+            if ready {
+                self.enabled.push(actor);
+            }
+        }
+        for vcpu in 0..self.standing.len() {
+            if self.engine.in_flight(vcpu) {
+                self.enabled.push(Actor::Wire(vcpu as u8));
+            }
+        }
+        if self.enabled.is_empty() {
+            self.enabled = relaxing;
+        }
+    }
+
+    fn only_relaxing(&self) -> bool {
+        self.enabled.iter().all(|actor| match actor {
+            Actor::Vcpu(vcpu) => {
+                self.standing[usize::from(*vcpu)].wait() == Some(Wait::Anyone)
+                    && !self.engine.pending(usize::from(*vcpu))
+            }
+            Actor::Wire(_) => false,
+        })
+    }
+
+    /// A word of guest memory; one outside lets nobody in.
+    fn word(&self, gpa: u64) -> u64 {
+        let mut bytes = [0; 8];
+        match self.engine.memory().read(gpa, &mut bytes) {
+            Ok(()) => u64::from_le_bytes(bytes),
+            Err(_) => u64::MAX,
+        }
+    }
+
+    fn who_waits(&self) -> Vec<WaitsFor> {
+        let waits = self.standing.iter().enumerate();
+        waits
+            .filter_map(|(vcpu, standing)| {
+                let wait = standing.wait()?;
+                let word = match wait {
+                    Wait::Lock { word, .. } | Wait::Acknowledged { word } => self.word(word),
+                    Wait::Interrupt | Wait::Anyone => 0,
+                };
+                Some(WaitsFor { vcpu, wait, word })
+            })
+            .collect()
+    }
+
+    fn impossible(&self, actor: Actor, points: u64) -> DriverError {
+        let why = match actor {
+            Actor::Wire(vcpu) => format!("nothing is in flight to vCPU {vcpu}"),
+            Actor::Vcpu(vcpu) => match self.standing.get(usize::from(vcpu)) {
+                Some(standing) => format!("it stands at {standing:?}"),
+                None => format!("this machine has {} vCPUs", self.standing.len()),
+            },
+        };
+        DriverError::Impossible { actor, points, why }
+    }
+}
+
+fn is_wait(halt: &Halt) -> bool {
+    matches!(halt, Halt::Point { point, .. } if point.is_wait())
+}

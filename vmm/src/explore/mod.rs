@@ -1,0 +1,12 @@
+//! Exploration: many schedules of one scenario, and what each shows.
+//!
+//! A [`Schedule`] says who ran for how many scheduling points. A [`Scheduler`] chooses one step at a time, a
+//! [`Driver`] runs it on an [`Engine`](crate::engine::Engine), monitors look at every event.
+
+mod driver;
+mod schedule;
+mod scheduler;
+
+pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
+pub use schedule::{Actor, Schedule, Segment};
+pub use scheduler::{Choice, Scheduler, View};

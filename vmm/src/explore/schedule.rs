@@ -1,0 +1,55 @@
+//! Schedules: who ran, and for how many scheduling points.
+
+use std::fmt;
+
+/// Who can take a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Actor {
+    /// A vCPU: its step is to run to its next scheduling point.
+    Vcpu(u8),
+    /// The wire to a vCPU: its step is to deliver what is in flight.
+    Wire(u8),
+}
+
+impl fmt::Display for Actor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vcpu(vcpu) => write!(f, "{vcpu}"),
+            Self::Wire(vcpu) => write!(f, "i{vcpu}"),
+        }
+    }
+}
+
+/// Steps of one actor without another's in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Segment {
+    /// Who.
+    pub actor: Actor,
+    /// Scheduling points passed; 1 for a wire.
+    pub points: u64,
+}
+
+/// Who ran when, from the start of the schedule on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Schedule {
+    /// In order; neighbours have different actors.
+    pub segments: Vec<Segment>,
+}
+
+impl Schedule {
+    /// Appends steps, joined with the last segment where that is the same vCPU's.
+    pub fn push(&mut self, actor: Actor, points: u64) {
+        match self.segments.last_mut() {
+            Some(last) if last.actor == actor && matches!(actor, Actor::Vcpu(_)) => {
+                last.points += points;
+            }
+            _ => self.segments.push(Segment { actor, points }),
+        }
+    }
+    /// Scheduling points passed by vCPUs.
+    #[must_use]
+    pub fn points(&self) -> u64 {
+        let vcpus = |segment: &&Segment| matches!(segment.actor, Actor::Vcpu(_));
+        self.segments.iter().filter(vcpus).map(|s| s.points).sum()
+    }
+}

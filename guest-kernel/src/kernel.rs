@@ -4,8 +4,13 @@
     reason = "the one place that turns guest physical addresses into references"
 )]
 
-use abi::objects::{AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Pa, Task, Vma, VmaNode};
+use abi::layout::PAGE_SHIFT;
+use abi::objects::{
+    AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Pa, SoftTlb, Task, Vma, VmaNode,
+};
 use abi::param::Config;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
 
 use crate::arch::Arch;
 
@@ -26,6 +31,7 @@ objects!(
     Folio,
     KernelRoot,
     Mm,
+    SoftTlb,
     Task,
     Vma,
     VmaNode
@@ -84,6 +90,17 @@ impl<A: Arch> Kernel<A> {
         // SAFETY: the caller's promise; the memory is mapped for the kernel's whole life, every bit
         // pattern of a `T` is valid and all its fields are atomics, so shared references may alias freely.
         unsafe { &*self.arch.phys_to_virt(pa.0).cast::<T>() }
+    }
+
+    /// The word at `gpa`, a multiple of 8 inside guest memory, for accesses of programs.
+    pub(crate) fn memory_word(&self, gpa: u64) -> &AtomicU64 {
+        assert!(
+            gpa.is_multiple_of(8) && gpa >> PAGE_SHIFT < self.root().nr_frames.load(Relaxed),
+            "no word at {gpa:#x}"
+        );
+        // SAFETY: aligned and inside memory that the direct map maps for good; what lies there is only
+        // ever accessed by words through this, by frame copies of their owner, or as atomics.
+        unsafe { &*self.arch.phys_to_virt(gpa).cast::<AtomicU64>() }
     }
 
     /// State of the CPU that executes this.

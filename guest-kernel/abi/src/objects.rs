@@ -527,8 +527,10 @@ pub struct SoftTlb {
     pub tables: [SoftEntry; SOFT_TLB_TABLES],
     /// Entries that had to leave because it was full: a run in which this is not 0 may miss bugs.
     pub evictions: AtomicU64,
+    /// Entries of `tables` filled since it was last emptied: 0 where it is empty.
+    pub tables_used: AtomicU64,
     /// Zero.
-    pub reserved: [AtomicU64; 3],
+    pub reserved: [AtomicU64; 2],
 }
 
 const _: () = assert!(size_of::<SoftTlb>() == crate::layout::PAGE_SIZE as usize);

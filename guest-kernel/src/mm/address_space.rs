@@ -144,7 +144,7 @@ impl<A: Arch> Kernel<A> {
         for offset in (0..bytes).step_by(PAGE_SIZE as usize) {
             self.adopt(mm, vma, gva + offset, gpa + offset)?;
         }
-        Ok(())
+        self.wire_range(mm, gva, gva + bytes)
     }
 
     /// Maps the initial stack: `bytes` below `top`, growing down on demand.
@@ -155,7 +155,7 @@ impl<A: Arch> Kernel<A> {
         let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
         let flags = vma_flags::READ | vma_flags::WRITE | vma_flags::GROWSDOWN;
         self.map_fixed_area(mm, top - bytes, bytes, flags)?;
-        Ok(())
+        self.wire_range(mm, top - bytes, top)
     }
 
     fn map_fixed_area(

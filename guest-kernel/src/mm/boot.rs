@@ -83,11 +83,12 @@ impl<A: Arch> Kernel<A> {
         let frames = pages(info.memory_bytes);
         let array = page_align(frames * size_of::<Folio>() as u64);
         let taken = pages(page_align(size_of::<KernelRoot>() as u64) + array);
+        let memory = BootError::Memory {
+            bytes: info.memory_bytes,
+            free_start: info.free_start,
+        };
         if first + taken >= frames {
-            return Err(BootError::Memory {
-                bytes: info.memory_bytes,
-                free_start: info.free_start,
-            });
+            return Err(memory);
         }
         // The array first: its descriptors are 64 bytes and stay aligned.
         let folios = first << PAGE_SHIFT;
@@ -112,6 +113,7 @@ impl<A: Arch> Kernel<A> {
         root.free_frames.set(frames - free);
         for_each_block(free, frames, |frame, order| kernel.buddy_push(frame, order));
         kernel.count_kernel_half();
+        kernel.soft_tlb_init().map_err(|_| memory)?;
         Ok(kernel)
     }
 

@@ -75,7 +75,13 @@ impl<A: Arch> Kernel<A> {
         self.fault_in(mm, vma, page, error)
     }
 
-    fn fault_in(&self, mm: Pa<Mm>, vma: Pa<Vma>, gva: u64, error: u64) -> Result<(), FaultError> {
+    pub(super) fn fault_in(
+        &self,
+        mm: Pa<Mm>,
+        vma: Pa<Vma>,
+        gva: u64,
+        error: u64,
+    ) -> Result<(), FaultError> {
         let area = self.obj(vma);
         if !permits(area.flags.get(), error) {
             return Err(FaultError::Access);

@@ -73,8 +73,12 @@ impl<A: Arch> Kernel<A> {
         // No anon_vma: no folio was ever mapped in it.
         if !from.anon_vma.get().is_null() {
             // Before the entries: every folio that the child maps must be found in the child.
-            self.anon_vma_fork(copy, vma)?;
-            self.copy_entries(parent, child, (start, end))?;
+            if Self::copies_at_fork(area.flags) {
+                self.copy_wired(parent, child, copy)?;
+            } else {
+                self.anon_vma_fork(copy, vma)?;
+                self.copy_entries(parent, child, (start, end))?;
+            }
         }
         self.point(Point::ForkCopy, [self.obj(child).id.get(), start]);
         Ok(())

@@ -26,9 +26,11 @@ mod page_table;
 mod protect;
 mod rmap;
 mod slab;
+mod soft_tlb;
 mod tlb;
 mod vma;
 mod vma_tree;
+mod wire;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -72,9 +72,11 @@ impl<A: Arch> Kernel<A> {
         self.flush_range(mm, 0, EVERYTHING, freed);
     }
 
-    /// The flush of munmap, mprotect and madvise: as [`Kernel::flush_range`], but for the seeded bug
-    /// that forgets the other CPUs.
+    /// The flush of munmap, mprotect and madvise: as [`Kernel::flush_range`], but for the seeded
+    /// bugs that forget the other CPUs or the last page.
     pub(super) fn flush_change(&self, mm: Pa<Mm>, start: u64, end: u64, freed: FreedTables) {
+        let short = self.config.bugs.has(Bug::FlushRangeShort) && end != EVERYTHING;
+        let end = if short { end - PAGE_SIZE } else { end };
         if self.config.bugs.has(Bug::ShootdownSkipRemote) {
             let flush = self.flush_issue(mm, start, end);
             self.flush_here(flush);
@@ -116,6 +118,7 @@ impl<A: Arch> Kernel<A> {
     fn flush_issue(&self, mm: Pa<Mm>, start: u64, end: u64) -> Flush {
         self.point(Point::FlushIssue, [self.obj(mm).id.get(), start]);
         let tlb_gen = self.obj(mm).tlb_gen.fetch_add(1, SeqCst) + 1;
+        self.event(EventKind::TlbGen, [self.obj(mm).id.get(), tlb_gen, 0, 0, 0]);
         Flush {
             mm,
             start,
@@ -126,12 +129,17 @@ impl<A: Arch> Kernel<A> {
 
     fn flush_targets(&self, mm: Pa<Mm>, freed: FreedTables) -> CpuMask {
         let mut targets = self.obj(mm).cpumask.load(SeqCst) & !(1 << self.arch.cpu());
-        if freed == FreedTables::No {
+        let skip_lazy = freed == FreedTables::No || self.config.bugs.has(Bug::FreedTablesSkipLazy);
+        let skip_switching = self.config.bugs.has(Bug::FlushSkipSwitching);
+        if skip_lazy || skip_switching {
             let mut rest = targets;
             while rest != 0 {
                 let cpu = rest.trailing_zeros();
                 rest &= rest - 1;
-                if self.root().cpus[cpu as usize].lazy.load(SeqCst) != 0 {
+                let state = &self.root().cpus[cpu as usize];
+                if skip_lazy && state.lazy.load(SeqCst) != 0
+                    || skip_switching && state.loaded_mm.load(SeqCst) != mm
+                {
                     targets &= !(1 << cpu);
                 }
             }
@@ -192,15 +200,17 @@ impl<A: Arch> Kernel<A> {
         // The range alone is enough only if nothing else is outstanding (Linux's flush_tlb_func).
         let next_in_line = have + 1 == flush.tlb_gen && flush.tlb_gen == latest;
         if next_in_line && pages(flush.end - flush.start) <= self.config.flush_ceiling {
-            self.event(
-                EventKind::FlushLocal,
-                [mm.id.get(), flush.start, flush.end, 0, 0],
-            );
             let mut gva = flush.start;
             while gva < flush.end {
                 self.arch.flush_page(gva);
                 gva += PAGE_SIZE;
             }
+            self.soft_flush_range(flush.start, flush.end);
+            // After the fact: the host's TLB model forgets what the event covers.
+            self.event(
+                EventKind::FlushLocal,
+                [mm.id.get(), flush.start, flush.end, 0, 0],
+            );
             cpu.tlb_gen.set(flush.tlb_gen);
         } else {
             self.flush_everything_here(mm);
@@ -209,8 +219,9 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn flush_everything_here(&self, mm: &Mm) {
-        self.event(EventKind::FlushAll, [mm.id.get(), 0, 0, 0, 0]);
         self.arch.flush_all();
+        self.soft_flush_all();
+        self.event(EventKind::FlushAll, [mm.id.get(), 0, 0, 0, 0]);
     }
 }
 
@@ -226,10 +237,15 @@ impl<A: Arch> Kernel<A> {
         }
         self.mm_grab(next);
         let (space, bit) = (self.obj(next), 1 << self.arch.cpu());
-        // SeqCst, before `tlb_gen` is read and before CR3: see the module's first pair.
-        space.cpumask.fetch_or(bit, SeqCst);
+        let late = self.config.bugs.has(Bug::Cr3BeforeCpumask);
+        if !late {
+            self.join_cpumask(space, bit);
+        }
         let tlb_gen = space.tlb_gen.load(SeqCst);
         self.load_pgd(space.pgd.get(), space.id.get());
+        if late {
+            self.join_cpumask(space, bit);
+        }
         cpu.loaded_mm.set(next);
         cpu.tlb_gen.set(tlb_gen);
         cpu.lazy.store(0, SeqCst);
@@ -242,6 +258,9 @@ impl<A: Arch> Kernel<A> {
         if !cpu.loaded_mm.get().is_null() {
             // Release: its user code is over before a flusher may pass it by.
             cpu.lazy.store(1, Release);
+            let mm = self.obj(cpu.loaded_mm.get()).id.get();
+            self.event(EventKind::LazyEnter, [mm, 0, 0, 0, 0]);
+            self.point(Point::LazyEnter, [mm, 0]);
         }
     }
 
@@ -265,20 +284,29 @@ impl<A: Arch> Kernel<A> {
         if cpu.lazy.get() == 0 {
             return;
         }
+        self.point(Point::LazyLeave, [space.id.get(), cpu.tlb_gen.get()]);
         cpu.lazy.store(0, SeqCst);
         // The full barrier of the module's second pair.
         fence(SeqCst);
         let latest = space.tlb_gen.load(SeqCst);
-        if cpu.tlb_gen.get() < latest {
+        if cpu.tlb_gen.get() < latest && !self.config.bugs.has(Bug::LazyReuseNoFlush) {
             self.flush_everything_here(space);
             cpu.tlb_gen.set(latest);
         }
+        self.event(EventKind::LazyLeave, [space.id.get(), latest, 0, 0, 0]);
+    }
+
+    /// SeqCst, before `tlb_gen` is read and before CR3: see the module's first pair.
+    fn join_cpumask(&self, space: &Mm, bit: CpuMask) {
+        space.cpumask.fetch_or(bit, SeqCst);
+        self.event(EventKind::CpumaskSet, [space.id.get(), 0, 0, 0, 0]);
     }
 
     fn load_pgd(&self, pgd: u64, mm: u64) {
         self.point(Point::Cr3Load, [mm, pgd]);
-        self.event(EventKind::Cr3Load, [pgd, mm, 0, 0, 0]);
         self.arch.load_root(pgd);
+        self.soft_flush_all();
+        self.event(EventKind::Cr3Load, [pgd, mm, 0, 0, 0]);
     }
 
     /// CR3 is elsewhere: nothing of `prev` can be cached here any more.
@@ -286,6 +314,10 @@ impl<A: Arch> Kernel<A> {
         if !prev.is_null() {
             // Release: a flusher that sees the bit gone relies on the CR3 load before it.
             self.obj(prev).cpumask.fetch_and(!bit, Release);
+            self.event(
+                EventKind::CpumaskClear,
+                [self.obj(prev).id.get(), 0, 0, 0, 0],
+            );
             self.mm_drop(prev);
         }
     }

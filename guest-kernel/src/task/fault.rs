@@ -17,17 +17,55 @@ impl<A: Arch> Kernel<A> {
     /// A page fault at CPL 3, at `gva`, with the architecture's error code.
     pub fn page_fault(&self, frame: &mut UserFrame, gva: u64, error: u64) {
         self.entered(frame);
-        self.event(EventKind::FaultEnter, [gva, error, frame.rip, 0, 0]);
-        self.point(Point::FaultEnter, [gva, error]);
-        let result = self.handle_fault(self.current().mm.get(), gva, error);
-        self.event(EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
-        self.point(Point::FaultExit, [gva, outcome(result)]);
-        match result {
+        match self.user_fault(gva, error, frame.rip) {
             Ok(()) => {}
             Err(FaultError::NoMapping | FaultError::Access) => {
                 self.fatal(frame, signal::SIGSEGV, Cause::Address(gva));
             }
             Err(FaultError::NoMemory) => self.kill(frame, signal::SIGKILL, Cause::NoMemory(gva)),
+        }
+    }
+
+    /// A program's fault from its beginning to its end, but for what becomes of the program.
+    fn user_fault(&self, gva: u64, error: u64, rip: u64) -> Result<(), FaultError> {
+        self.event(EventKind::FaultEnter, [gva, error, rip, 0, 0]);
+        self.point(Point::FaultEnter, [gva, error]);
+        let result = self.handle_fault(self.current().mm.get(), gva, error);
+        self.event(EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
+        self.point(Point::FaultExit, [gva, outcome(result)]);
+        result
+    }
+
+    /// A load or a store of the 8 aligned bytes at `gva` through the soft TLB. The loaded value goes to
+    /// `rdx`. EAGAIN: a fault was handled and the access is to be made again, after interrupts that are
+    /// pending were taken, as after a fault of the processor. EFAULT: it may not be made.
+    #[cfg(feature = "testbed")]
+    pub(super) fn testbed_access(
+        &self,
+        frame: &mut UserFrame,
+        gva: u64,
+        store: Option<u64>,
+    ) -> Result<u64, Errno> {
+        if !gva.is_multiple_of(8) || gva >= USER_END {
+            return Err(Errno::EFAULT);
+        }
+        let write = store.is_some();
+        self.point(Point::Access, [gva, write.into()]);
+        let error = match self.soft_translate(gva, write) {
+            Ok(translation) => {
+                frame.rdx = self.soft_access(gva, translation, store);
+                return Ok(0);
+            }
+            Err(error) => error,
+        };
+        match self.user_fault(gva, error, frame.rip) {
+            Ok(()) => Err(Errno::EAGAIN),
+            Err(FaultError::NoMemory) => self.kill(frame, signal::SIGKILL, Cause::NoMemory(gva)),
+            Err(FaultError::NoMapping | FaultError::Access) => {
+                let how = abi::channel::access::FAULT | u64::from(write);
+                self.event(EventKind::Access, [gva, 0, 0, how, 0]);
+                Err(Errno::EFAULT)
+            }
         }
     }
 

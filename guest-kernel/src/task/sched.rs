@@ -90,6 +90,9 @@ impl<A: Arch> Kernel<A> {
         if !allowed {
             self.make_ready(task);
         } else if self.this_cpu().queue.get().is_null() {
+            drop(lock);
+            // Whoever yields waits for somebody, and here that one runs on another CPU.
+            self.point(Point::UserRelax, [self.current().id.get().into(), 0]);
             return;
         } else {
             self.enqueue(task, me);

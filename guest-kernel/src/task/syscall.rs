@@ -17,6 +17,11 @@ impl<A: Arch> Kernel<A> {
     pub fn syscall(&self, frame: &mut UserFrame) {
         let (nr, arg0) = (frame.rax, frame.rdi);
         self.entered(frame);
+        #[cfg(feature = "testbed")]
+        if let Some(result) = self.testbed_call(frame) {
+            frame.rax = encode(result);
+            return;
+        }
         self.event(
             EventKind::SyscallEnter,
             [nr, arg0, frame.rsi, frame.rdx, frame.r10],
@@ -81,6 +86,8 @@ impl<A: Arch> Kernel<A> {
             nr::EXIT_GROUP => self.exit_process(wait::exited(a0)),
             nr::TESTBED_REPORT => self.testbed_report(a0, a1, a2, a3),
             nr::TESTBED_FAULT_FIXUP => self.testbed_fault_fixup(a0, a1, a2),
+            nr::TESTBED_TLB => Ok(self.testbed_tlb()),
+            nr::TESTBED_WIRE => self.wire(mm, a0, a1).map(|()| 0),
             nr::TESTBED_NR_CPUS => Ok(self.arch.nr_cpus() as u64),
             #[cfg(feature = "testbed")]
             nr::TESTBED_CRASH => self.testbed_crash(a0),

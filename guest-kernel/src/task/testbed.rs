@@ -3,15 +3,54 @@
 
 use abi::channel::{Doorbell, ReportKind};
 use abi::layout::USER_END;
+#[cfg(feature = "testbed")]
+use abi::objects::UserFrame;
+use abi::param::TlbBackEnd;
+#[cfg(feature = "testbed")]
+use abi::point::Point;
 use abi::syscall::Errno;
 #[cfg(feature = "testbed")]
 use abi::syscall::crash;
+#[cfg(feature = "testbed")]
+use abi::syscall::nr;
 
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::mm::Field;
 
 impl<A: Arch> Kernel<A> {
+    /// The calls that stand for something that is no system call; none where `frame` asks for another.
+    #[cfg(feature = "testbed")]
+    pub(super) fn testbed_call(&self, frame: &mut UserFrame) -> Option<Result<u64, Errno>> {
+        let gva = frame.rdi;
+        Some(match frame.rax {
+            nr::TESTBED_LOAD => self.testbed_access(frame, gva, None),
+            nr::TESTBED_STORE => {
+                let value = frame.rsi;
+                self.testbed_access(frame, gva, Some(value))
+            }
+            nr::TESTBED_RELAX => self.testbed_point(Point::UserRelax),
+            nr::TESTBED_BEGIN => self.testbed_point(Point::TestBegin),
+            nr::TESTBED_END => self.testbed_point(Point::TestEnd),
+            _ => return None,
+        })
+    }
+
+    #[cfg(feature = "testbed")]
+    fn testbed_point(&self, point: Point) -> Result<u64, Errno> {
+        self.point(point, [self.current().id.get().into(), 0]);
+        Ok(0)
+    }
+
+    /// `tlb()`.
+    pub(super) fn testbed_tlb(&self) -> u64 {
+        match self.config.tlb {
+            TlbBackEnd::Hw => 0,
+            TlbBackEnd::Soft => 1,
+            TlbBackEnd::Both => 2,
+        }
+    }
+
     /// `report(kind, gva, expected, found)`: tells the host; returns when it lets this CPU go on.
     pub(super) fn testbed_report(
         &self,

@@ -94,6 +94,7 @@ impl<A: Arch> Kernel<A> {
         self.unlist_mm(mm);
         // No flush: every CPU that had it loaded held a reference and has loaded another since.
         self.table_free(space.pgd.get());
+        self.event(EventKind::MmFree, [space.id.get(), 0, 0, 0, 0]);
         self.slab_free(mm);
     }
 

@@ -16,6 +16,9 @@ use super::vma_tree::STACK_GUARD;
 use super::{Field, FreedTables, Slot, page_of, pages};
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::sync::Guard;
+use abi::bug::Bug;
+use abi::channel::EventKind;
 use abi::lock::LockClass;
 
 /// Largest stack that grows by itself (Linux's default RLIMIT_STACK).
@@ -64,6 +67,7 @@ impl<A: Arch> Kernel<A> {
         {
             let _guard = self.read_lock(&space.mmap_lock, LockClass::MmapRead);
             if let Some(vma) = self.vma_at(space, page) {
+                self.event(EventKind::VmaFound, [space.id.get(), vma.0, page, 0, 0]);
                 return self.fault_in(mm, vma, page, error);
             }
         }
@@ -200,6 +204,10 @@ impl<A: Arch> Kernel<A> {
                 self.free_frames(copy);
                 return Ok(());
             }
+            if self.config.bugs.has(Bug::CowFreeBeforeFlush) {
+                self.replace_then_flush(fault, copy, guard);
+                return Ok(());
+            }
             // Cleared and flushed before the copy is reachable: else one thread writes the copy while
             // another reads the original through an older translation (Linux's wp_page_copy).
             let old = self.set_pte(mm, fault.gva, fault.slot, fault.entry, Pte::NONE);
@@ -214,6 +222,19 @@ impl<A: Arch> Kernel<A> {
         // The mapping's reference: nobody translates to the original here any more.
         self.folio_put(shared);
         Ok(())
+    }
+
+    /// The seeded bug: the original is given back before the flush.
+    fn replace_then_flush(&self, fault: Faulting, copy: u64, guard: Guard<'_, A>) {
+        let flags = fault.entry.flags().difference(PteFlags::COW);
+        let new = Pte::new(copy, flags | PteFlags::WRITE | PteFlags::DIRTY);
+        let shared = fault.entry.address();
+        self.install(fault, fault.entry, new);
+        self.folio_unmap(shared);
+        drop(guard);
+        self.folio_put(shared);
+        let (start, end) = (fault.gva, fault.gva + PAGE_SIZE);
+        self.flush_range(fault.mm, start, end, FreedTables::No);
     }
 
     /// Maps a frame that nobody else knows. Under the page-table lock.

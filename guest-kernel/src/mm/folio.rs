@@ -55,6 +55,7 @@ impl<A: Arch> Kernel<A> {
 
     /// Takes a reference.
     pub(super) fn folio_get(&self, gpa: u64) {
+        self.point(Point::RefcountChange, [gpa, 1]);
         let before = self.folio(gpa).refcount.fetch_add(1, Relaxed);
         self.refcount_changed(gpa, before + 1);
     }
@@ -63,6 +64,7 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn folio_put(&self, gpa: u64) {
         // Read first: the last reference leaves the count to `free_frames`, so that 0 means free.
         // AcqRel: whoever frees sees what the other holders did with the frame.
+        self.point(Point::RefcountChange, [gpa, 0]);
         let folio = self.folio(gpa);
         let sole = folio.refcount.load(Acquire) == 1;
         if !sole {

@@ -9,6 +9,7 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::EventKind;
+use abi::failpoint::Failpoint;
 use abi::layout::PAGE_SHIFT;
 use abi::objects::{Folio, FrameKind, ORDERS, Pa};
 use abi::point::Point;
@@ -26,6 +27,9 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// ENOMEM where no block is left; frames on the lists of other CPUs are out of reach.
     pub fn alloc_frames(&self, order: u8, kind: FrameKind) -> Result<u64, Errno> {
+        if self.fail(Failpoint::FrameAlloc) {
+            return Err(Errno::ENOMEM);
+        }
         let frame = if order == 0 && self.config.pcp_batch > 0 {
             self.pcp_take(kind)
         } else {

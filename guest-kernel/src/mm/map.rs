@@ -3,12 +3,13 @@
 //! Memory is never accounted ahead (Linux's vm.overcommit_memory=1), and there are no resource limits
 //! but that of the stack.
 
+use abi::bug::Bug;
 use abi::layout::{MMAP_BASE, PAGE_SIZE, USER_END, USER_MIN};
 use abi::objects::{Mm, Pa, vma_flags};
 use abi::pte::fault;
 use abi::syscall::{Errno, map, prot};
 
-use super::gather::Unmap;
+use super::gather::{Gather, Unmap};
 use super::merge::Join;
 use super::vma::{ACCESS, Area, MAX_MAP_COUNT, Spare, prot_flags};
 use super::vma_tree::STACK_GUARD;
@@ -68,8 +69,15 @@ impl<A: Arch> Kernel<A> {
         if end == start {
             return Err(Errno::EINVAL);
         }
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
-        self.unmap_range(mm, start, end)
+        let guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        self.split_edges(mm, start, end)?;
+        let mut gather = self.gather(mm, Unmap::Syscall);
+        self.unmap_into(&mut gather, start, end);
+        if self.config.bugs.has(Bug::MunmapFlushAfterUnlock) {
+            drop(guard);
+        }
+        self.gather_finish(gather);
+        Ok(())
     }
 
     /// brk: moves the end of the heap to `address` where that is possible. Returns where it is.
@@ -121,6 +129,13 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// ENOMEM where a VMA at an edge cannot be split; nothing is unmapped then.
     pub(super) fn unmap_range(&self, mm: Pa<Mm>, start: u64, end: u64) -> Result<(), Errno> {
+        self.split_edges(mm, start, end)?;
+        self.unmap_vmas(mm, start, end, Unmap::Syscall);
+        Ok(())
+    }
+
+    /// Makes VMAs end where `start..end` does.
+    fn split_edges(&self, mm: Pa<Mm>, start: u64, end: u64) -> Result<(), Errno> {
         let space = self.obj(mm);
         if let Some(vma) = self.vma_at(space, start)
             && self.obj(vma).start.get() < start
@@ -135,24 +150,28 @@ impl<A: Arch> Kernel<A> {
         {
             self.vma_split(mm, vma, end)?;
         }
-        self.unmap_vmas(mm, start, end, Unmap::Syscall);
         Ok(())
     }
 
     /// Unmaps the VMAs of `start..end`, none of which reaches beyond it.
     pub(super) fn unmap_vmas(&self, mm: Pa<Mm>, start: u64, end: u64, by: Unmap) {
-        let space = self.obj(mm);
+        let mut gather = self.gather(mm, by);
+        self.unmap_into(&mut gather, start, end);
+        self.gather_finish(gather);
+    }
+
+    fn unmap_into(&self, gather: &mut Gather, start: u64, end: u64) {
+        let space = self.obj(gather.mm);
         let Some(first) = self.vma_in(space, start, end) else {
             return;
         };
         let from = self.obj(first).start.get();
         let mut to = from;
-        let mut gather = self.gather(mm, by);
         while let Some(vma) = self.vma_in(space, start, end) {
             let area = self.obj(vma);
             to = area.end.get();
             self.vma_detach(space, vma);
-            self.zap_range(&mut gather, area.start.get(), to);
+            self.zap_range(gather, area.start.get(), to);
             // Off all lists before its tables go: a walk must not enter them any more.
             gather.chains = self.unlink_chains(vma, gather.chains);
             self.slab_free(vma);
@@ -163,8 +182,7 @@ impl<A: Arch> Kernel<A> {
         let ceiling = self
             .vma_find(space, to)
             .map_or(USER_END + PAGE_SIZE, |vma| self.obj(vma).start.get());
-        self.unlink_tables(&mut gather, (from, to), (floor, ceiling));
-        self.gather_finish(gather);
+        self.unlink_tables(gather, (from, to), (floor, ceiling));
     }
 
     /// Maps `area`, in place of what is there.

@@ -7,6 +7,8 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
+use abi::channel::EventKind;
+use abi::failpoint::Failpoint;
 use abi::layout::PAGE_SIZE;
 use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Slab, SlabId, Task, Vma, VmaNode};
 use abi::syscall::Errno;
@@ -71,6 +73,9 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// ENOMEM where the slab is empty and no frame is left.
     pub fn slab_alloc<T: Slabbed>(&self) -> Result<Pa<T>, Errno> {
+        if self.fail(Failpoint::SlabAlloc) {
+            return Err(Errno::ENOMEM);
+        }
         let slab = self.slab::<T>();
         loop {
             {
@@ -136,6 +141,14 @@ impl<A: Arch> Kernel<A> {
     fn slab_count<T: Slabbed>(&self, object: Pa<T>, delta: i64) {
         if let Some(generation) = self.obj(object).generation() {
             generation.set(generation.get().wrapping_add(1));
+            if let SlabId::Vma = T::ID {
+                let kind = if delta > 0 {
+                    EventKind::VmaAlloc
+                } else {
+                    EventKind::VmaFree
+                };
+                self.event(kind, [object.0, generation.get().into(), 0, 0, 0]);
+            }
         }
         let add = |count: &AtomicU64| count.set(count.get().wrapping_add_signed(delta));
         add(&self.slab::<T>().used);

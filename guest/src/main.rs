@@ -14,7 +14,7 @@ use core::fmt::Write;
 
 use abi::channel::ReportKind;
 use abi::syscall::{decode, nr};
-use guest::rt::{Rt, Testbed, access_fixup, access_range, raw_syscall};
+use guest::rt::{Rt, Testbed, Tlb, access_fixup, access_range, raw_syscall};
 use guest::sys::print_line;
 
 mod mem;
@@ -23,6 +23,7 @@ mod mem;
 #[derive(Clone, Copy)]
 struct Kernel {
     cpus: u64,
+    tlb: Tlb,
 }
 
 impl Testbed for Kernel {
@@ -34,6 +35,9 @@ impl Testbed for Kernel {
             nr::TESTBED_REPORT,
             [kind as u64, gva, expected, found, 0, 0],
         );
+    }
+    fn tlb(&self) -> Tlb {
+        self.tlb
     }
     fn cpus(&self) -> u64 {
         self.cpus
@@ -70,8 +74,10 @@ extern "C" fn user_main(args: u64, args_len: u64, data: u64, data_len: u64) -> !
     );
     let cpus = decode(raw_syscall(nr::TESTBED_NR_CPUS, [0; 6])).unwrap_or(1);
     let cpus = cpus.clamp(1, abi::layout::MAX_CPUS as u64);
+    let tlb = Tlb::from_call(decode(raw_syscall(nr::TESTBED_TLB, [0; 6])));
     let sys = Rt::new(Kernel {
         cpus: (1 << cpus) - 1,
+        tlb,
     });
 
     let data = (data != 0).then(|| bytes(data, data_len));

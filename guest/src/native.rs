@@ -13,7 +13,7 @@ use abi::syscall::{Errno, nr};
 
 use crate::args::UsageError;
 use crate::programs::SUBJECT_GVA;
-use crate::rt::{Rt, Testbed, access_fixup, access_range, raw_syscall};
+use crate::rt::{Rt, Testbed, Tlb, access_fixup, access_range, raw_syscall};
 use crate::sys::Sys;
 
 /// One report of a program.
@@ -74,6 +74,10 @@ impl Testbed for Recorder {
                 word.store(value, Ordering::Relaxed);
             }
         }
+    }
+
+    fn tlb(&self) -> Tlb {
+        Tlb::Hw
     }
 
     fn cpus(&self) -> u64 {

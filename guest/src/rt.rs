@@ -11,7 +11,7 @@ use abi::channel::ReportKind;
 use abi::layout::{MAX_CPUS, PAGE_SIZE};
 use abi::syscall::{Errno, clone, decode, futex, nr, prot};
 
-use crate::sys::{Fault, Sys, Thread};
+use crate::sys::{Fault, STACK_BYTES, Sys, Thread};
 
 /// What Linux has no system call for.
 pub trait Testbed: Copy + Send + Sync + 'static {
@@ -19,8 +19,62 @@ pub trait Testbed: Copy + Send + Sync + 'static {
     fn print(&self, text: &[u8]);
     /// Tells the host of a wrong value.
     fn report(&self, kind: ReportKind, gva: u64, expected: u64, found: u64);
+    /// How memory under test is reached.
+    fn tlb(&self) -> Tlb;
     /// CPUs that threads may run on, bit `i` for the kernel's CPU `i`; not empty.
     fn cpus(&self) -> u64;
+}
+
+/// How memory under test is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tlb {
+    /// By loads and stores.
+    Hw,
+    /// Through the kernel's soft TLB.
+    Soft,
+    /// Through the soft TLB, whose loads are then compared with the processor's.
+    Both,
+}
+
+impl Tlb {
+    /// What [`nr::TESTBED_TLB`] returned.
+    #[must_use]
+    pub fn from_call(result: Result<u64, Errno>) -> Self {
+        match result {
+            Ok(1) => Self::Soft,
+            Ok(2) => Self::Both,
+            _ => Self::Hw,
+        }
+    }
+}
+
+/// An access through the soft TLB.
+struct Soft {
+    value: u64,
+    stale: bool,
+}
+
+fn soft_call(nr: u64, gva: u64, value: u64) -> Result<Soft, Fault> {
+    loop {
+        let (status, loaded): (u64, u64);
+        // SAFETY: as in `raw_syscall`; these calls return a second value in rdx.
+        unsafe {
+            asm!("syscall",
+                inlateout("rax") nr => status, in("rdi") gva, in("rsi") value,
+                lateout("rdx") loaded,
+                lateout("rcx") _, lateout("r11") _, options(nostack));
+        }
+        match decode(status) {
+            Ok(stale) => {
+                return Ok(Soft {
+                    value: loaded,
+                    stale: stale != 0,
+                });
+            }
+            Err(Errno::EAGAIN) => {}
+            Err(_) => return Err(Fault { gva }),
+        }
+    }
 }
 
 /// The runtime.
@@ -32,6 +86,20 @@ impl<T: Testbed> Rt<T> {
     /// [`access_fixup`].
     pub fn new(testbed: T) -> Self {
         Self(testbed)
+    }
+
+    /// The processor's TLB may have dropped what the soft TLB still holds, never the other way round: where
+    /// the soft TLB says what the page tables say, the processor must say so too. Twice, because in a
+    /// parallel run somebody may write the word in between.
+    fn compare(&self, gva: u64) {
+        for _ in 0..2 {
+            match (soft_call(nr::TESTBED_LOAD, gva, 0), load(gva)) {
+                (Ok(soft), Ok(hard)) if !soft.stale && soft.value != hard => {}
+                _ => return,
+            }
+        }
+        let found = load(gva).unwrap_or(0);
+        self.0.report(ReportKind::TlbMismatch, gva, 0, found);
     }
 
     /// Ends the process.
@@ -114,9 +182,6 @@ pub fn access_fixup() -> u64 {
     stalemate_access_fixup as *const () as usize as u64
 }
 
-/// Bytes of a thread's stack, above its guard page.
-const STACK_BYTES: u64 = 128 << 10;
-
 /// What a new thread needs, at the top of its stack mapping.
 #[repr(C, align(64))]
 struct Control<T> {
@@ -134,6 +199,29 @@ extern "C" fn thread_main<T: Testbed>(control: &Control<T>) -> ! {
     }
 }
 
+/// A load of memory under test by the processor.
+fn load(gva: u64) -> Result<u64, Fault> {
+    // SAFETY: the routine follows the C convention and survives any address: a fault becomes
+    // its status. It only reads memory under test, which no Rust reference covers.
+    let loaded = unsafe { stalemate_access_load(gva) };
+    if loaded.status == 0 {
+        Ok(loaded.value)
+    } else {
+        Err(Fault { gva })
+    }
+}
+
+/// Likewise a store.
+fn store(gva: u64, value: u64) -> Result<(), Fault> {
+    // SAFETY: as in `load`; programs write only to memory that they mapped for the test.
+    let status = unsafe { stalemate_access_store(gva, value) };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(Fault { gva })
+    }
+}
+
 impl<T: Testbed> Sys for Rt<T> {
     fn syscall(&self, nr: u64, args: [u64; 6]) -> Result<u64, Errno> {
         decode(raw_syscall(nr, args))
@@ -141,30 +229,38 @@ impl<T: Testbed> Sys for Rt<T> {
 
     #[inline]
     fn read(&self, gva: u64) -> Result<u64, Fault> {
-        // SAFETY: the routine follows the C convention and survives any address: a fault becomes
-        // its status. It only reads memory under test, which no Rust reference covers.
-        let loaded = unsafe { stalemate_access_load(gva) };
-        if loaded.status == 0 {
-            Ok(loaded.value)
-        } else {
-            Err(Fault { gva })
+        match self.0.tlb() {
+            Tlb::Hw => load(gva),
+            Tlb::Soft => Ok(soft_call(nr::TESTBED_LOAD, gva, 0)?.value),
+            Tlb::Both => {
+                let soft = soft_call(nr::TESTBED_LOAD, gva, 0)?;
+                self.compare(gva);
+                Ok(soft.value)
+            }
         }
     }
 
     #[inline]
     fn write(&self, gva: u64, value: u64) -> Result<(), Fault> {
-        // SAFETY: as in `read`; programs write only to memory that they mapped for the test.
-        let status = unsafe { stalemate_access_store(gva, value) };
-        if status == 0 {
-            Ok(())
-        } else {
-            Err(Fault { gva })
+        match self.0.tlb() {
+            Tlb::Hw => store(gva, value),
+            Tlb::Soft | Tlb::Both => soft_call(nr::TESTBED_STORE, gva, value).map(|_| ()),
+        }
+    }
+
+    fn relax(&self) {
+        match self.0.tlb() {
+            Tlb::Hw => core::hint::spin_loop(),
+            Tlb::Soft | Tlb::Both => {
+                raw_syscall(nr::TESTBED_RELAX, [0; 6]);
+            }
         }
     }
 
     fn spawn(&self, entry: fn(&Self, u64), arg: u64) -> Result<Thread, Errno> {
         let base = self.mmap_anonymous(PAGE_SIZE + STACK_BYTES)?;
         self.mprotect(base, PAGE_SIZE, prot::NONE)?;
+        self.wire(base + PAGE_SIZE, STACK_BYTES);
         let top = base + PAGE_SIZE + STACK_BYTES - size_of::<Control<T>>() as u64;
         let control = core::ptr::with_exposed_provenance_mut::<Control<T>>(top as usize);
         // SAFETY: the last bytes of a fresh mapping of our own, aligned (`top` is a page boundary
@@ -245,7 +341,9 @@ impl<T: Testbed> Sys for Rt<T> {
     }
 
     fn words(&self, count: usize) -> Result<&'static [AtomicU64], Errno> {
-        let base = self.mmap_anonymous((count.max(1) * 8) as u64)?;
+        let bytes = (count.max(1) * 8) as u64;
+        let base = self.mmap_anonymous(bytes)?;
+        self.wire(base, bytes);
         let base = core::ptr::with_exposed_provenance::<AtomicU64>(base as usize);
         // SAFETY: a fresh, page-aligned mapping of at least that many bytes, readable, writable and
         // zero, which is never unmapped; all access from here on is atomic.

@@ -16,6 +16,9 @@ pub struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread(pub u64);
 
+/// Bytes of a thread's stack, above its guard page.
+pub const STACK_BYTES: u64 = 32 << 10;
+
 /// How a child ended (the status word of wait4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WaitStatus(pub u32);
@@ -96,6 +99,21 @@ pub trait Sys: Sized + Sync + 'static {
     /// One turn of a spin loop.
     fn relax(&self) {
         core::hint::spin_loop();
+    }
+
+    /// The set-up of a test is over: schedules that a host explores begin here. Elsewhere nothing.
+    fn begin(&self) {
+        // ENOSYS where nobody explores.
+        let _ = self.syscall(nr::TESTBED_BEGIN, [0; 6]);
+    }
+    /// The test is over.
+    fn end(&self) {
+        let _ = self.syscall(nr::TESTBED_END, [0; 6]);
+    }
+    /// Makes whole mapped pages the program's own memory, not under test: no access to them faults any
+    /// more, and fork copies them. Elsewhere nothing.
+    fn wire(&self, gva: u64, len: u64) {
+        let _ = self.syscall(nr::TESTBED_WIRE, [gva, len, 0, 0, 0, 0]);
     }
 
     /// mmap(2).

@@ -72,6 +72,8 @@ pub enum ReportKind {
     WrongPermission = 3,
     /// A system call returned what it must not.
     WrongResult = 4,
+    /// The processor loaded what neither the soft TLB nor the page tables give.
+    TlbMismatch = 5,
 }
 
 impl ReportKind {
@@ -83,6 +85,7 @@ impl ReportKind {
             2 => Some(Self::ChangedUnderneath),
             3 => Some(Self::WrongPermission),
             4 => Some(Self::WrongResult),
+            5 => Some(Self::TlbMismatch),
             _ => None,
         }
     }
@@ -96,6 +99,7 @@ impl ReportKind {
                 "an access was permitted or refused against the VMA's protection"
             }
             Self::WrongResult => "a system call returned a wrong result",
+            Self::TlbMismatch => "the processor translated an address as no TLB may",
         }
     }
 }

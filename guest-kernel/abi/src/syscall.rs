@@ -50,8 +50,9 @@ pub mod nr {
         /// `tlb()`: how memory under test is to be reached: 0 by the processor, 1 by `TESTBED_LOAD` and
         /// `TESTBED_STORE`, 2 by both.
         TESTBED_TLB = TESTBED_BASE + 4;
-        /// `load(gva)`: the 8 aligned bytes at `gva` through the soft TLB, in `rdx`; 0 in `rax`, or -EFAULT
-        /// where the access faults for good.
+        /// `load(gva)`: the 8 aligned bytes at `gva` through the soft TLB, in `rdx`. In `rax` 0, or 1 where
+        /// the translation is no longer what the page tables say; -EFAULT where the access faults for
+        /// good; -EAGAIN where a fault was handled and the call is to be made again.
         TESTBED_LOAD = TESTBED_BASE + 5;
         /// `store(gva, value)`: likewise.
         TESTBED_STORE = TESTBED_BASE + 6;

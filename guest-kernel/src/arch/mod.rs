@@ -1,9 +1,12 @@
 //! The boundary between the kernel and the machine.
 //!
 //! [`Arch`] is all that the kernel knows of the machine. Back ends: `x86_64`, the real one (feature
-//! `image`), and in host tests a single-threaded arena (`testing`). A back end never calls upwards
+//! `image`), and in host tests a single-threaded arena (`testing`) and, in a
+//! host process, coroutines (`model`). A back end never calls upwards
 //! but through the entry points that it documents (trap, interrupt, thread start).
 
+#[cfg(feature = "model")]
+pub mod model;
 #[cfg(test)]
 pub mod testing;
 #[cfg(any(feature = "image", test))]

@@ -98,8 +98,9 @@ impl<A: Arch> Kernel<A> {
         Err(code | present)
     }
 
-    /// Loads or stores the 8 bytes at `gpa` and records it; returns what was loaded or stored.
-    pub(crate) fn soft_access(&self, gva: u64, at: Translation, store: Option<u64>) -> u64 {
+    /// Loads or stores the 8 bytes at `gpa` and records it; returns what was loaded or stored, and whether
+    /// the translation is stale.
+    pub(crate) fn soft_access(&self, gva: u64, at: Translation, store: Option<u64>) -> (u64, bool) {
         let word = self.memory_word(at.gpa);
         let value = match store {
             Some(value) => {
@@ -112,11 +113,12 @@ impl<A: Arch> Kernel<A> {
         if at.hit {
             how |= access::HIT;
         }
-        if self.translation_now(gva) != Some(page_of(at.gpa)) {
+        let stale = self.translation_now(gva) != Some(page_of(at.gpa));
+        if stale {
             how |= access::STALE;
         }
         self.event(EventKind::Access, [gva, page_of(at.gpa), value, how, 0]);
-        value
+        (value, stale)
     }
 
     /// The frame that the loaded page tables give for `gva`.

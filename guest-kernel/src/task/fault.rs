@@ -37,7 +37,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// A load or a store of the 8 aligned bytes at `gva` through the soft TLB. The loaded value goes to
-    /// `rdx`. EAGAIN: a fault was handled and the access is to be made again, after interrupts that are
+    /// `rdx`; 1: the translation was stale, else 0. EAGAIN: a fault was handled and the access is to be made again, after interrupts that are
     /// pending were taken, as after a fault of the processor. EFAULT: it may not be made.
     #[cfg(feature = "testbed")]
     pub(super) fn testbed_access(
@@ -53,8 +53,9 @@ impl<A: Arch> Kernel<A> {
         self.point(Point::Access, [gva, write.into()]);
         let error = match self.soft_translate(gva, write) {
             Ok(translation) => {
-                frame.rdx = self.soft_access(gva, translation, store);
-                return Ok(0);
+                let (value, stale) = self.soft_access(gva, translation, store);
+                frame.rdx = value;
+                return Ok(stale.into());
             }
             Err(error) => error,
         };

@@ -3,6 +3,7 @@
 mod cow_fork;
 mod crash;
 mod exit;
+mod litmus;
 mod mprotect_race;
 mod replay;
 mod smoke;
@@ -43,6 +44,7 @@ pub const PROGRAMS: &[Program] = &[
     unmap_race::PROGRAM,
     cow_fork::PROGRAM,
     mprotect_race::PROGRAM,
+    litmus::PROGRAM,
     replay::PROGRAM,
     crash::PROGRAM,
     exit::PROGRAM,
@@ -72,6 +74,7 @@ pub fn run<'a, S: Sys>(
         "unmap-race" => Ok(unmap_race::run(sys, &args)),
         "cow-fork" => Ok(cow_fork::run(sys, &args)),
         "mprotect-race" => Ok(mprotect_race::run(sys, &args)),
+        "litmus" => Ok(litmus::run(sys, &args)),
         "replay" => replay::run(sys, &args, data).map_err(|reason| UsageError::BadData {
             program: program.name,
             reason,

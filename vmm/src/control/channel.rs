@@ -18,7 +18,7 @@ macro_rules! word {
 
 /// The channel of one vCPU.
 #[derive(Clone, Copy)]
-pub(super) struct Channel<'a> {
+pub(crate) struct Channel<'a> {
     ram: &'a GuestRam,
     control: &'a [AtomicU64; ENTRIES_PER_TABLE],
     ring: u64,
@@ -26,7 +26,7 @@ pub(super) struct Channel<'a> {
 
 impl<'a> Channel<'a> {
     /// The channel of vCPU `vcpu`, below [`abi::layout::MAX_CPUS`].
-    pub(super) fn new(ram: &'a GuestRam, vcpu: usize) -> Self {
+    pub(crate) fn new(ram: &'a GuestRam, vcpu: usize) -> Self {
         let page = CHANNEL_GPA + vcpu as u64 * CHANNEL_STRIDE;
         Self {
             ram,
@@ -38,46 +38,46 @@ impl<'a> Channel<'a> {
     }
 
     /// Points that always exit.
-    pub(super) fn set_traps(&self, mask: [u64; 4]) {
+    pub(crate) fn set_traps(&self, mask: [u64; 4]) {
         for (word, bits) in mask.iter().enumerate() {
             self.control[word!(trap) + word].store(*bits, Relaxed);
         }
     }
 
     /// Points until the next exit.
-    pub(super) fn set_budget(&self, points: u64) {
+    pub(crate) fn set_budget(&self, points: u64) {
         self.control[word!(budget)].store(points, Relaxed);
     }
 
     /// Kinds of events that are recorded.
-    pub(super) fn set_event_mask(&self, mask: u64) {
+    pub(crate) fn set_event_mask(&self, mask: u64) {
         self.control[word!(event_mask)].store(mask, Relaxed);
     }
 
     /// Whether a full ring exits; the events so far count as consumed.
-    pub(super) fn set_ring_exits(&self, exits: bool) {
+    pub(crate) fn set_ring_exits(&self, exits: bool) {
         self.consume_events();
         self.control[word!(ring_exits)].store(exits.into(), Relaxed);
     }
 
     /// True where a full ring exits.
-    pub(super) fn ring_exits(&self) -> bool {
+    pub(crate) fn ring_exits(&self) -> bool {
         self.control[word!(ring_exits)].load(Relaxed) != 0
     }
 
     /// Takes all events so far off the ring.
-    pub(super) fn consume_events(&self) {
+    pub(crate) fn consume_events(&self) {
         let head = self.head();
         self.control[word!(ring_tail)].store(head, Relaxed);
     }
 
     /// Events from the consumer's position, or the last of them where the ring has gone round.
-    pub(super) fn unread_events(&self) -> Vec<Event> {
+    pub(crate) fn unread_events(&self) -> Vec<Event> {
         self.events_from(self.control[word!(ring_tail)].load(Relaxed))
     }
 
     /// The events that are still in the ring, oldest first.
-    pub(super) fn events(&self) -> Vec<Event> {
+    pub(crate) fn events(&self) -> Vec<Event> {
         self.events_from(0)
     }
 
@@ -101,7 +101,7 @@ impl<'a> Channel<'a> {
     }
 
     /// What the watchdog looks at: any change is a sign of life.
-    pub(super) fn signs_of_life(&self) -> [u64; 3] {
+    pub(crate) fn signs_of_life(&self) -> [u64; 3] {
         [
             self.control[word!(progress)].load(Relaxed),
             self.control[word!(points_passed)].load(Relaxed),
@@ -110,7 +110,7 @@ impl<'a> Channel<'a> {
     }
 
     /// The point that a doorbell is about, with its arguments.
-    pub(super) fn point(&self) -> Result<(Point, [u64; 2]), String> {
+    pub(crate) fn point(&self) -> Result<(Point, [u64; 2]), String> {
         let id = self.control[word!(point)].load(Relaxed);
         let args = [0, 1].map(|arg| self.control[word!(point_args) + arg].load(Relaxed));
         Point::from_id(id)
@@ -119,7 +119,7 @@ impl<'a> Channel<'a> {
     }
 
     /// The report that a doorbell is about.
-    pub(super) fn report(&self) -> Result<ProbeReport, String> {
+    pub(crate) fn report(&self) -> Result<ProbeReport, String> {
         let field =
             |offset: usize| self.control[(offset_of!(Control, report) + offset) / 8].load(Relaxed);
         let kind = field(offset_of!(Report, kind));
@@ -135,7 +135,7 @@ impl<'a> Channel<'a> {
     }
 
     /// Text of the panic that a doorbell is about.
-    pub(super) fn message(&self) -> String {
+    pub(crate) fn message(&self) -> String {
         let len = self.control[word!(message_len)].load(Relaxed);
         let len = usize::try_from(len).unwrap_or(MAX_MESSAGE).min(MAX_MESSAGE);
         let bytes: Vec<u8> = self.control[word!(message)..][..MAX_MESSAGE / 8]

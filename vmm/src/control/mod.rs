@@ -8,7 +8,7 @@
 //! watchdog send messages to the controller and never wait for it.
 
 mod board;
-mod channel;
+pub(crate) mod channel;
 mod config;
 mod console;
 mod error;

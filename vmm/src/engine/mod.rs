@@ -4,6 +4,8 @@
 //! vCPUs, `model` the same kernel inside this process. Whoever drives an [`Engine`] cannot tell
 //! which one it is.
 
+pub mod model;
+
 use abi::channel::Event;
 use abi::point::Point;
 

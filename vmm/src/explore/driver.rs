@@ -172,6 +172,19 @@ impl<E: Engine> Driver<E> {
         Ok(driver)
     }
 
+    /// Starts `monitors` from the state at the start of every schedule.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn start(&mut self, monitors: &mut [Box<dyn Monitor>]) -> Result<(), DriverError> {
+        self.engine.reset()?;
+        let root = self.engine.kernel_root().unwrap_or(0);
+        for monitor in monitors {
+            monitor.start(self.engine.memory(), root, self.standing.len());
+        }
+        Ok(())
+    }
+
     /// The engine.
     pub fn engine(&mut self) -> &mut E {
         &mut self.engine

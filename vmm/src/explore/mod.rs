@@ -4,8 +4,10 @@
 //! [`Driver`] runs it on an [`Engine`](crate::engine::Engine), monitors look at every event.
 
 mod driver;
+mod rng;
 mod schedule;
 mod scheduler;
+pub mod strategy;
 
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use schedule::{Actor, Schedule, Segment};

@@ -1,0 +1,409 @@
+//! `litmus`: races of a few steps, for exploration. The set-up (threads started, pinned, translations
+//! warm) lies before [`Sys::begin`]; what is raced on lies between it and [`Sys::end`].
+//!
+//! The leader runs on CPU 0, the other thread on CPU 1. `done` is a flag that the leader sets when its
+//! system call has returned; the other thread loads it *before* an access, so an access that starts
+//! after the call has returned must show its effect: a translation from before is what a kernel must have
+//! flushed. An access that starts earlier may see either side.
+//!
+//! | test | the leader | the other thread | wrong is |
+//! |---|---|---|---|
+//! | `unmap` | munmaps A, maps B, which takes A's frames, stamps and checks B | reads and writes A | an access to A that works once munmap has returned, a foreign value in A, a change in B |
+//! | `protect` | mprotects A to read-only | writes A | a write that works once mprotect has returned |
+//! | `dontneed` | madvise(DONTNEED) of A, then reads it | the same | the old value after one's own call |
+//! | `lazy` | munmaps A and its tables while the other's CPU idles, maps B, wakes it | sleeps, then reads A | an access that works |
+//! | `switch` | munmaps A, maps B | reads A, yields to another process on its CPU, reads A | as `unmap` |
+//! | `cow` | writes A, which a child shares that exits meanwhile | reads A | a value nobody wrote to A, the old value after the new one or once the write is done |
+//! | `fork` | forks a child that reads A twice | writes A | a value that changes in the child |
+//! | `remap` | munmaps A | maps A anew and reads it | the old value |
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use abi::channel::ReportKind::{ChangedUnderneath, ForeignFrame, WrongPermission};
+use abi::layout::PAGE_SIZE;
+use abi::syscall::{advice, map, prot};
+
+use super::{Data, Program, SUBJECT_GVA};
+use crate::args::{Arg, Args};
+use crate::sys::{ANONYMOUS, Sys, print_line};
+use crate::tag::{Region, Tag, address};
+use crate::team::{Findings, must, team};
+
+pub(super) const PROGRAM: Program = Program {
+    name: "litmus",
+    help: "a race of a few steps between two threads, for exploration",
+    args: &[
+        Arg {
+            name: "test",
+            default: "unmap|protect|dontneed|lazy|switch|cow|fork|remap",
+            range: 0..=7,
+            help: "which race",
+        },
+        Arg {
+            name: "pages",
+            default: "2",
+            range: 1..=64,
+            help: "pages that are raced on",
+        },
+        Arg {
+            name: "passes",
+            default: "2",
+            range: 1..=1000,
+            help: "times the other thread accesses them",
+        },
+    ],
+    data: Data::Ignored,
+};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Test {
+    Unmap,
+    Protect,
+    Dontneed,
+    Lazy,
+    Switch,
+    Cow,
+    Fork,
+    Remap,
+}
+
+const TESTS: [Test; 8] = [
+    Test::Unmap,
+    Test::Protect,
+    Test::Dontneed,
+    Test::Lazy,
+    Test::Switch,
+    Test::Cow,
+    Test::Fork,
+    Test::Remap,
+];
+
+struct Shared {
+    test: Test,
+    pages: u64,
+    passes: u64,
+    /// The other thread is pinned and warm.
+    ready: AtomicU64,
+    /// The race may begin.
+    go: AtomicU64,
+    /// The leader's call has returned.
+    done: AtomicU64,
+    findings: Findings,
+}
+
+/// What A holds before the race, and what the leader writes in `cow`.
+fn tag(region: Region, generation: u64, page: u64) -> Tag {
+    Tag {
+        region,
+        generation,
+        page,
+        slot: 0,
+    }
+}
+
+fn subject(page: u64) -> u64 {
+    address(SUBJECT_GVA, page, 0)
+}
+
+pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
+    let shared = Shared {
+        test: TESTS[args.number("test") as usize],
+        pages: args.number("pages"),
+        passes: args.number("passes"),
+        ready: AtomicU64::new(0),
+        go: AtomicU64::new(0),
+        done: AtomicU64::new(0),
+        findings: Findings::default(),
+    };
+    let findings = &shared.findings;
+    pin(sys, findings, 0);
+    let flags = ANONYMOUS | map::FIXED_NOREPLACE;
+    let bytes = shared.pages * PAGE_SIZE;
+    let writable = prot::READ | prot::WRITE;
+    let base = sys.mmap(SUBJECT_GVA, bytes, writable, flags);
+    must(sys, findings, SUBJECT_GVA, SUBJECT_GVA, base);
+    for page in 0..shared.pages {
+        write(sys, findings, subject(page), tag(Region::Subject, 0, page));
+    }
+    let result = team(sys, &shared, 1, other, || {
+        while shared.ready.load(Ordering::Acquire) == 0 {
+            sys.yield_now();
+        }
+        let child = match shared.test {
+            Test::Switch => Some(bystander(sys, findings, 1, shared.passes)),
+            Test::Cow => Some(bystander(sys, findings, 0, 1)),
+            _ => None,
+        };
+        sys.begin();
+        shared.go.store(1, Ordering::Release);
+        lead(sys, &shared);
+        shared.done.store(1, Ordering::Release);
+        after(sys, &shared);
+        if let Some(pid) = child.flatten() {
+            findings.reap(sys, pid);
+        }
+    });
+    must(sys, findings, 0, 0, result.map(|()| 0));
+    sys.end();
+    let _ = sys.munmap(SUBJECT_GVA, bytes);
+    print_line(sys, format_args!("litmus: over"));
+    findings.status()
+}
+
+/// A process that shares all memory until it exits, and yields `turns` times before.
+fn bystander<S: Sys>(sys: &S, findings: &Findings, cpu: usize, turns: u64) -> Option<u64> {
+    let child = sys.fork(move |sys| {
+        let findings = Findings::default();
+        pin(sys, &findings, cpu);
+        for _ in 0..turns {
+            sys.yield_now();
+        }
+        findings.status()
+    });
+    must(sys, findings, 0, 0, child.map(|_| 0));
+    child.ok()
+}
+
+fn pin<S: Sys>(sys: &S, findings: &Findings, cpu: usize) {
+    let cpu = cpu % sys.nr_cpus();
+    must(sys, findings, 0, 0, sys.set_affinity(cpu).map(|()| 0));
+}
+
+fn write<S: Sys>(sys: &S, findings: &Findings, gva: u64, tag: Tag) {
+    if sys.write(gva, tag.encode()).is_err() {
+        findings.report(sys, WrongPermission, gva, tag.encode(), 0);
+    }
+}
+
+/// The call that is raced with.
+fn lead<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    let bytes = shared.pages * PAGE_SIZE;
+    let result = match shared.test {
+        Test::Unmap | Test::Switch | Test::Lazy | Test::Remap => sys.munmap(SUBJECT_GVA, bytes),
+        Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
+        Test::Dontneed => return drop_and_look(sys, shared),
+        Test::Cow => {
+            for page in 0..shared.pages {
+                write(sys, findings, subject(page), tag(Region::Subject, 1, page));
+            }
+            return;
+        }
+        Test::Fork => {
+            let (pages, passes) = (shared.pages, shared.passes);
+            match sys.fork(move |sys| constant(sys, pages, passes)) {
+                Ok(pid) => findings.reap(sys, pid),
+                Err(errno) => {
+                    must(sys, findings, 0, 0, Err(errno));
+                }
+            }
+            return;
+        }
+    };
+    must(sys, findings, SUBJECT_GVA, 0, result);
+}
+
+/// What the leader does once its call has returned: memory that takes the frames of A shows a write
+/// through an old translation.
+fn after<S: Sys>(sys: &S, shared: &Shared) {
+    if !matches!(shared.test, Test::Unmap | Test::Switch | Test::Lazy) {
+        return;
+    }
+    let findings = &shared.findings;
+    let bytes = shared.pages * PAGE_SIZE;
+    let Ok(base) = sys.mmap_anonymous(bytes) else {
+        return; // A failed allocation was asked for; nothing is wrong.
+    };
+    for page in 0..shared.pages {
+        let gva = address(base, page, 0);
+        write(sys, findings, gva, tag(Region::Reuse, 0, page));
+    }
+    if shared.test == Test::Lazy {
+        shared.ready.store(2, Ordering::Release);
+        sys.futex_wake(&shared.ready);
+    }
+    for page in 0..shared.pages {
+        let gva = address(base, page, 0);
+        let expected = tag(Region::Reuse, 0, page).encode();
+        match sys.read(gva) {
+            Ok(found) if found == expected => {}
+            Ok(found) => findings.report(sys, ForeignFrame, gva, expected, found),
+            Err(_) => findings.report(sys, WrongPermission, gva, expected, 0),
+        }
+    }
+}
+
+/// madvise(DONTNEED), after which no read may give what was there before.
+fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    let bytes = shared.pages * PAGE_SIZE;
+    let result = sys.madvise(SUBJECT_GVA, bytes, advice::DONTNEED);
+    must(sys, findings, SUBJECT_GVA, 0, result);
+    for page in 0..shared.pages {
+        match sys.read(subject(page)) {
+            Ok(0) => {}
+            Ok(found) => findings.report(sys, ForeignFrame, subject(page), 0, found),
+            Err(_) => findings.report(sys, WrongPermission, subject(page), 0, 0),
+        }
+    }
+}
+
+/// In a child: what a page holds when it is first read must stay.
+fn constant<S: Sys>(sys: &S, pages: u64, passes: u64) -> i32 {
+    let findings = Findings::default();
+    for page in 0..pages {
+        let gva = subject(page);
+        let Ok(first) = sys.read(gva) else {
+            findings.report(sys, WrongPermission, gva, 0, 0);
+            continue;
+        };
+        for _ in 0..passes {
+            match sys.read(gva) {
+                Ok(found) if found == first => {}
+                Ok(found) => findings.report(sys, ChangedUnderneath, gva, first, found),
+                Err(_) => findings.report(sys, WrongPermission, gva, first, 0),
+            }
+        }
+    }
+    findings.status()
+}
+
+fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
+    let findings = &shared.findings;
+    pin(sys, findings, 1);
+    // Warm: writable translations of every page.
+    for page in 0..shared.pages {
+        write(sys, findings, subject(page), tag(Region::Subject, 0, page));
+    }
+    shared.ready.store(1, Ordering::Release);
+    if shared.test == Test::Lazy {
+        while shared.ready.load(Ordering::Acquire) != 2 {
+            sys.futex_wait(&shared.ready, 1);
+        }
+    } else {
+        while shared.go.load(Ordering::Acquire) == 0 {
+            sys.yield_now();
+        }
+    }
+    match shared.test {
+        Test::Dontneed => drop_and_look(sys, shared),
+        Test::Remap => remap(sys, shared),
+        Test::Cow => watch(sys, shared),
+        _ => access(sys, shared),
+    }
+}
+
+/// Reads, and writes where A was writable, as long as it is there.
+fn access<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    for pass in 0..shared.passes {
+        for page in 0..shared.pages {
+            let (gva, expected) = (subject(page), tag(Region::Subject, 0, page).encode());
+            let gone = shared.done.load(Ordering::Acquire) != 0;
+            if shared.test == Test::Protect || shared.test == Test::Fork {
+                // The leader's call takes the right to write away only in `protect`.
+                let value = tag(Region::Subject, pass + 1, page).encode();
+                let written = sys.write(gva, value).is_ok();
+                if gone && written && shared.test == Test::Protect {
+                    findings.report(sys, WrongPermission, gva, 0, value);
+                }
+                continue;
+            }
+            match sys.read(gva) {
+                Ok(found) if found != expected || gone => {
+                    findings.report(sys, ForeignFrame, gva, expected, found);
+                }
+                Ok(_) => {
+                    // Into the frame of A, or of whoever has it now.
+                    let gone = shared.done.load(Ordering::Acquire) != 0;
+                    if sys.write(gva, expected).is_ok() && gone {
+                        findings.report(sys, ForeignFrame, gva, 0, expected);
+                    }
+                }
+                Err(_) => {}
+            }
+        }
+        if shared.test == Test::Switch {
+            sys.yield_now();
+        }
+    }
+}
+
+/// Maps A again as soon as it is gone: fresh pages are zero.
+fn remap<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    let bytes = shared.pages * PAGE_SIZE;
+    let flags = ANONYMOUS | map::FIXED_NOREPLACE;
+    for _ in 0..shared.passes {
+        if sys
+            .mmap(SUBJECT_GVA, bytes, prot::READ | prot::WRITE, flags)
+            .is_err()
+        {
+            sys.relax();
+            continue;
+        }
+        for page in 0..shared.pages {
+            match sys.read(subject(page)) {
+                Ok(0) => {}
+                Ok(found) => findings.report(sys, ForeignFrame, subject(page), 0, found),
+                Err(_) => findings.report(sys, WrongPermission, subject(page), 0, 0),
+            }
+        }
+        return;
+    }
+}
+
+/// The old value, then the new one, and nothing else.
+fn watch<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    for page in 0..shared.pages {
+        let (gva, old, new) = (
+            subject(page),
+            tag(Region::Subject, 0, page).encode(),
+            tag(Region::Subject, 1, page).encode(),
+        );
+        let mut seen_new = false;
+        for _ in 0..shared.passes {
+            seen_new |= shared.done.load(Ordering::Acquire) != 0;
+            match sys.read(gva) {
+                Ok(found) if found == new => seen_new = true,
+                Ok(found) if found == old && !seen_new => {}
+                Ok(found) => findings.report(sys, ForeignFrame, gva, new, found),
+                Err(_) => findings.report(sys, WrongPermission, gva, new, 0),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::broken::{Fault, assert_caught};
+    use crate::native;
+    use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
+
+    const TESTS: [&str; 8] = [
+        "unmap", "protect", "dontneed", "lazy", "switch", "cow", "fork", "remap",
+    ];
+
+    #[test]
+    fn linux_is_clean() {
+        for test in TESTS {
+            for passes in [1, 50] {
+                let args = format!("test={test}\0passes={passes}");
+                let outcome = native::run("litmus", &args, None).unwrap();
+                assert_eq!(outcome.reports, [], "{args:?}");
+                assert_eq!(outcome.status, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn calls_without_an_effect_are_caught() {
+        let dontneed = "test=dontneed";
+        assert_caught(Fault::MadviseIgnored, "litmus", dontneed, ForeignFrame);
+        let protect = "test=protect\0passes=1000";
+        assert_caught(Fault::MprotectIgnored, "litmus", protect, WrongPermission);
+        let lazy = "test=lazy";
+        assert_caught(Fault::MunmapIgnored, "litmus", lazy, ForeignFrame);
+    }
+}

@@ -1,0 +1,284 @@
+//! The model engine: the kernel inside this process, on [`guest_kernel::arch::model`].
+//!
+//! Memory is laid out by the loader of the real machine, so a frame has the same address on both engines.
+//! A reset puts the memory of the freshly booted kernel back and runs the set-up again: coroutines cannot
+//! be copied, and the set-up is a few dozen steps.
+#![allow(
+    unsafe_code,
+    reason = "guest memory is handed to the kernel as an arena"
+)]
+
+mod sys;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use abi::boot::{BootInfo, InterruptMode};
+use abi::channel::{Control, Doorbell, Event};
+use abi::failpoint::Failpoint;
+use abi::layout::{BOOT_INFO_GPA, CHANNEL_GPA, CHANNEL_STRIDE, PAGE_SIZE};
+use guest_kernel::Kernel;
+use guest_kernel::arch::model::{Model, Pause, always_dirty};
+
+use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit};
+use crate::boot::{self, BootSpec};
+use crate::control::{KernelImage, MachineError, ProgramSpec, channel};
+use crate::inspect::{Stop, VcpuFacts};
+use crate::memory::{GuestRam, PhysMem};
+use crate::report::symbols::Symbols;
+use crate::scenario::Scenario;
+
+/// A step of the set-up.
+#[derive(Clone, Copy)]
+enum Step {
+    Run(usize, Limit),
+    Deliver(usize),
+}
+
+/// See the module.
+pub struct ModelEngine {
+    /// Freed in `drop`, before the memory under it.
+    kernel: &'static Kernel<Model>,
+    info: BootInfo,
+    ram: GuestRam,
+    /// All of memory as boot left it.
+    booted: Vec<u8>,
+    set_up: Vec<Step>,
+    saved: bool,
+    /// Points that each CPU had passed when the state was saved.
+    passed: Vec<u64>,
+    stops: Vec<Stop>,
+    costs: Costs,
+}
+
+impl ModelEngine {
+    /// The machine of `scenario`, whose kernel parameters must say `tlb=soft`.
+    ///
+    /// # Errors
+    /// What no machine can have, and `tlb=hw` or `tlb=both`: there is no processor to ask.
+    pub fn new(scenario: &Scenario) -> Result<Self, EngineError> {
+        let cmdline = scenario.cmdline();
+        let config = abi::param::Config::parse(&cmdline).expect("scenarios are checked");
+        if config.tlb != abi::param::TlbBackEnd::Soft {
+            return Err(EngineError::Unsupported(
+                "the model engine has no processor that translates: set the kernel parameter tlb=soft"
+                    .into(),
+            ));
+        }
+        let ram = GuestRam::new(scenario.memory_bytes).map_err(MachineError::from)?;
+        let image = KernelImage::Embedded.bytes().map_err(MachineError::from)?;
+        let program = ProgramSpec {
+            name: scenario.program.name.clone(),
+            args: scenario.program.args.clone(),
+            data: scenario.program.trace.as_ref().map(|t| t.blob.clone()),
+        };
+        let spec = BootSpec {
+            kernel: &image,
+            user: boot::user_image(),
+            program: &program,
+            cpus: scenario.vcpus,
+            interrupts: InterruptMode::Controlled,
+            cmdline: &cmdline,
+        };
+        boot::load(&ram, &spec).map_err(MachineError::from)?;
+        let cpus = scenario.vcpus as usize;
+        for cpu in 0..cpus {
+            let control = control(&ram, cpu);
+            control.budget.store(u64::MAX, Relaxed);
+            control.event_mask.store(u64::MAX, Relaxed);
+        }
+        let info: BootInfo = ram
+            .read_value(BOOT_INFO_GPA)
+            .expect("the loader has written it");
+        let memory = ram.host_address() as *mut u8;
+        // SAFETY: the memory is a page-aligned mapping that `ram` keeps and that outlives the kernel
+        // (`drop`); between two calls only this engine's users read it, and while the model runs nobody does.
+        let arch = unsafe { Model::new(memory, ram.bytes(), cpus, sys::program) };
+        let kernel = match Kernel::boot(arch, &info) {
+            Ok(kernel) => Box::leak(Box::new(kernel)),
+            Err(error) => return Err(EngineError::Unsupported(error.to_string())),
+        };
+        let mut booted = vec![0; ram.bytes() as usize];
+        ram.read(0, &mut booted).expect("all of it");
+        kernel.arch.take_dirty(|_| {});
+        let engine = Self {
+            kernel,
+            info,
+            ram,
+            booted,
+            set_up: Vec::new(),
+            saved: false,
+            passed: vec![0; cpus],
+            stops: vec![Stop::Anywhere; cpus],
+            costs: Costs::default(),
+        };
+        Model::start(engine.kernel, &engine.info);
+        Ok(engine)
+    }
+
+    fn step(&mut self, vcpu: usize, limit: Limit) -> Halt {
+        let control = control(&self.ram, vcpu);
+        control.budget.store(limit.points.max(1), Relaxed);
+        control.trap[0].store(limit.traps.0, Relaxed);
+        let pause = self.kernel.arch.resume(vcpu);
+        self.costs.exits += 1;
+        let halt = self.halt(vcpu, pause);
+        self.stops[vcpu] = match halt {
+            Halt::Point { point, .. } => Stop::Point(point),
+            Halt::Exited { .. } => Stop::Exited,
+            _ => Stop::Anywhere,
+        };
+        halt
+    }
+
+    fn halt(&self, vcpu: usize, pause: Pause) -> Halt {
+        let crashed = |reason: String| {
+            Halt::Crashed(GuestCrash {
+                reason,
+                details: Vec::new(),
+            })
+        };
+        let channel = channel::Channel::new(&self.ram, vcpu);
+        match pause {
+            Pause::Doorbell(Doorbell::Point) => match channel.point() {
+                Ok((point, args)) => Halt::Point { point, args },
+                Err(text) => crashed(text),
+            },
+            Pause::Doorbell(Doorbell::FirstUser) => Halt::FirstUser,
+            Pause::Doorbell(Doorbell::Report) => match channel.report() {
+                Ok(report) => Halt::Report(report),
+                Err(text) => crashed(text),
+            },
+            Pause::Doorbell(reason) => crashed(format!("the doorbell rang: {reason:?}")),
+            Pause::Exited(status) => Halt::Exited { status },
+            Pause::Panicked(text) => crashed(format!("kernel panic: {text}")),
+            Pause::Halted => crashed("it waits for an interrupt that nobody sends".into()),
+            Pause::Switch(_) => unreachable!("the contexts go on by themselves"),
+        }
+    }
+}
+
+fn control(ram: &GuestRam, cpu: usize) -> &Control {
+    let gpa = CHANNEL_GPA + cpu as u64 * CHANNEL_STRIDE;
+    // SAFETY: a page of guest memory, which `ram` keeps mapped; a `Control` is made of atomics.
+    unsafe { &*((ram.host_address() + gpa) as *const Control) }
+}
+
+impl Engine for ModelEngine {
+    fn kind(&self) -> EngineKind {
+        EngineKind::Model
+    }
+    fn nr_vcpus(&self) -> usize {
+        self.stops.len()
+    }
+
+    fn run(
+        &mut self,
+        vcpu: usize,
+        limit: Limit,
+        events: &mut Vec<Event>,
+    ) -> Result<Halt, EngineError> {
+        if !self.saved {
+            self.set_up.push(Step::Run(vcpu, limit));
+        }
+        let halt = self.step(vcpu, limit);
+        self.kernel.arch.take_events(events);
+        Ok(halt)
+    }
+
+    fn points_passed(&self, vcpu: usize) -> u64 {
+        let now = control(&self.ram, vcpu).points_passed.load(Relaxed);
+        now.wrapping_sub(self.passed[vcpu])
+    }
+
+    fn in_flight(&self, vcpu: usize) -> bool {
+        self.kernel.arch.in_flight(vcpu)
+    }
+    fn deliver(&mut self, vcpu: usize) {
+        if !self.saved {
+            self.set_up.push(Step::Deliver(vcpu));
+        }
+        self.kernel.arch.deliver(vcpu);
+    }
+    fn pending(&self, vcpu: usize) -> bool {
+        self.kernel.arch.pending(vcpu)
+    }
+
+    fn save(&mut self) -> Result<(), EngineError> {
+        self.saved = true;
+        for vcpu in 0..self.passed.len() {
+            self.passed[vcpu] = control(&self.ram, vcpu).points_passed.load(Relaxed);
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), EngineError> {
+        let started = Instant::now();
+        let arch = &self.kernel.arch;
+        arch.forget_contexts();
+        sys::forget_children();
+        let mut pages = 0;
+        let mut restore = |gpa: u64| {
+            let bytes = &self.booted[gpa as usize..(gpa + PAGE_SIZE) as usize];
+            self.ram.write(gpa, bytes).expect("a frame of memory");
+            pages += 1;
+        };
+        arch.take_dirty(&mut restore);
+        always_dirty(self.kernel.root_pa().0, self.stops.len()).for_each(&mut restore);
+        self.costs.pages += pages;
+        Model::start(self.kernel, &self.info);
+        for index in 0..self.set_up.len() {
+            match self.set_up[index] {
+                Step::Run(vcpu, limit) => {
+                    self.step(vcpu, limit);
+                }
+                Step::Deliver(vcpu) => self.kernel.arch.deliver(vcpu),
+            }
+        }
+        self.kernel.arch.drop_events();
+        self.costs.reset += started.elapsed();
+        self.costs.resets += 1;
+        Ok(())
+    }
+
+    fn arm(&mut self, vcpu: usize, failpoint: Failpoint, passages: u32) {
+        control(&self.ram, vcpu).fail[failpoint as usize].store(passages, Relaxed);
+    }
+
+    fn memory(&self) -> &dyn PhysMem {
+        &self.ram
+    }
+    fn kernel_root(&self) -> Option<u64> {
+        Some(self.kernel.root_pa().0)
+    }
+    fn vcpu_facts(&self) -> Result<Vec<VcpuFacts>, EngineError> {
+        let facts = |(index, stop): (usize, &Stop)| VcpuFacts {
+            index,
+            cr3: self.kernel.arch.root_of(index),
+            stop: *stop,
+            ..VcpuFacts::default()
+        };
+        Ok(self.stops.iter().enumerate().map(facts).collect())
+    }
+    fn symbols(&self) -> Option<&Symbols<'_>> {
+        None
+    }
+    fn console(&self) -> String {
+        self.kernel.arch.console_text()
+    }
+    fn costs(&self) -> Costs {
+        self.costs
+    }
+}
+
+impl Drop for ModelEngine {
+    fn drop(&mut self) {
+        self.kernel.arch.forget_contexts();
+        sys::forget_children();
+        let kernel = std::ptr::from_ref(self.kernel).cast_mut();
+        // SAFETY: leaked by `new`; no coroutine is left, and nobody else has the reference.
+        drop(unsafe { Box::from_raw(kernel) });
+    }
+}

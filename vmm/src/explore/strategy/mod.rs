@@ -1,0 +1,11 @@
+//! Strategies: how a campaign chooses its schedules.
+
+mod pct;
+mod random;
+mod replay;
+mod round_robin;
+
+pub use pct::Pct;
+pub use random::Random;
+pub use replay::{Replay, Tolerant};
+pub use round_robin::RoundRobin;

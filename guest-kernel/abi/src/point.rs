@@ -66,6 +66,7 @@ points! {
     Access = 32, "access", "a program is about to access memory under test through the soft TLB";
     UserRelax = 33, "user-relax", "a program waits for another thread of its own";
     TestBegin = 34, "test-begin", "the program's set-up is over: schedules start here";
+    SwitchMm = 36, "switch-mm", "a CPU has loaded the page tables of an mm and not yet noted that it has";
     TestEnd = 35, "test-end", "the program's test is over: schedules end here";
 }
 

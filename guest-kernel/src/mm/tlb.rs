@@ -243,6 +243,7 @@ impl<A: Arch> Kernel<A> {
         }
         let tlb_gen = space.tlb_gen.load(SeqCst);
         self.load_pgd(space.pgd.get(), space.id.get());
+        self.point(Point::SwitchMm, [space.id.get(), tlb_gen]);
         if late {
             self.join_cpumask(space, bit);
         }

@@ -11,7 +11,8 @@
 //! | `unmap` | munmaps A, maps B, which takes A's frames, stamps and checks B | reads and writes A | an access to A that works once munmap has returned, a foreign value in A, a change in B |
 //! | `protect` | mprotects A to read-only | writes A | a write that works once mprotect has returned |
 //! | `dontneed` | madvise(DONTNEED) of A, then reads it | the same | the old value after one's own call |
-//! | `lazy` | munmaps A and its tables while the other's CPU idles, maps B, wakes it | sleeps, then reads A | an access that works |
+//! | `lazy` | munmaps A while the other's CPU idles, maps B, wakes it | sleeps, then reads A | as `unmap` |
+//! | `lazy-tables` | the same, and A's page tables go too | the same | the same, or a walk of a freed table |
 //! | `switch` | munmaps A, maps B | reads A, yields to another process on its CPU, reads A | as `unmap` |
 //! | `cow` | writes A, which a child shares that exits meanwhile | reads A | a value nobody wrote to A, the old value after the new one or once the write is done |
 //! | `fork` | forks a child that reads A twice | writes A | a value that changes in the child |
@@ -35,8 +36,8 @@ pub(super) const PROGRAM: Program = Program {
     args: &[
         Arg {
             name: "test",
-            default: "unmap|protect|dontneed|lazy|switch|cow|fork|remap",
-            range: 0..=7,
+            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap",
+            range: 0..=8,
             help: "which race",
         },
         Arg {
@@ -61,22 +62,35 @@ enum Test {
     Protect,
     Dontneed,
     Lazy,
+    LazyTables,
     Switch,
     Cow,
     Fork,
     Remap,
 }
 
-const TESTS: [Test; 8] = [
+const TESTS: [Test; 9] = [
     Test::Unmap,
     Test::Protect,
     Test::Dontneed,
     Test::Lazy,
+    Test::LazyTables,
     Test::Switch,
     Test::Cow,
     Test::Fork,
     Test::Remap,
 ];
+
+impl Test {
+    /// The other thread sleeps until the leader is done.
+    fn sleeps(self) -> bool {
+        matches!(self, Self::Lazy | Self::LazyTables)
+    }
+    /// Pages behind the raced ones, which stay: they keep the page tables.
+    fn spare_pages(self) -> u64 {
+        u64::from(self != Self::LazyTables)
+    }
+}
 
 struct Shared {
     test: Test,
@@ -120,7 +134,8 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let flags = ANONYMOUS | map::FIXED_NOREPLACE;
     let bytes = shared.pages * PAGE_SIZE;
     let writable = prot::READ | prot::WRITE;
-    let base = sys.mmap(SUBJECT_GVA, bytes, writable, flags);
+    let mapped = bytes + shared.test.spare_pages() * PAGE_SIZE;
+    let base = sys.mmap(SUBJECT_GVA, mapped, writable, flags);
     must(sys, findings, SUBJECT_GVA, SUBJECT_GVA, base);
     for page in 0..shared.pages {
         write(sys, findings, subject(page), tag(Region::Subject, 0, page));
@@ -130,8 +145,8 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
             sys.yield_now();
         }
         let child = match shared.test {
-            Test::Switch => Some(bystander(sys, findings, 1, shared.passes)),
-            Test::Cow => Some(bystander(sys, findings, 0, 1)),
+            Test::Switch => Some(bystander(sys, findings, 1, 4 * shared.passes)),
+            Test::Cow => Some(bystander(sys, findings, 2, 1)),
             _ => None,
         };
         sys.begin();
@@ -145,7 +160,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     });
     must(sys, findings, 0, 0, result.map(|()| 0));
     sys.end();
-    let _ = sys.munmap(SUBJECT_GVA, bytes);
+    let _ = sys.munmap(SUBJECT_GVA, mapped);
     print_line(sys, format_args!("litmus: over"));
     findings.status()
 }
@@ -180,7 +195,9 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = match shared.test {
-        Test::Unmap | Test::Switch | Test::Lazy | Test::Remap => sys.munmap(SUBJECT_GVA, bytes),
+        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Remap => {
+            sys.munmap(SUBJECT_GVA, bytes)
+        }
         Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
         Test::Dontneed => return drop_and_look(sys, shared),
         Test::Cow => {
@@ -206,7 +223,10 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
 /// What the leader does once its call has returned: memory that takes the frames of A shows a write
 /// through an old translation.
 fn after<S: Sys>(sys: &S, shared: &Shared) {
-    if !matches!(shared.test, Test::Unmap | Test::Switch | Test::Lazy) {
+    if !matches!(
+        shared.test,
+        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables
+    ) {
         return;
     }
     let findings = &shared.findings;
@@ -218,7 +238,7 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
         let gva = address(base, page, 0);
         write(sys, findings, gva, tag(Region::Reuse, 0, page));
     }
-    if shared.test == Test::Lazy {
+    if shared.test.sleeps() {
         shared.ready.store(2, Ordering::Release);
         sys.futex_wake(&shared.ready);
     }
@@ -276,7 +296,7 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
         write(sys, findings, subject(page), tag(Region::Subject, 0, page));
     }
     shared.ready.store(1, Ordering::Release);
-    if shared.test == Test::Lazy {
+    if shared.test.sleeps() {
         while shared.ready.load(Ordering::Acquire) != 2 {
             sys.futex_wait(&shared.ready, 1);
         }
@@ -324,7 +344,9 @@ fn access<S: Sys>(sys: &S, shared: &Shared) {
             }
         }
         if shared.test == Test::Switch {
-            sys.yield_now();
+            for _ in 0..3 {
+                sys.yield_now();
+            }
         }
     }
 }
@@ -381,8 +403,16 @@ mod tests {
     use crate::native;
     use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
 
-    const TESTS: [&str; 8] = [
-        "unmap", "protect", "dontneed", "lazy", "switch", "cow", "fork", "remap",
+    const TESTS: [&str; 9] = [
+        "unmap",
+        "protect",
+        "dontneed",
+        "lazy",
+        "lazy-tables",
+        "switch",
+        "cow",
+        "fork",
+        "remap",
     ];
 
     #[test]

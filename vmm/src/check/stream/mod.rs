@@ -3,6 +3,8 @@
 //! A [`Monitor`] sees every event in the order in which it happened and keeps what it needs to know. The
 //! same monitors judge serialised runs, event by event, and the merged streams of parallel ones.
 
+pub mod tlb;
+
 use abi::channel::Event;
 
 use super::Violation;

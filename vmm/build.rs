@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio, exit};
 use std::{env, fs};
 
+use sha2::{Digest as _, Sha256};
+
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "image";
 
@@ -75,11 +77,57 @@ fn main() {
         println!("cargo:rerun-if-changed={}", root.join(input).display());
     }
     println!("cargo:rerun-if-changed=build.rs");
+    println!(
+        "cargo:rustc-env=STALEMATE_KERNEL_HASH={}",
+        source_hash(root)
+    );
     // One directory for both: what they share for the host (procedural macros) is built once.
     let target_dir = PathBuf::from(variable("OUT_DIR")).join("images");
     for image in &IMAGES {
         let file = image.build(root, &target_dir);
         println!("cargo:rustc-env={}={}", image.variable, file.display());
+    }
+}
+
+/// SHA-256 over the sources of the kernel, the programs and their contract: what decides where scheduling
+/// points are passed. The sources and not the images, because both engines run them, and because the same
+/// sources pass the same points whatever compiled them. Tests do not count.
+fn source_hash(root: &Path) -> String {
+    let mut files = Vec::new();
+    for directory in ["guest-kernel/abi/src", "guest-kernel/src", "guest/src"] {
+        sources(&root.join(directory), &mut files);
+    }
+    files.sort();
+    let mut hash = Sha256::new();
+    for file in files {
+        let name = file.strip_prefix(root).expect("found below the root");
+        let text = fs::read(&file)
+            .unwrap_or_else(|error| fail(&format!("{} cannot be read: {error}", file.display())));
+        hash.update(name.as_os_str().as_encoded_bytes());
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(&text);
+    }
+    let digest = hash.finalize();
+    digest[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
+    let entries = fs::read_dir(directory)
+        .unwrap_or_else(|error| fail(&format!("{} cannot be read: {error}", directory.display())));
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let name = entry.file_name();
+        if name == "tests" || name == "testing" || name == "tests.rs" {
+            continue;
+        }
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
     }
 }
 

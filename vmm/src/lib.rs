@@ -12,5 +12,6 @@ pub mod inspect;
 pub mod kvm;
 pub mod memory;
 pub mod report;
+pub mod reproducer;
 pub mod scenario;
 pub mod session;

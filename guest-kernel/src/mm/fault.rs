@@ -172,6 +172,10 @@ impl<A: Arch> Kernel<A> {
         }
         let result = self.copy_on_write(fault, shared);
         self.folio_put(shared);
+        if self.config.bugs.has(Bug::CowFreeBeforeFlush) {
+            let (start, end) = (fault.gva, fault.gva + PAGE_SIZE);
+            self.flush_range(fault.mm, start, end, FreedTables::No);
+        }
         result
     }
 
@@ -205,7 +209,7 @@ impl<A: Arch> Kernel<A> {
                 return Ok(());
             }
             if self.config.bugs.has(Bug::CowFreeBeforeFlush) {
-                self.replace_then_flush(fault, copy, guard);
+                self.replace_without_flush(fault, copy, guard);
                 return Ok(());
             }
             // Cleared and flushed before the copy is reachable: else one thread writes the copy while
@@ -224,8 +228,8 @@ impl<A: Arch> Kernel<A> {
         Ok(())
     }
 
-    /// The seeded bug: the original is given back before the flush.
-    fn replace_then_flush(&self, fault: Faulting, copy: u64, guard: Guard<'_, A>) {
+    /// The seeded bug: the original is given back, and flushed only afterwards.
+    fn replace_without_flush(&self, fault: Faulting, copy: u64, guard: Guard<'_, A>) {
         let flags = fault.entry.flags().difference(PteFlags::COW);
         let new = Pte::new(copy, flags | PteFlags::WRITE | PteFlags::DIRTY);
         let shared = fault.entry.address();
@@ -233,8 +237,6 @@ impl<A: Arch> Kernel<A> {
         self.folio_unmap(shared);
         drop(guard);
         self.folio_put(shared);
-        let (start, end) = (fault.gva, fault.gva + PAGE_SIZE);
-        self.flush_range(fault.mm, start, end, FreedTables::No);
     }
 
     /// Maps a frame that nobody else knows. Under the page-table lock.

@@ -92,6 +92,9 @@ impl Test {
     }
 }
 
+const WARM: u64 = 1;
+const GO: u64 = 2;
+
 struct Shared {
     test: Test,
     pages: u64,
@@ -149,8 +152,16 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
             Test::Cow => Some(bystander(sys, findings, 2, 1)),
             _ => None,
         };
+        if shared.test == Test::Cow {
+            // The fork has flushed: the other thread gets its translations again.
+            shared.go.store(WARM, Ordering::Release);
+            while shared.ready.load(Ordering::Acquire) != 3 {
+                sys.yield_now();
+            }
+        }
+        // Before the schedule begins, so that whoever runs first does not have to wait.
+        shared.go.store(GO, Ordering::Release);
         sys.begin();
-        shared.go.store(1, Ordering::Release);
         lead(sys, &shared);
         shared.done.store(1, Ordering::Release);
         after(sys, &shared);
@@ -167,14 +178,15 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
 
 /// A process that shares all memory until it exits, and yields `turns` times before.
 fn bystander<S: Sys>(sys: &S, findings: &Findings, cpu: usize, turns: u64) -> Option<u64> {
+    // A child starts where its parent may run: on its own CPU from its first step on.
+    pin(sys, findings, cpu);
     let child = sys.fork(move |sys| {
-        let findings = Findings::default();
-        pin(sys, &findings, cpu);
         for _ in 0..turns {
             sys.yield_now();
         }
-        findings.status()
+        0
     });
+    pin(sys, findings, 0);
     must(sys, findings, 0, 0, child.map(|_| 0));
     child.ok()
 }
@@ -301,7 +313,13 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
             sys.futex_wait(&shared.ready, 1);
         }
     } else {
-        while shared.go.load(Ordering::Acquire) == 0 {
+        while shared.go.load(Ordering::Acquire) != GO {
+            if shared.go.load(Ordering::Acquire) == WARM {
+                for page in 0..shared.pages {
+                    let _ = sys.read(subject(page));
+                }
+                shared.ready.store(3, Ordering::Release);
+            }
             sys.yield_now();
         }
     }

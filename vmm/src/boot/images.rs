@@ -49,6 +49,12 @@ pub fn user_image() -> &'static [u8] {
     EMBEDDED_USER
 }
 
+/// Names the kernel and the programs that this program was built with: a hash of their sources.
+#[must_use]
+pub fn kernel_hash() -> &'static str {
+    env!("STALEMATE_KERNEL_HASH")
+}
+
 static EMBEDDED_KERNEL: &[u8] = include_bytes!(env!("STALEMATE_KERNEL_ELF"));
 static EMBEDDED_USER: &[u8] = include_bytes!(env!("STALEMATE_USER_ELF"));
 

@@ -191,7 +191,7 @@ impl<E: Engine> Driver<E> {
     }
 
     /// The first vCPU runs to the first user instruction, then every other one until it waits; then
-    /// always the first that can, until it waits.
+    /// always the first that can, until it waits or has sent an IPI, which is delivered at once.
     fn set_up(&mut self, to_begin: bool) -> Result<(), DriverError> {
         self.set_up_step(0, |halt| matches!(halt, Halt::FirstUser))?;
         for vcpu in 1..self.standing.len() {
@@ -205,7 +205,8 @@ impl<E: Engine> Driver<E> {
             }
             self.steps += 1;
             self.find_enabled();
-            let Some(&actor) = self.enabled.first() else {
+            let wire = self.enabled.iter().find(|a| matches!(a, Actor::Wire(_)));
+            let Some(&actor) = wire.or(self.enabled.first()) else {
                 return Err(DriverError::SetUp("nobody can run".into()));
             };
             if turn > self.limits.points {
@@ -239,7 +240,7 @@ impl<E: Engine> Driver<E> {
         self.slice.clear();
         let limit = Limit {
             points: UNBOUNDED,
-            traps: ALWAYS,
+            traps: ALWAYS.and(self.awaited()),
         };
         loop {
             let halt = self.engine.run(vcpu, limit, &mut self.slice)?;

@@ -3,12 +3,15 @@
 //! A [`Schedule`] says who ran for how many scheduling points. A [`Scheduler`] chooses one step at a time, a
 //! [`Driver`] runs it on an [`Engine`](crate::engine::Engine), monitors look at every event.
 
+pub mod compare;
 mod driver;
+mod minimise;
 mod rng;
 mod schedule;
 mod scheduler;
 pub mod strategy;
 
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
+pub use minimise::{minimise, switches};
 pub use schedule::{Actor, Schedule, Segment};
 pub use scheduler::{Choice, Scheduler, View};

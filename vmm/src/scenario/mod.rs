@@ -118,6 +118,50 @@ impl Scenario {
         params.chain(bugs).collect::<Vec<_>>().join(" ")
     }
 
+    /// This scenario as a file, overrides included; but for a recorded trace, which it only names.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        use std::fmt::Write as _;
+        let quoted = |text: &str| toml::Value::String(text.into()).to_string();
+        let table = |pairs: &[(String, String)]| {
+            // A later one wins.
+            let map: std::collections::BTreeMap<_, _> = pairs.iter().cloned().collect();
+            let pairs: Vec<String> = map
+                .iter()
+                .map(|(key, value)| format!("{} = {}", quoted(key), quoted(value)))
+                .collect();
+            format!("{{ {} }}", pairs.join(", "))
+        };
+        let mut text = format!("name = {}\n[machine]\n", quoted(&self.name));
+        let interrupts = match self.interrupts {
+            InterruptMode::Hardware => "hardware",
+            InterruptMode::Controlled => "controlled",
+        };
+        let _ = write!(
+            text,
+            "vcpus = {}\nmemory = \"{}K\"\ninterrupts = \"{interrupts}\"\n[program]\nname = {}\nargs = {}\n",
+            self.vcpus,
+            self.memory_bytes >> 10,
+            quoted(&self.program.name),
+            table(&self.program.args),
+        );
+        if let Some(trace) = &self.program.trace {
+            let _ = writeln!(
+                text,
+                "trace = {{ file = {} }}",
+                quoted(&trace.path.to_string_lossy())
+            );
+        }
+        let bugs: Vec<String> = self.bugs.iter().map(|bug| quoted(bug.name())).collect();
+        let _ = write!(
+            text,
+            "[kernel]\nparams = {}\nbugs = [{}]\n",
+            table(&self.params),
+            bugs.join(", ")
+        );
+        text
+    }
+
     /// The program's arguments as it gets them: `key=value`.
     #[must_use]
     pub fn args(&self) -> Vec<String> {

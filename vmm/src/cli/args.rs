@@ -71,11 +71,122 @@ pub enum Command {
     /// Pause a scenario at a scheduling point or after a time and show what is inside
     #[command(after_help = INSPECT_EXAMPLES)]
     Inspect(Inspect),
+    /// Try many interleavings of a scenario, one vCPU at a time, and judge every step of each
+    #[command(after_help = EXPLORE_EXAMPLES)]
+    Explore(Explore),
+    /// Run what a reproducer file says again, step by step
+    Replay(Replay),
     /// Record the memory calls of a real program (needs strace)
     #[command(after_help = RECORD_EXAMPLES)]
     Record(Record),
     /// List what can be named: programs, params, bugs, points, invariants, scenarios
     List(List),
+}
+
+const EXPLORE_EXAMPLES: &str = "\
+Examples:
+  stalemate explore litmus-unmap                                 10,000 schedules in this process
+  stalemate explore litmus-unmap --bug shootdown-skip-remote     finds it, writes a reproducer
+  stalemate explore litmus-cow --engine kvm --schedules 200      the same kernel on real vCPUs
+  stalemate replay out/litmus-unmap-t-01.repro --times 1000      bit for bit, 1000 times
+
+A schedule says who runs for how many scheduling points. On the model engine the kernel runs inside this
+process, without KVM. docs/explore.md explains both, docs/tlb-model.md what is judged.";
+
+/// How schedules are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExploreStrategy {
+    /// Whoever can run, at random
+    Random,
+    /// Random priorities that change at few random points
+    Pct,
+    /// Everybody in turn, with a growing quantum
+    RoundRobin,
+}
+
+/// `explore`.
+#[derive(Args, Debug)]
+#[command(override_usage = "stalemate explore [OPTIONS] <SCENARIO>")]
+pub struct Explore {
+    /// A scenario file, or the name of one in scenarios/
+    #[arg(required_unless_present = "json")]
+    pub scenario: Option<PathBuf>,
+    /// What executes the kernel
+    #[arg(
+        long,
+        value_enum,
+        default_value = "model",
+        help_heading = "Exploration"
+    )]
+    pub engine: crate::engine::EngineKind,
+    /// How schedules are chosen
+    #[arg(long, value_enum, default_value = "pct", help_heading = "Exploration")]
+    pub strategy: ExploreStrategy,
+    /// PCT: ordering constraints that a bug may need
+    #[arg(long, value_name = "D", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=10), help_heading = "Exploration")]
+    pub depth: u64,
+    /// Schedules to try
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Exploration")]
+    pub schedules: u64,
+    /// Stop after this time: 30s, 10m
+    #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Exploration")]
+    pub time_limit: Option<Duration>,
+    /// Engines that run at once
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        help_heading = "Exploration"
+    )]
+    pub jobs: usize,
+    /// Go on after a failure
+    #[arg(long, help_heading = "Exploration")]
+    pub keep_going: bool,
+    /// Replay every Nth schedule and compare all events (0: none)
+    #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
+    pub verify: u64,
+    /// Look at the end of every Nth schedule with all invariants (0: none)
+    #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
+    pub state_every: u64,
+    /// Where reproducers go
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "out",
+        help_heading = "Output"
+    )]
+    pub out: PathBuf,
+    /// Overrides.
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `replay`.
+#[derive(Args, Debug)]
+pub struct Replay {
+    /// A reproducer that explore wrote
+    pub file: PathBuf,
+    /// What executes the kernel
+    #[arg(long, value_enum, default_value = "model")]
+    pub engine: crate::engine::EngineKind,
+    /// Replay this often and compare
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub times: u64,
+    /// Try it on a kernel that it was not found on
+    #[arg(long)]
+    pub any_kernel: bool,
+    /// The failure is what is wanted: exit 0 where it is reproduced bit for bit, 1 where it is not
+    #[arg(long)]
+    pub expect: bool,
+    /// Without the story
+    #[arg(long)]
+    pub brief: bool,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// How much is said.

@@ -8,9 +8,12 @@ use std::path::{Path, PathBuf};
 use super::exit::Exit;
 use super::lab;
 use crate::boot::{BootError, ElfError};
+use crate::engine::EngineError;
+use crate::explore::DriverError;
 use crate::inspect::InspectError;
 use crate::report::json::WriteError;
 use crate::report::verdict::Paint;
+use crate::reproducer::ReproducerError;
 use crate::scenario::ScenarioError;
 use crate::scenario::record::RecordError;
 use crate::session::MachineError;
@@ -46,6 +49,12 @@ pub(super) enum Failure {
     /// Nothing was recorded.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// Nothing was explored to its end.
+    #[error(transparent)]
+    Explore(#[from] DriverError),
+    /// The reproducer is refused.
+    #[error(transparent)]
+    Reproducer(#[from] ReproducerError),
     /// A result cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -75,21 +84,17 @@ impl Failure {
             | Self::Kernel { .. }
             | Self::Write(_)
             | Self::Stdout(_) => Exit::BadInput,
-            Self::Machine(error) => match error {
-                MachineError::NoKvm { .. }
-                | MachineError::NoPermission { .. }
-                | MachineError::MissingCapability { .. } => Exit::HostCannot,
-                MachineError::KernelFile(_)
-                | MachineError::BadKernel(_)
-                | MachineError::MemoryTooSmall { .. }
-                | MachineError::BadVcpus { .. }
-                | MachineError::NoSuchVcpu { .. } => Exit::BadInput,
-                MachineError::Memory(_)
-                | MachineError::Kvm { .. }
-                | MachineError::Vcpu(_)
-                | MachineError::Timeout { .. }
-                | MachineError::Io { .. } => Exit::Internal,
+            Self::Machine(error) => of_machine_error(error),
+            Self::Explore(error) => match error {
+                DriverError::Engine(EngineError::Machine(error)) => of_machine_error(error),
+                DriverError::Engine(EngineError::Interrupted) => Exit::Interrupted,
+                DriverError::Engine(EngineError::NoPoint { .. }) => Exit::GuestFailed,
+                DriverError::Engine(EngineError::Unsupported(_))
+                | DriverError::Impossible { .. }
+                | DriverError::SetUp(_) => Exit::BadInput,
+                DriverError::Nondeterminism { .. } => Exit::Internal,
             },
+            Self::Reproducer(_) => Exit::BadInput,
             Self::Inspect(_) => Exit::GuestFailed,
             Self::Record(error) => match error {
                 RecordError::NoCommand
@@ -127,6 +132,24 @@ impl Failure {
             _ => {}
         }
         text
+    }
+}
+
+fn of_machine_error(error: &MachineError) -> Exit {
+    match error {
+        MachineError::NoKvm { .. }
+        | MachineError::NoPermission { .. }
+        | MachineError::MissingCapability { .. } => Exit::HostCannot,
+        MachineError::KernelFile(_)
+        | MachineError::BadKernel(_)
+        | MachineError::MemoryTooSmall { .. }
+        | MachineError::BadVcpus { .. }
+        | MachineError::NoSuchVcpu { .. } => Exit::BadInput,
+        MachineError::Memory(_)
+        | MachineError::Kvm { .. }
+        | MachineError::Vcpu(_)
+        | MachineError::Timeout { .. }
+        | MachineError::Io { .. } => Exit::Internal,
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod args;
 mod doctor;
 pub mod exit;
+mod explore;
 mod failure;
 mod inspect;
 mod interrupt;
@@ -107,6 +108,20 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
                 .ok_or_else(|| missing("inspect", "<SCENARIO>"))?;
             let output = output(&inspect.json);
             inspect::inspect(&scenario, &inspect, &output).and_then(|exit| output.finish(exit))
+        }
+        Command::Explore(mut explore) => {
+            let path = |text: &str| Some(text.into());
+            explore.scenario = explore.json.give_back(explore.scenario, path);
+            let scenario = explore
+                .scenario
+                .clone()
+                .ok_or_else(|| missing("explore", "<SCENARIO>"))?;
+            let output = output(&explore.json);
+            explore::explore(&scenario, &explore, &output).and_then(|exit| output.finish(exit))
+        }
+        Command::Replay(replay) => {
+            let output = output(&replay.json);
+            explore::replay(&replay, &output).and_then(|exit| output.finish(exit))
         }
         Command::Record(record) => {
             let output = output(&record.json);

@@ -1,7 +1,8 @@
 //! The board: devices on their buses, and the ways between the vCPUs.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use abi::boot::InterruptMode;
 use abi::layout::{LAPIC_GPA, PAGE_SIZE};
@@ -12,8 +13,10 @@ use devices::lapic::{IpiKind, IpiRequest, LocalApics};
 use devices::serial::SerialPort;
 use devices::{Bus, Effect};
 
+use super::channel::Channel;
 use super::console::Console;
 use crate::kvm::vcpu::{Access, Event, Fault, Kick, Notice, Platform};
+use crate::memory::GuestRam;
 
 /// What the controller is told.
 #[derive(Debug)]
@@ -36,6 +39,8 @@ pub(super) struct Board {
     /// None with an in-kernel irqchip.
     apics: Option<Arc<LocalApics>>,
     kicks: Vec<Arc<Kick>>,
+    /// In serialised runs: IPIs that were sent and not delivered, by target, and guest memory.
+    held: Option<(Mutex<Vec<BTreeSet<u8>>>, GuestRam)>,
     messages: Sender<Message>,
 }
 
@@ -45,6 +50,7 @@ impl Board {
         vcpus: usize,
         interrupts: InterruptMode,
         console: &Console,
+        hold: Option<GuestRam>,
         messages: Sender<Message>,
     ) -> Self {
         let mut ports = Bus::default();
@@ -71,6 +77,7 @@ impl Board {
             mmio,
             apics,
             kicks: (0..vcpus).map(|_| Arc::default()).collect(),
+            held: hold.map(|ram| (Mutex::new(vec![BTreeSet::new(); vcpus]), ram)),
             messages,
         }
     }
@@ -80,7 +87,32 @@ impl Board {
         Arc::clone(&self.kicks[vcpu])
     }
 
-    /// Delivers an IPI at once.
+    /// True where an IPI that was sent to `vcpu` is held.
+    pub(super) fn in_flight(&self, vcpu: usize) -> bool {
+        let held = self.held.as_ref();
+        held.is_some_and(|(held, _)| {
+            let held = held.lock().unwrap_or_else(PoisonError::into_inner);
+            held.get(vcpu).is_some_and(|vectors| !vectors.is_empty())
+        })
+    }
+
+    /// True where `vcpu` takes an interrupt as soon as it may.
+    pub(super) fn pending(&self, vcpu: usize) -> bool {
+        let apics = self.apics.as_ref();
+        apics.is_some_and(|apics| apics.pending(vcpu).is_some())
+    }
+
+    /// Delivers what is held for `vcpu`.
+    pub(super) fn deliver_held(&self, vcpu: usize) {
+        if let (Some((held, _)), Some(apics)) = (&self.held, &self.apics) {
+            let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+            for vector in std::mem::take(&mut held[vcpu]) {
+                apics.deliver(vcpu, vector);
+            }
+        }
+    }
+
+    /// Delivers an IPI at once, or holds it.
     fn deliver(&self, request: IpiRequest) -> Result<(), Event> {
         let (IpiKind::Fixed(vector), Some(apics)) = (request.kind, &self.apics) else {
             return Err(unexpected(format!(
@@ -88,6 +120,17 @@ impl Board {
                 request.kind
             )));
         };
+        if let Some((held, ram)) = &self.held {
+            let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+            for (cpu, vectors) in held.iter_mut().enumerate() {
+                if request.targets & 1 << cpu != 0 {
+                    vectors.insert(vector);
+                }
+            }
+            // Whoever chooses the schedule is asked at the next point: there is a new choice.
+            Channel::new(ram, request.from).set_budget(1);
+            return Ok(());
+        }
         for (cpu, kick) in self.kicks.iter().enumerate() {
             if request.targets & 1 << cpu != 0 {
                 apics.deliver(cpu, vector);

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use abi::channel::{Control, Event, MAX_MESSAGE, RING_RECORDS, Report, ReportKind};
+use abi::failpoint::Failpoint;
 use abi::layout::{CHANNEL_GPA, CHANNEL_STRIDE, ENTRIES_PER_TABLE, PAGE_SIZE};
 use abi::point::Point;
 
@@ -98,6 +99,20 @@ impl<'a> Channel<'a> {
     fn head(&self) -> u64 {
         // Acquire: pairs with the guest's release after it has written the record.
         self.control[word!(ring_head)].load(Acquire)
+    }
+
+    /// Points passed so far.
+    pub(crate) fn points_passed(&self) -> u64 {
+        self.control[word!(points_passed)].load(Relaxed)
+    }
+
+    /// Arms a failpoint.
+    pub(crate) fn arm(&self, failpoint: Failpoint, passages: u32) {
+        // Two of the array's 32-bit counters share a word.
+        let (word, shift) = (failpoint as usize / 2, failpoint as usize % 2 * 32);
+        let word = &self.control[word!(fail) + word];
+        let kept = word.load(Relaxed) & !(u64::from(u32::MAX) << shift);
+        word.store(kept | u64::from(passages) << shift, Relaxed);
     }
 
     /// What the watchdog looks at: any change is a sign of life.

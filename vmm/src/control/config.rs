@@ -43,6 +43,10 @@ pub struct MachineConfig {
     pub program: ProgramSpec,
     /// The kernel.
     pub kernel: KernelImage,
+    /// Whether vCPUs run one at a time ([`Machine::run_vcpu`](super::Machine::run_vcpu)): IPIs are then held
+    /// until they are delivered, the first user instruction is a stop, and no event is lost. Needs
+    /// controlled interrupts.
+    pub serialised: bool,
     /// Whether each vCPU thread is pinned to a host CPU, best effort: a migration flushes the TLB.
     pub pin: bool,
     /// How long the guest may show no sign of life before it counts as hung.
@@ -61,6 +65,7 @@ impl Default for MachineConfig {
             cmdline: String::new(),
             program: ProgramSpec::default(),
             kernel: KernelImage::Embedded,
+            serialised: false,
             pin: true,
             watchdog: Duration::from_secs(10),
             events: !NOISY_EVENTS,

@@ -37,6 +37,11 @@ pub enum Stop {
         /// Which vCPU.
         vcpu: usize,
     },
+    /// The kernel is about to enter CPL 3 for the first time (serialised machines only).
+    FirstUser {
+        /// Which vCPU.
+        vcpu: usize,
+    },
     /// The time given is over.
     Deadline,
     /// Somebody asked for it through an [`InterruptHandle`](super::InterruptHandle).

@@ -4,6 +4,7 @@
 //! vCPUs, `model` the same kernel inside this process. Whoever drives an [`Engine`] cannot tell
 //! which one it is.
 
+pub mod kvm;
 pub mod model;
 
 use abi::channel::Event;
@@ -185,6 +186,62 @@ pub trait Engine {
     fn console(&self) -> String;
     /// Where the time went since the engine was made.
     fn costs(&self) -> Costs;
+}
+
+impl<E: Engine + ?Sized> Engine for Box<E> {
+    fn kind(&self) -> EngineKind {
+        (**self).kind()
+    }
+    fn nr_vcpus(&self) -> usize {
+        (**self).nr_vcpus()
+    }
+    fn run(
+        &mut self,
+        vcpu: usize,
+        limit: Limit,
+        events: &mut Vec<Event>,
+    ) -> Result<Halt, EngineError> {
+        (**self).run(vcpu, limit, events)
+    }
+    fn points_passed(&self, vcpu: usize) -> u64 {
+        (**self).points_passed(vcpu)
+    }
+    fn in_flight(&self, vcpu: usize) -> bool {
+        (**self).in_flight(vcpu)
+    }
+    fn deliver(&mut self, vcpu: usize) {
+        (**self).deliver(vcpu);
+    }
+    fn pending(&self, vcpu: usize) -> bool {
+        (**self).pending(vcpu)
+    }
+    fn save(&mut self) -> Result<(), EngineError> {
+        (**self).save()
+    }
+    fn reset(&mut self) -> Result<(), EngineError> {
+        (**self).reset()
+    }
+    fn arm(&mut self, vcpu: usize, failpoint: abi::failpoint::Failpoint, passages: u32) {
+        (**self).arm(vcpu, failpoint, passages);
+    }
+    fn memory(&self) -> &dyn PhysMem {
+        (**self).memory()
+    }
+    fn kernel_root(&self) -> Option<u64> {
+        (**self).kernel_root()
+    }
+    fn vcpu_facts(&self) -> Result<Vec<VcpuFacts>, EngineError> {
+        (**self).vcpu_facts()
+    }
+    fn symbols(&self) -> Option<&Symbols<'_>> {
+        (**self).symbols()
+    }
+    fn console(&self) -> String {
+        (**self).console()
+    }
+    fn costs(&self) -> Costs {
+        (**self).costs()
+    }
 }
 
 /// Where an engine's time went.

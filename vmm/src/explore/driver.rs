@@ -124,6 +124,14 @@ pub enum DriverError {
         /// Where it stands, or that nothing is in flight.
         why: String,
     },
+    /// Two runs of one schedule differ: a bug of the first rank, of the kernel or of the engine.
+    #[error("execution {index} is not the same when its schedule is replayed: {difference}")]
+    Nondeterminism {
+        /// Number of the execution.
+        index: u64,
+        /// The first difference.
+        difference: String,
+    },
     /// The set-up of the program did not get to the start of the schedule.
     #[error("the program's set-up ended early: {0}")]
     SetUp(String),
@@ -141,6 +149,8 @@ pub struct Driver<E> {
     stopped_in: Vec<u64>,
     enabled: Vec<Actor>,
     slice: Vec<Event>,
+    /// Memory of executions that nobody needs any more.
+    spare: Vec<Seen>,
 }
 
 impl<E: Engine> Driver<E> {
@@ -165,6 +175,7 @@ impl<E: Engine> Driver<E> {
             stopped_in: vec![0; vcpus],
             enabled: Vec::new(),
             slice: Vec::new(),
+            spare: Vec::new(),
         };
         driver.set_up(to_begin)?;
         driver.engine.save()?;
@@ -183,6 +194,12 @@ impl<E: Engine> Driver<E> {
             monitor.start(self.engine.memory(), root, self.standing.len());
         }
         Ok(())
+    }
+
+    /// Takes an execution back that nobody needs any more: the next one uses its memory.
+    pub fn recycle(&mut self, mut run: Execution) {
+        run.events.clear();
+        self.spare = run.events;
     }
 
     /// The engine.
@@ -283,7 +300,7 @@ impl<E: Engine> Driver<E> {
         let mut run = Execution {
             schedule: Schedule::default(),
             ending: Ending::ScheduleOver,
-            events: Vec::new(),
+            events: std::mem::take(&mut self.spare),
         };
         run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
         scheduler.end(&run.schedule);

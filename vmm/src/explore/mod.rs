@@ -3,6 +3,7 @@
 //! A [`Schedule`] says who ran for how many scheduling points. A [`Scheduler`] chooses one step at a time, a
 //! [`Driver`] runs it on an [`Engine`](crate::engine::Engine), monitors look at every event.
 
+pub mod campaign;
 pub mod compare;
 mod driver;
 mod minimise;

@@ -5,6 +5,7 @@
 
 pub mod crash;
 pub mod json;
+pub mod story;
 pub mod symbols;
 pub mod verdict;
 

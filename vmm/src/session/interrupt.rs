@@ -26,6 +26,12 @@ impl Interrupt {
         std::mem::replace(&mut state.requested, true)
     }
 
+    /// True once the stop was asked for.
+    pub fn requested(&self) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.requested
+    }
+
     /// From now on the stop is for `machine`.
     pub(super) fn watch(&self, machine: InterruptHandle) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

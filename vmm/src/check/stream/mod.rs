@@ -19,6 +19,12 @@ pub struct Seen {
     pub event: Event,
 }
 
+/// Every monitor there is.
+#[must_use]
+pub fn all() -> Vec<Box<dyn Monitor>> {
+    vec![Box::new(tlb::TlbModel::new())]
+}
+
 /// Judges a stream of events.
 pub trait Monitor {
     /// Starts over from this state of the machine, in which no vCPU runs. Expensive: once a campaign.

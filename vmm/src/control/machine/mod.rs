@@ -86,6 +86,8 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     _io: IoThread,
     vm: vm::Vm,
+    board: Arc<Board>,
+    serialised: bool,
     ram: GuestRam,
     console: Console,
     kernel: Cow<'static, [u8]>,
@@ -141,6 +143,7 @@ impl Machine {
             let channel = Channel::new(&ram, vcpu);
             channel.set_budget(u64::MAX);
             channel.set_event_mask(config.events);
+            channel.set_ring_exits(config.serialised);
         }
         timings.load = clock.lap();
 
@@ -154,6 +157,7 @@ impl Machine {
             config.vcpus as usize,
             config.interrupts,
             &console,
+            config.serialised.then(|| ram.clone()),
             sender.clone(),
         ));
         let host_cpus = if config.pin {
@@ -197,6 +201,8 @@ impl Machine {
             vcpus,
             _io: io,
             vm,
+            board,
+            serialised: config.serialised,
             ram,
             console,
             kernel,
@@ -247,6 +253,47 @@ impl Machine {
             self.ended = Some(stop.clone());
         }
         Ok(stop)
+    }
+
+    /// Lets `vcpu` alone run until it stops.
+    ///
+    /// # Errors
+    /// A fault of the host's side; the machine should then be dropped.
+    pub fn run_vcpu(&mut self, vcpu: usize) -> Result<Stop, MachineError> {
+        if let Some(stop) = &self.ended {
+            return Ok(stop.clone());
+        }
+        self.absorb()?;
+        self.runs += 1;
+        self.run.set(self.runs);
+        self.first_resume.get_or_insert_with(Instant::now);
+        self.all(Step::Resume, |handle| {
+            handle.index() == vcpu && handle.state() == State::Paused
+        })?;
+        let stop = self.wait_for_stop(None);
+        let paused = self.pause_all();
+        let stop = stop?;
+        paused?;
+        let stop = self.complete(stop)?;
+        if stop.is_final() {
+            self.ended = Some(stop.clone());
+        }
+        Ok(stop)
+    }
+
+    /// True where an IPI that was sent to `vcpu` is held (serialised machines).
+    #[must_use]
+    pub fn in_flight(&self, vcpu: usize) -> bool {
+        self.board.in_flight(vcpu)
+    }
+    /// Delivers every IPI that is held for `vcpu`.
+    pub fn deliver(&mut self, vcpu: usize) {
+        self.board.deliver_held(vcpu);
+    }
+    /// True where `vcpu` takes an interrupt as soon as it may.
+    #[must_use]
+    pub fn pending(&self, vcpu: usize) -> bool {
+        self.board.pending(vcpu)
     }
 
     /// Resumes every vCPU but those whose stop has not been told yet.
@@ -358,6 +405,10 @@ impl Machine {
                 if let (None, Some(start)) = (self.timings.first_user, self.first_resume) {
                     self.timings.first_user = Some(at.duration_since(start));
                 }
+                if self.serialised {
+                    self.backlog.push_back(message);
+                    return Ok(());
+                }
                 if was_running {
                     handle.request(Step::Resume)?;
                     handle.wait(Step::Resume)?;
@@ -408,6 +459,7 @@ impl Machine {
             Some(Doorbell::RingFull) => {
                 refuse("the guest waits for a full event ring, which nobody asked for".into())
             }
+            Some(Doorbell::FirstUser) if self.serialised => Stop::FirstUser { vcpu },
             Some(Doorbell::FirstUser) | None => refuse(format!(
                 "the guest rang the doorbell with {value}, which is no reason"
             )),

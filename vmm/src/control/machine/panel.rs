@@ -44,6 +44,36 @@ impl Machine {
         Ok(())
     }
 
+    /// Makes `vcpu` stop at the points in `mask` (bit `p` for point `p`, the first 64), whatever others do.
+    ///
+    /// # Errors
+    /// [`MachineError::NoSuchVcpu`].
+    pub fn set_vcpu_traps(&mut self, vcpu: usize, mask: u64) -> Result<(), MachineError> {
+        self.channel(vcpu)?.set_traps([mask, 0, 0, 0]);
+        Ok(())
+    }
+
+    /// Points that `vcpu` has passed; 0 for one that does not exist.
+    #[must_use]
+    pub fn points_passed(&self, vcpu: usize) -> u64 {
+        self.channel(vcpu)
+            .map_or(0, |channel| channel.points_passed())
+    }
+
+    /// Arms a failpoint on `vcpu`: its `passages`-th passage from here fails; 0 disarms it.
+    ///
+    /// # Errors
+    /// [`MachineError::NoSuchVcpu`].
+    pub fn arm(
+        &mut self,
+        vcpu: usize,
+        failpoint: abi::failpoint::Failpoint,
+        passages: u32,
+    ) -> Result<(), MachineError> {
+        self.channel(vcpu)?.arm(failpoint, passages);
+        Ok(())
+    }
+
     /// Makes a full event ring stop the machine ([`Stop::RingFull`]) instead of overwriting the
     /// oldest events, or not; what the rings hold now counts as taken.
     pub fn set_ring_exits(&mut self, on: bool) {

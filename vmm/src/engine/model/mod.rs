@@ -10,7 +10,7 @@
 
 mod sys;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;

@@ -1,0 +1,359 @@
+//! Many executions of one scenario, on several engines at once where that is asked for.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use abi::channel::EventKind;
+use rustc_hash::FxHashSet;
+
+use super::strategy::{Pct, Random, Replay, RoundRobin, Tolerant};
+use super::{Driver, DriverError, Ending, Execution, Limits, Schedule, Scheduler, minimise};
+use crate::check::stream::{self, Monitor, Seen};
+use crate::check::{self, Context, Moment};
+use crate::engine::{Costs, Engine};
+use crate::inspect::Snapshot;
+
+/// How schedules are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strategy {
+    /// Random walk with runs of this many points on average.
+    Random {
+        /// Mean length of a run.
+        mean: u64,
+    },
+    /// Probabilistic concurrency testing.
+    Pct {
+        /// Ordering constraints that a bug may need.
+        depth: u64,
+    },
+    /// Everybody in turn; execution `i` with a quantum of `i + 1` points.
+    RoundRobin,
+}
+
+/// What a campaign does.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// How schedules are chosen.
+    pub strategy: Strategy,
+    /// Executions.
+    pub executions: u64,
+    /// Of which stream of random numbers.
+    pub seed: u64,
+    /// Wall time.
+    pub time_limit: Option<Duration>,
+    /// Every how many executions the state at the end is checked by all invariants too (0: never).
+    pub state_every: u64,
+    /// Every how many executions one is replayed and compared (0: never).
+    pub verify_every: u64,
+    /// Engines at once.
+    pub jobs: usize,
+    /// Ends at the first violation.
+    pub first: bool,
+}
+
+/// An execution that does not end as it should.
+#[derive(Debug)]
+pub struct Found {
+    /// Number of the execution.
+    pub index: u64,
+    /// What was run and how it ended.
+    pub execution: Execution,
+}
+
+/// What a campaign came to.
+#[derive(Debug, Default)]
+pub struct Summary {
+    /// Executions.
+    pub executions: u64,
+    /// Scheduling points.
+    pub points: u64,
+    /// Events.
+    pub events: u64,
+    /// Distinct ordered pairs of conflicting events on different vCPUs.
+    pub pairs: usize,
+    /// Executions that were replayed and compared.
+    pub verified: u64,
+    /// Ends that all invariants looked at.
+    pub states: u64,
+    /// What was found, by number of the execution.
+    pub found: Vec<Found>,
+    /// Wall time.
+    pub elapsed: Duration,
+    /// Where the engines' time went.
+    pub costs: Costs,
+    /// Time in monitors and invariants.
+    pub checks: Duration,
+}
+
+/// What a campaign counts while it runs.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Executions so far.
+    pub executions: AtomicU64,
+    /// Pairs so far.
+    pub pairs: AtomicU64,
+    /// Found so far.
+    pub found: AtomicU64,
+}
+
+/// A name for how an execution ended, the same for the same kind of failure; none where it is well.
+#[must_use]
+pub fn failure_id(ending: &Ending) -> Option<String> {
+    Some(match ending {
+        Ending::Finished { .. } | Ending::ScheduleOver => return None,
+        Ending::Violation(violation) => violation.id.into(),
+        Ending::Report { .. } => "report".into(),
+        Ending::Deadlock(_) => "deadlock".into(),
+        Ending::Livelock(_) => "livelock".into(),
+        Ending::Crashed { .. } => "crash".into(),
+    })
+}
+
+/// Runs `plan` on engines that `make` makes, one for each job, until it is done or `stop` is set.
+///
+/// # Errors
+/// An engine failed, or two runs of one schedule differ.
+pub fn run<E: Engine>(
+    make: impl Fn() -> Result<E, DriverError> + Sync,
+    plan: &Plan,
+    counts: &Counts,
+    stop: &AtomicBool,
+) -> Result<Summary, DriverError> {
+    let started = Instant::now();
+    let pairs = Mutex::new(FxHashSet::default());
+    let next = AtomicU64::new(0);
+    let over = AtomicBool::new(false);
+    let job = || -> Result<Summary, DriverError> {
+        let mut worker = Worker::new(make()?, plan)?;
+        let mut summary = Summary::default();
+        loop {
+            let late = plan
+                .time_limit
+                .is_some_and(|limit| started.elapsed() >= limit);
+            if late || stop.load(Ordering::Relaxed) || over.load(Ordering::Relaxed) {
+                break;
+            }
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= plan.executions {
+                break;
+            }
+            worker.one(index, plan, &pairs, &mut summary)?;
+            counts.executions.fetch_add(1, Ordering::Relaxed);
+            if summary
+                .found
+                .last()
+                .is_some_and(|found| found.index == index)
+            {
+                counts.found.fetch_add(1, Ordering::Relaxed);
+                if plan.first {
+                    over.store(true, Ordering::Relaxed);
+                }
+            }
+            if index.is_multiple_of(64) {
+                let known = pairs.lock().expect("no job panics").len() as u64;
+                counts.pairs.store(known, Ordering::Relaxed);
+            }
+        }
+        summary.costs = worker.driver.engine().costs();
+        Ok(summary)
+    };
+    let parts: Vec<Result<Summary, DriverError>> = if plan.jobs <= 1 {
+        vec![job()]
+    } else {
+        std::thread::scope(|scope| {
+            let jobs: Vec<_> = (0..plan.jobs).map(|_| scope.spawn(job)).collect();
+            jobs.into_iter()
+                .map(|job| job.join().expect("a job does not panic"))
+                .collect()
+        })
+    };
+    let mut whole = Summary::default();
+    for part in parts {
+        let part = part?;
+        whole.executions += part.executions;
+        whole.points += part.points;
+        whole.events += part.events;
+        whole.verified += part.verified;
+        whole.states += part.states;
+        whole.found.extend(part.found);
+        whole.checks += part.checks;
+        whole.costs.guest += part.costs.guest;
+        whole.costs.exits += part.costs.exits;
+        whole.costs.reset += part.costs.reset;
+        whole.costs.resets += part.costs.resets;
+        whole.costs.pages += part.costs.pages;
+    }
+    whole.found.sort_by_key(|found| found.index);
+    whole.pairs = pairs.into_inner().expect("no job panics").len();
+    whole.elapsed = started.elapsed();
+    Ok(whole)
+}
+
+type Pairs = Mutex<FxHashSet<u64>>;
+
+/// One engine and its monitors.
+pub struct Worker<E> {
+    driver: Driver<E>,
+    monitors: Vec<Box<dyn Monitor>>,
+    /// Points of one execution in turns: what PCT spreads its changes over.
+    length: u64,
+    known: FxHashSet<u64>,
+}
+
+impl<E: Engine> Worker<E> {
+    /// Sets the engine's program up.
+    ///
+    /// # Errors
+    /// The engine failed, or the program did not get to the start of the test.
+    pub fn new(engine: E, plan: &Plan) -> Result<Self, DriverError> {
+        let mut worker = Self {
+            driver: Driver::new(engine, Limits::default(), true)?,
+            monitors: stream::all(),
+            length: 1,
+            known: FxHashSet::default(),
+        };
+        worker.driver.start(&mut worker.monitors)?;
+        if let Strategy::Pct { .. } = plan.strategy {
+            let run = worker.execute(&mut RoundRobin::new(8), false)?;
+            worker.length = run.schedule.points().max(1);
+        }
+        Ok(worker)
+    }
+
+    /// Runs one schedule with all monitors; `state`: all invariants look at the state at its end.
+    ///
+    /// # Errors
+    /// The engine failed, or the schedule is impossible.
+    pub fn execute(
+        &mut self,
+        scheduler: &mut dyn Scheduler,
+        state: bool,
+    ) -> Result<Execution, DriverError> {
+        let run = self.driver.execute(scheduler, &mut self.monitors)?;
+        let mut run = run.expect("a fresh scheduler has one execution");
+        if let Ending::Finished { status } = run.ending {
+            let engine = self.driver.engine();
+            let root = engine.kernel_root().unwrap_or(0);
+            let mut found = Vec::new();
+            for monitor in &mut self.monitors {
+                monitor.compare(engine.memory(), root, &mut found);
+            }
+            if state && found.is_empty() {
+                let facts = engine.vcpu_facts()?;
+                if let Ok(snapshot) = Snapshot::read(engine.memory(), root) {
+                    let moment = match status {
+                        Some(_) => Moment::AfterExit,
+                        None => Moment::Paused,
+                    };
+                    let context = Context::new(engine.memory(), &snapshot, &facts, moment);
+                    found = check::run(&context).violations;
+                }
+            }
+            if !found.is_empty() {
+                run.ending = Ending::Violation(Box::new(found.swap_remove(0)));
+            }
+        }
+        Ok(run)
+    }
+
+    /// Replays `schedule` exactly.
+    ///
+    /// # Errors
+    /// As [`Worker::execute`].
+    pub fn replay(&mut self, schedule: &Schedule) -> Result<Execution, DriverError> {
+        self.execute(&mut Replay::new(schedule.clone()), true)
+    }
+
+    /// The cheapest schedule that is found to fail as `failing` does, and its execution.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn minimise(&mut self, failing: &Execution, runs: usize) -> Result<Execution, DriverError> {
+        let id = failure_id(&failing.ending);
+        let start = failing.schedule.clone();
+        let small = minimise::minimise(start, runs, |candidate| {
+            let run = self.execute(&mut Tolerant::new(candidate.clone()), true)?;
+            Ok::<_, DriverError>((failure_id(&run.ending) == id).then_some(run.schedule))
+        })?;
+        self.replay(&small)
+    }
+
+    /// The engine.
+    pub fn engine(&mut self) -> &mut E {
+        self.driver.engine()
+    }
+
+    fn one(
+        &mut self,
+        index: u64,
+        plan: &Plan,
+        pairs: &Pairs,
+        summary: &mut Summary,
+    ) -> Result<(), DriverError> {
+        let is_due = |every: u64| every != 0 && index.is_multiple_of(every);
+        let mut scheduler: Box<dyn Scheduler> = match plan.strategy {
+            Strategy::Random { mean } => Box::new(Random::new(plan.seed, index, mean)),
+            Strategy::Pct { depth } => {
+                Box::new(Pct::new(plan.seed, index, depth, Some(self.length)))
+            }
+            Strategy::RoundRobin => Box::new(RoundRobin::new(index + 1)),
+        };
+        let state = is_due(plan.state_every);
+        let run = self.execute(scheduler.as_mut(), state)?;
+        summary.executions += 1;
+        summary.points += run.schedule.points();
+        summary.events += run.events.len() as u64;
+        summary.states += u64::from(state);
+        self.cover(&run.events, pairs);
+        if is_due(plan.verify_every) {
+            let again = self.replay(&run.schedule)?;
+            summary.verified += 1;
+            if let Some(difference) = super::compare::first_difference(&run.events, &again.events) {
+                return Err(DriverError::Nondeterminism { index, difference });
+            }
+        }
+        if failure_id(&run.ending).is_some() {
+            summary.found.push(Found {
+                index,
+                execution: run,
+            });
+        } else {
+            self.driver.recycle(run);
+        }
+        Ok(())
+    }
+
+    /// Notes which conflicting events followed each other on different vCPUs.
+    fn cover(&mut self, events: &[Seen], pairs: &Pairs) {
+        let mut last: rustc_hash::FxHashMap<(u32, u64), (usize, u32)> = Default::default();
+        let mut new = Vec::new();
+        for seen in events {
+            let event = &seen.event;
+            let resource = match EventKind::from_id(event.kind) {
+                Some(EventKind::LockAcquire | EventKind::LockRelease) => (0, event.args[0]),
+                Some(EventKind::PteChange) => (1, event.args[1]),
+                Some(EventKind::FrameAlloc | EventKind::FrameFree) => (2, event.args[0]),
+                Some(EventKind::TlbGen | EventKind::CpumaskSet | EventKind::CpumaskClear) => {
+                    (3, event.args[0])
+                }
+                Some(EventKind::Access) => (4, event.args[1]),
+                _ => continue,
+            };
+            let before = last.insert(resource, (seen.vcpu, event.kind));
+            if let Some((vcpu, kind)) = before
+                && vcpu != seen.vcpu
+            {
+                use std::hash::{Hash as _, Hasher as _};
+                let mut hash = rustc_hash::FxHasher::default();
+                (vcpu, kind, seen.vcpu, event.kind, resource).hash(&mut hash);
+                if self.known.insert(hash.finish()) {
+                    new.push(hash.finish());
+                }
+            }
+        }
+        if !new.is_empty() {
+            pairs.lock().expect("no job panics").extend(new);
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! The story of an execution: who did what in which order, one column for each vCPU.
+
+use std::fmt::Write as _;
+
+use abi::channel::{EventKind, access};
+use abi::lock::LockClass;
+use abi::objects::FrameKind;
+use abi::pte::{Pte, PteFlags};
+use abi::syscall::{decode, nr};
+
+use crate::check::stream::Seen;
+use crate::explore::{Ending, Execution};
+
+/// Most lines of a story; what lies further back is left out, and said to be.
+const LINES: usize = 48;
+/// Characters of a column.
+const WIDTH: usize = 52;
+
+/// Tells the last part of `execution`, with what went wrong at its end.
+#[must_use]
+pub fn tell(execution: &Execution, vcpus: usize) -> String {
+    let lines: Vec<(usize, String)> = execution
+        .events
+        .iter()
+        .filter_map(|seen| Some((seen.vcpu, line(seen)?)))
+        .collect();
+    let lines = joined(lines);
+    let skipped = lines.len().saturating_sub(LINES);
+    let mut text = String::new();
+    let rule = |left: &str| {
+        let columns: Vec<String> = (0..vcpus)
+            .map(|vcpu| format!("{left} vCPU {vcpu} "))
+            .map(|head| format!("{head:─<WIDTH$}"))
+            .collect();
+        columns.concat()
+    };
+    let _ = writeln!(text, "{}", rule("──"));
+    if skipped > 0 {
+        let _ = writeln!(
+            text,
+            "  … {skipped} earlier lines (--timeline FILE has them all)"
+        );
+    }
+    let mut before = None;
+    for (vcpu, line) in &lines[skipped..] {
+        let switched = before.is_some_and(|before| before != *vcpu);
+        before = Some(*vcpu);
+        let mark = if switched { "▸ " } else { "  " };
+        let line: String = line.chars().take(WIDTH * 2).collect();
+        let _ = writeln!(text, "{:indent$}{mark}{line}", "", indent = vcpu * WIDTH);
+    }
+    let _ = writeln!(text, "✘ {}", ending(&execution.ending));
+    text
+}
+
+/// Lines that say the same several times, as one with a count.
+fn joined(lines: Vec<(usize, String)>) -> Vec<(usize, String)> {
+    let mut all: Vec<(usize, String, u32)> = Vec::new();
+    for (vcpu, line) in lines {
+        match all.last_mut() {
+            Some((v, l, count)) if *v == vcpu && *l == line => *count += 1,
+            _ => all.push((vcpu, line, 1)),
+        }
+    }
+    let told = |(vcpu, line, count): (usize, String, u32)| match count {
+        1 => (vcpu, line),
+        n => (vcpu, format!("{line} (×{n})")),
+    };
+    all.into_iter().map(told).collect()
+}
+
+/// How an execution ended, in words.
+#[must_use]
+pub fn ending(ending: &Ending) -> String {
+    match ending {
+        Ending::Finished { .. } => "nothing wrong was seen".into(),
+        Ending::ScheduleOver => "the schedule ends here; nothing wrong was seen".into(),
+        Ending::Violation(violation) => {
+            let finding = &violation.finding;
+            let mut text = format!("{}  {}", violation.id, finding.summary);
+            for (name, value) in [("expected", &finding.expected), ("found", &finding.found)] {
+                if !value.is_empty() {
+                    let _ = write!(text, "\n    {name:<9} {value}");
+                }
+            }
+            for detail in &finding.details {
+                let _ = write!(text, "\n    {detail}");
+            }
+            let _ = write!(text, "\n    invariant {}", violation.predicate);
+            text
+        }
+        Ending::Report { vcpu, report } => format!(
+            "the program found, on vCPU {vcpu} at {:#x}: {}\n    expected  {:#x}\n    found     {:#x}",
+            report.gva,
+            report.kind.describe(),
+            report.expected,
+            report.found
+        ),
+        Ending::Deadlock(waits) => {
+            let mut text = "deadlock: nobody can take a step".to_owned();
+            for wait in waits {
+                let _ = write!(text, "\n    vCPU {} {}", wait.vcpu, waits_for(wait));
+            }
+            text
+        }
+        Ending::Livelock(standing) => {
+            let mut text = "livelock: whoever can run only waits for the others".to_owned();
+            for (vcpu, standing) in standing.iter().enumerate() {
+                let point = standing.point.map_or("its start", |point| point.name());
+                let _ = write!(text, "\n    vCPU {vcpu} stands at {point}");
+            }
+            text
+        }
+        Ending::Crashed { vcpu, crash } => {
+            let mut text = format!("the guest crashed on vCPU {vcpu}: {}", crash.reason);
+            for detail in &crash.details {
+                let _ = write!(text, "\n    {detail}");
+            }
+            text
+        }
+    }
+}
+
+fn waits_for(wait: &crate::explore::WaitsFor) -> String {
+    use abi::point::Wait;
+    match wait.wait {
+        Wait::Lock { word, class } => {
+            let holder = match class {
+                LockClass::MmapRead | LockClass::MmapWrite => {
+                    format!("its word is {:#x}", wait.word)
+                }
+                _ => format!("vCPU {} holds it", wait.word.wrapping_sub(1)),
+            };
+            format!("waits for the {} at {word:#x}; {holder}", class.name())
+        }
+        Wait::Acknowledged { .. } => format!(
+            "waits for the vCPUs of the mask {:#b} to acknowledge its shootdown",
+            wait.word
+        ),
+        Wait::Interrupt => "idles, and nothing is in flight to it".into(),
+        Wait::Anyone => "waits for another thread of its program".into(),
+    }
+}
+
+/// One event in the words of the field; none where it says nothing to a person.
+fn line(seen: &Seen) -> Option<String> {
+    let args = seen.event.args;
+    let task = seen.event.task;
+    Some(match EventKind::from_id(seen.event.kind)? {
+        EventKind::SyscallEnter => format!("task {task}: {}", call(args)),
+        EventKind::SyscallExit => match decode(args[1]) {
+            Ok(value) => format!("{} returns {value:#x}", name(args[0])),
+            Err(errno) => format!("{} fails: {errno}", name(args[0])),
+        },
+        EventKind::FaultEnter => format!(
+            "task {task}: {} fault at {:#x}",
+            if args[1] & 2 != 0 { "write" } else { "read" },
+            args[0]
+        ),
+        EventKind::FaultExit => format!("fault at {:#x} handled", args[0]),
+        EventKind::PteChange if args[2] > 1 => {
+            let what = if Pte(args[4]).is_present() {
+                "links"
+            } else {
+                "unlinks"
+            };
+            let table = if Pte(args[4]).is_present() {
+                args[4]
+            } else {
+                args[3]
+            };
+            format!(
+                "{what} table {:#x} (level {}, {:#x})",
+                Pte(table).address(),
+                args[2],
+                args[1]
+            )
+        }
+        EventKind::PteChange => format!("PTE {:#x}: {} → {}", args[1], pte(args[3]), pte(args[4])),
+        EventKind::Cr3Load => match args[1] {
+            0 => "loads CR3: the kernel's own tables".into(),
+            mm => format!("loads CR3: mm {mm} (TLB flushed)"),
+        },
+        EventKind::FlushLocal => format!("INVLPG {:#x}..{:#x}", args[1], args[2]),
+        EventKind::FlushAll => format!("flushes its TLB (mm {})", args[0]),
+        EventKind::ShootdownBegin => format!("shootdown of vCPUs {}", mask(args[3])),
+        EventKind::ShootdownEnd => "shootdown acknowledged by all".into(),
+        EventKind::IpiSend => format!("IPI {:#x} → vCPUs {}", args[0], mask(args[1])),
+        EventKind::IpiReceive => format!("takes IPI {:#x}", args[0]),
+        EventKind::IpiAck => format!("acknowledges vCPU {}'s shootdown", args[0]),
+        EventKind::FrameFree => format!("frees frame {:#x} ({})", args[0] >> 12, kind(args[2])),
+        EventKind::FrameAlloc => {
+            format!("allocates frame {:#x} ({})", args[0] >> 12, kind(args[2]))
+        }
+        EventKind::VmaAttach => format!("maps {:#x}..{:#x}", args[2], args[3]),
+        EventKind::VmaDetach => format!("unmaps {:#x}..{:#x}", args[2], args[3]),
+        EventKind::LockWait => format!("waits for the {}", lock(args[1])),
+        EventKind::LockAcquire if is_telling(args[1]) => format!("takes the {}", lock(args[1])),
+        EventKind::LockRelease if is_telling(args[1]) => format!("drops the {}", lock(args[1])),
+        EventKind::Switch => format!("switches: task {} → {}", args[0], args[1]),
+        EventKind::LazyEnter => format!("goes lazy in mm {}", args[0]),
+        EventKind::LazyLeave => format!("leaves lazy mode in mm {}", args[0]),
+        EventKind::Access => {
+            let verb = if args[3] & access::WRITE != 0 {
+                "writes"
+            } else {
+                "reads"
+            };
+            if args[3] & access::FAULT != 0 {
+                format!("task {task}: {verb} {:#x}: refused", args[0])
+            } else {
+                let stale = if args[3] & access::STALE != 0 {
+                    "  ← STALE"
+                } else {
+                    ""
+                };
+                format!(
+                    "task {task}: {verb} {:#x} = frame {:#x}{stale}",
+                    args[0],
+                    args[1] >> 12
+                )
+            }
+        }
+        EventKind::FailpointHit => "an armed failpoint fails".into(),
+        _ => return None,
+    })
+}
+
+/// Locks whose order an MM engineer asks for first.
+fn is_telling(class: u64) -> bool {
+    matches!(
+        LockClass::from_u64(class),
+        Some(LockClass::MmapRead | LockClass::MmapWrite | LockClass::PageTable)
+    )
+}
+
+fn lock(class: u64) -> &'static str {
+    LockClass::from_u64(class).map_or("unknown lock", LockClass::name)
+}
+
+fn kind(kind: u64) -> String {
+    let kind = u8::try_from(kind).ok().and_then(FrameKind::from_u8);
+    kind.map_or("?".into(), |kind| format!("{kind:?}").to_lowercase())
+}
+
+fn mask(mask: u64) -> String {
+    let vcpus = (0..64).filter(|vcpu| mask & 1 << vcpu != 0);
+    vcpus
+        .map(|vcpu| vcpu.to_string())
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+fn pte(value: u64) -> String {
+    let pte = Pte(value);
+    if !pte.is_present() {
+        return "none".into();
+    }
+    let writable = if pte.flags().contains(PteFlags::WRITE) {
+        "RW"
+    } else {
+        "RO"
+    };
+    format!("{:#x} {writable}", pte.address() >> 12)
+}
+
+fn name(number: u64) -> String {
+    let found = nr::ALL.iter().find(|(_, other)| *other == number);
+    found.map_or(format!("call {number}"), |(name, _)| name.to_lowercase())
+}
+
+fn call(args: [u64; 5]) -> String {
+    let name = name(args[0]);
+    match args[0] {
+        nr::MMAP | nr::MUNMAP | nr::MPROTECT | nr::MADVISE => {
+            format!("{name} {:#x} +{:#x}", args[1], args[2])
+        }
+        _ => name,
+    }
+}

@@ -3,7 +3,7 @@
 use abi::boot::InterruptMode;
 use abi::layout::LAPIC_GVA;
 
-use super::registers::{msr, read_msr, write_msr};
+use super::registers::{self, msr, read_msr, write_msr};
 
 /// Vector of a spurious interrupt.
 pub(super) const SPURIOUS_VECTOR: u64 = 0xff;
@@ -11,6 +11,7 @@ const SOFTWARE_ENABLE: u64 = 1 << 8;
 
 // Offsets of xAPIC registers (SDM vol. 3A, table 11-1). An x2APIC MSR is 0x800 + offset / 16, but for
 // the two halves of ICR, which are one MSR.
+const ID: u64 = 0x20;
 const EOI: u64 = 0xb0;
 const SPURIOUS: u64 = 0xf0;
 const ICR_LOW: u64 = 0x300;
@@ -61,6 +62,15 @@ impl LocalApic {
                 store_fence();
                 self.write(ICR_LOW, destination << 32 | command);
             }
+        }
+    }
+
+    /// Opens a window in which pending interrupts are taken.
+    pub(super) fn relax(self) {
+        match self {
+            // The APIC's ID register: reading it changes nothing.
+            Self::XApic => registers::relax_with_exit((LAPIC_GVA + ID) as *const u32),
+            Self::X2Apic => registers::relax(),
         }
     }
 

@@ -89,7 +89,7 @@ impl Arch for X86 {
     }
 
     fn relax(&self) {
-        registers::relax();
+        self.apic.relax();
     }
 
     fn wait_for_interrupt(&self) {

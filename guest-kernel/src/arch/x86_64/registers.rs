@@ -107,6 +107,26 @@ pub(super) fn relax() {
     }
 }
 
+/// As [`relax`], with a load from `mmio` in the window, which is an exit to the host. A host that emulates
+/// CPL 0 executes many instructions at a time and may see no window that closes again before it looks;
+/// an exit makes it look.
+pub(super) fn relax_with_exit(mmio: *const u32) {
+    // SAFETY: as for `relax`; the caller's address may be read at any time.
+    unsafe {
+        asm!(
+            "lea rsp, [rsp - 128]",
+            "sti",
+            "pause",
+            "mov eax, [{mmio}]",
+            "nop",
+            "cli",
+            "lea rsp, [rsp + 128]",
+            mmio = in(reg) mmio,
+            out("eax") _,
+        );
+    }
+}
+
 /// Halts until an interrupt was taken. None is lost: one that is already pending is held off by `sti`
 /// until `hlt` is executing, and ends it (SDM vol. 2B, STI).
 pub(super) fn wait_for_interrupt() {

@@ -363,7 +363,10 @@ impl<E: Engine> Driver<E> {
             let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
             let passed = self.engine.points_passed(vcpu).saturating_sub(before);
             points += passed;
-            run.schedule.push(choice.actor, passed);
+            // A step that does not reach a point counts too: a replay must take it.
+            let at_point = matches!(halt, Halt::Point { .. });
+            run.schedule
+                .push(choice.actor, passed + u64::from(!at_point));
             last = Some((choice.actor, passed));
             for event in &self.slice {
                 let seen = Seen {
@@ -373,6 +376,9 @@ impl<E: Engine> Driver<E> {
                 run.events.push(seen);
                 for monitor in monitors.iter_mut() {
                     monitor.observe(&seen, &mut found);
+                }
+                if !found.is_empty() {
+                    break; // What comes after it tells nothing more.
                 }
             }
             if !found.is_empty() {

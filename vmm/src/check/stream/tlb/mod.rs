@@ -6,16 +6,17 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+use std::mem::offset_of;
+
 use abi::channel::{Event, EventKind, access};
 use abi::layout::PAGE_SIZE;
-use abi::objects::FrameKind;
+use abi::objects::{Cpu, FrameKind, KernelRoot, Mm};
 use abi::pte::{Pte, PteFlags};
 use abi::syscall::{advice, clone, decode, nr};
 use rustc_hash::FxHashMap;
 
 use super::{Monitor, Seen};
 use crate::check::{Finding, Violation};
-use crate::inspect::Snapshot;
 use crate::memory::PhysMem;
 use state::{Change, Stale, State};
 
@@ -56,6 +57,9 @@ pub const INVARIANTS: &[(&str, &str)] = &[
     ),
     (UNEXPLAINED, "the events explain the page tables"),
 ];
+
+/// Most mms that are looked for.
+const MAX_MMS: usize = 1024;
 
 const FREED: &str = "T-01";
 const FREED_MAPPED: &str = "T-02";
@@ -435,18 +439,33 @@ fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> State {
         vcpus: vec![state::Vcpu::default(); nr_vcpus],
         ..State::default()
     };
-    let Ok(snapshot) = Snapshot::read(memory, kernel_root) else {
-        return state;
+    let word = |gpa: u64| {
+        let mut bytes = [0; 8];
+        let read = memory.read(gpa, &mut bytes);
+        read.map_or(0, |()| u64::from_le_bytes(bytes))
     };
-    for mm in &snapshot.mms {
-        state.roots.insert(mm.id, mm.pgd);
-        state.masks.insert(mm.id, mm.cpumask);
-        walk(memory, &mut state, mm.id, mm.pgd, 4, 0);
-        for cpu in snapshot.cpus.iter().filter(|cpu| cpu.loaded_mm == mm.gpa) {
-            if let Some(vcpu) = state.vcpus.get_mut(cpu.index) {
-                (vcpu.mm, vcpu.root, vcpu.lazy) = (mm.id, mm.pgd, cpu.lazy);
+    let mut mm = word(kernel_root + offset_of!(KernelRoot, mms) as u64);
+    // A list that the guest has tied into a loop ends here all the same.
+    for _ in 0..MAX_MMS {
+        if mm == 0 {
+            break;
+        }
+        let id = word(mm + offset_of!(Mm, id) as u64);
+        let pgd = word(mm + offset_of!(Mm, pgd) as u64);
+        state.roots.insert(id, pgd);
+        let mask = word(mm + offset_of!(Mm, cpumask) as u64);
+        state.masks.insert(id, mask);
+        walk(memory, &mut state, id, pgd, 4, 0);
+        for index in 0..nr_vcpus {
+            let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
+            let cpu = kernel_root + cpu as u64;
+            if word(cpu + offset_of!(Cpu, loaded_mm) as u64) == mm {
+                let lazy = word(cpu + offset_of!(Cpu, lazy) as u64) != 0;
+                let vcpu = &mut state.vcpus[index];
+                (vcpu.mm, vcpu.root, vcpu.lazy) = (id, pgd, lazy);
             }
         }
+        mm = word(mm + offset_of!(Mm, next) as u64);
     }
     state
 }

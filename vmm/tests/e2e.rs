@@ -325,3 +325,36 @@ fn results_go_to_a_directory_and_may_be_replaced() {
     assert!(read("report.txt").starts_with("✔ all invariants held"));
     assert_eq!(read("serial.log"), result["serial"].as_str().expect("text"));
 }
+
+/// Every seeded bug has a minimised reproducer, which replays bit for bit on both engines.
+#[test]
+fn every_reproducer_replays_bit_for_bit_on_both_engines() {
+    doctor();
+    let path = |bug: &abi::bug::Bug| format!("scenarios/reproducers/{}.repro", bug.name());
+    let files: Vec<String> = abi::bug::Bug::ALL.iter().map(path).collect();
+    for (engine, times) in [("model", "50"), ("kvm", "2")] {
+        let mut words = vec!["replay", "--engine", engine, "--times", times];
+        words.extend(["--expect", "--brief", "--json"]);
+        words.extend(files.iter().map(String::as_str));
+        let output = stalemate(&words);
+        assert_eq!(output.status.code(), Some(0), "{engine}: {}", text(&output));
+        let result: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let replays = result["replays"].as_array().expect("a list");
+        assert_eq!(replays.len(), files.len());
+    }
+}
+
+/// What explore finds on vCPUs, it finds in process, and the other way round.
+#[test]
+fn explore_finds_a_bug_on_vcpus_and_nothing_without_it() {
+    doctor();
+    let words = ["explore", "litmus-unmap", "--engine", "kvm", "--seed", "1"];
+    let clean = stalemate(&[&words[..], &["--schedules", "5", "--verify", "2"]].concat());
+    assert_eq!(clean.status.code(), Some(0), "{}", text(&clean));
+    let out = tempfile::tempdir().expect("a directory");
+    let out = out.path().to_str().expect("a name");
+    let bug = ["--bug", "flush-range-short", "--out", out];
+    let found = stalemate(&[&words[..], &bug, &["--schedules", "20"]].concat());
+    assert_eq!(found.status.code(), Some(1), "{}", text(&found));
+    assert!(text(&found).contains("T-01"), "{}", text(&found));
+}

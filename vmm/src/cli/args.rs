@@ -167,8 +167,9 @@ pub struct Explore {
 /// `replay`.
 #[derive(Args, Debug)]
 pub struct Replay {
-    /// A reproducer that explore wrote
-    pub file: PathBuf,
+    /// Reproducers that explore wrote
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
     /// What executes the kernel
     #[arg(long, value_enum, default_value = "model")]
     pub engine: crate::engine::EngineKind,

@@ -21,12 +21,23 @@ use crate::report::story;
 use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
 
+/// The program whose tests begin and end at points of their own.
+const EXPLORABLE: &str = "litmus";
 /// Runs that the search for a smaller schedule may take.
 const MINIMISE_RUNS: usize = 2_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
+    if scenario.program.name != EXPLORABLE {
+        return Err(Failure::Usage {
+            problem: format!(
+                "program '{}' does not say where its test begins and ends, so it cannot be explored",
+                scenario.program.name
+            ),
+            help: "explore a scenario of the program 'litmus': scenarios/litmus-*.toml".into(),
+        });
+    }
     make_explorable(&mut scenario);
     output.check_json()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
@@ -109,70 +120,110 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
 }
 
 pub(super) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
-    let (reproducer, scenario, schedule) = Reproducer::read(&options.file, options.any_kernel)?;
     output.check_json()?;
-    let plan = Plan {
-        strategy: Strategy::RoundRobin,
-        executions: 0,
-        seed: 0,
-        time_limit: None,
-        state_every: 1,
-        verify_every: 0,
-        jobs: 1,
-        first: true,
-    };
+    // All are read before any runs: what is refused is refused at once.
+    let all = options
+        .files
+        .iter()
+        .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
+        .collect::<Result<Vec<_>, Failure>>()?;
     let stop = interrupt::on_ctrl_c();
-    let mut worker = Worker::new(make_engine(options.engine, &scenario)?, &plan)?;
-    let mut same = 0;
-    let mut last: Option<Execution> = None;
-    let mut done = 0;
-    while done < options.times && !stop.requested() {
-        let run = worker.replay(&schedule)?;
-        let ending = failure_id(&run.ending).unwrap_or_else(|| "nothing".into());
-        if ending == reproducer.ending && compare::digest(&run.events) == reproducer.digest {
-            same += 1;
+    let mut results = Vec::new();
+    let mut exit = Exit::Held;
+    for (file, (reproducer, scenario, schedule)) in &all {
+        let mut worker = Worker::new(make_engine(options.engine, scenario)?, &REPLAY)?;
+        let mut again = Again::default();
+        while again.runs < options.times && !stop.requested() {
+            again.take(worker.replay(schedule)?, reproducer);
         }
-        last = Some(run);
-        done += 1;
+        let Some(last) = &again.last else {
+            return Ok(Exit::Interrupted);
+        };
+        if !options.brief {
+            output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
+        }
+        output.say(&format!("{}: {}\n", file.display(), again.text(reproducer)));
+        let this = again.exit(reproducer, options.expect);
+        if exit == Exit::Held {
+            exit = this;
+        }
+        results.push(json!({
+            "file": file,
+            "expected": reproducer.ending,
+            "found": again.ending(),
+            "identical": again.identical,
+            "runs": again.runs,
+            "text": story::ending(&last.ending),
+        }));
     }
-    let Some(run) = last else {
-        return Ok(Exit::Interrupted);
-    };
-    let ending = failure_id(&run.ending).unwrap_or_else(|| "nothing".into());
-    let reproduced = ending == reproducer.ending;
-    let mut text = String::new();
-    if !options.brief {
-        text.push_str(&story::tell(&run, scenario.vcpus as usize));
-        text.push('\n');
-    }
-    let events = run.events.len();
-    text.push_str(&if reproduced && same == done {
-        format!("✘ reproduced: {ending}, {same} of {done} identical ({events} events, digest {})\n", reproducer.digest)
-    } else if reproduced {
-        format!(
-            "✘ reproduced: {ending}, but the events are the recorded ones in {same} of {done} runs only\n"
-        )
-    } else {
-        format!("✔ not reproduced: it ended with {ending}, not {}\n", reproducer.ending)
-    });
     output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "replay",
         "kernel": boot::kernel_hash(),
-        "expected": reproducer.ending,
-        "found": ending,
-        "identical": same,
-        "runs": done,
-        "text": story::ending(&run.ending),
+        "exit_code": exit.code(),
+        "replays": results,
     }))?;
-    output.say(&text);
-    Ok(match (reproduced, options.expect) {
-        (true, false) => Exit::Violation,
-        (true, true) if same == done => Exit::Held,
-        (true, true) => Exit::Internal,
-        (false, true) => Exit::Violation,
-        (false, false) => Exit::Held,
-    })
+    Ok(exit)
+}
+
+/// A worker that only replays.
+const REPLAY: Plan = Plan {
+    strategy: Strategy::RoundRobin,
+    executions: 0,
+    seed: 0,
+    time_limit: None,
+    state_every: 1,
+    verify_every: 0,
+    jobs: 1,
+    first: true,
+};
+
+/// Replays of one reproducer.
+#[derive(Default)]
+struct Again {
+    runs: u64,
+    /// Runs whose ending and events are the recorded ones.
+    identical: u64,
+    last: Option<Execution>,
+}
+
+impl Again {
+    fn take(&mut self, run: Execution, reproducer: &Reproducer) {
+        let same = compare::digest(&run.events) == reproducer.digest;
+        self.last = Some(run);
+        self.runs += 1;
+        self.identical += u64::from(same && self.reproduced(reproducer));
+    }
+
+    fn ending(&self) -> String {
+        let failure = self.last.as_ref().and_then(|run| failure_id(&run.ending));
+        failure.unwrap_or_else(|| "nothing wrong".into())
+    }
+
+    fn reproduced(&self, reproducer: &Reproducer) -> bool {
+        self.ending() == reproducer.ending
+    }
+
+    fn text(&self, reproducer: &Reproducer) -> String {
+        let (ending, same, runs) = (self.ending(), self.identical, self.runs);
+        if !self.reproduced(reproducer) {
+            return format!("✔ not reproduced: {ending}, not {}", reproducer.ending);
+        }
+        let events = reproducer.events;
+        format!(
+            "✘ reproduced: {ending}; {same} of {runs} identical to the recorded {events} events"
+        )
+    }
+
+    fn exit(&self, reproducer: &Reproducer, expected: bool) -> Exit {
+        match (self.reproduced(reproducer), expected) {
+            (true, true) if self.identical == self.runs => Exit::Held,
+            // The failure is there, but a replay that differs is a defect of ours.
+            (true, true) => Exit::Internal,
+            (true, false) | (false, true) => Exit::Violation,
+            (false, false) => Exit::Held,
+        }
+    }
 }
 
 /// What serialised runs need: nothing but the schedule may decide.

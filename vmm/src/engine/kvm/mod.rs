@@ -31,6 +31,8 @@ pub struct KvmEngine {
     machine: Machine,
     set_up: Vec<Step>,
     saved: bool,
+    /// Nothing has run since the saved state was reached.
+    fresh: bool,
     /// Points that each vCPU had passed when the state was saved.
     passed: Vec<u64>,
     stops: Vec<inspect::Stop>,
@@ -65,6 +67,7 @@ impl KvmEngine {
             config,
             set_up: Vec::new(),
             saved: false,
+            fresh: false,
             passed: vec![0; cpus],
             stops: vec![inspect::Stop::Anywhere; cpus],
             watchdog: scenario.watchdog.as_secs_f64(),
@@ -139,6 +142,7 @@ impl Engine for KvmEngine {
         limit: Limit,
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
+        self.fresh = false;
         if !self.saved {
             self.set_up.push(Step::Run(vcpu, limit));
         }
@@ -153,6 +157,7 @@ impl Engine for KvmEngine {
         self.machine.in_flight(vcpu)
     }
     fn deliver(&mut self, vcpu: usize) {
+        self.fresh = false;
         if !self.saved {
             self.set_up.push(Step::Deliver(vcpu));
         }
@@ -164,6 +169,7 @@ impl Engine for KvmEngine {
 
     fn save(&mut self) -> Result<(), EngineError> {
         self.saved = true;
+        self.fresh = true;
         for (vcpu, passed) in self.passed.iter_mut().enumerate() {
             *passed = self.machine.points_passed(vcpu);
         }
@@ -171,6 +177,9 @@ impl Engine for KvmEngine {
     }
 
     fn reset(&mut self) -> Result<(), EngineError> {
+        if self.fresh {
+            return Ok(());
+        }
         let started = Instant::now();
         let guest = self.costs.guest;
         self.machine = Machine::new(self.config.clone())?;
@@ -186,6 +195,7 @@ impl Engine for KvmEngine {
         self.costs.guest = guest;
         self.costs.reset += started.elapsed();
         self.costs.resets += 1;
+        self.fresh = true;
         Ok(())
     }
 

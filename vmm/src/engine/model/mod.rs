@@ -47,6 +47,8 @@ pub struct ModelEngine {
     booted: Vec<u8>,
     set_up: Vec<Step>,
     saved: bool,
+    /// Nothing has run since the saved state was reached.
+    fresh: bool,
     /// Points that each CPU had passed when the state was saved.
     passed: Vec<u64>,
     stops: Vec<Stop>,
@@ -110,6 +112,7 @@ impl ModelEngine {
             booted,
             set_up: Vec::new(),
             saved: false,
+            fresh: false,
             passed: vec![0; cpus],
             stops: vec![Stop::Anywhere; cpus],
             costs: Costs::default(),
@@ -180,6 +183,7 @@ impl Engine for ModelEngine {
         limit: Limit,
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
+        self.fresh = false;
         if !self.saved {
             self.set_up.push(Step::Run(vcpu, limit));
         }
@@ -197,6 +201,7 @@ impl Engine for ModelEngine {
         self.kernel.arch.in_flight(vcpu)
     }
     fn deliver(&mut self, vcpu: usize) {
+        self.fresh = false;
         if !self.saved {
             self.set_up.push(Step::Deliver(vcpu));
         }
@@ -208,6 +213,7 @@ impl Engine for ModelEngine {
 
     fn save(&mut self) -> Result<(), EngineError> {
         self.saved = true;
+        self.fresh = true;
         for vcpu in 0..self.passed.len() {
             self.passed[vcpu] = control(&self.ram, vcpu).points_passed.load(Relaxed);
         }
@@ -215,6 +221,9 @@ impl Engine for ModelEngine {
     }
 
     fn reset(&mut self) -> Result<(), EngineError> {
+        if self.fresh {
+            return Ok(());
+        }
         let started = Instant::now();
         let arch = &self.kernel.arch;
         arch.forget_contexts();
@@ -240,6 +249,7 @@ impl Engine for ModelEngine {
         self.kernel.arch.drop_events();
         self.costs.reset += started.elapsed();
         self.costs.resets += 1;
+        self.fresh = true;
         Ok(())
     }
 

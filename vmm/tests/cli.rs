@@ -226,7 +226,12 @@ fn unknown_parameters_bugs_and_points_name_the_nearest() {
 #[test]
 fn usage_errors_are_bad_input() {
     refused(&["runn", "smoke"], &["runn", "run"]);
-    refused(&["explore", "smoke"], &["explore"]);
+    refused(&["explore", "smoke"], &["litmus"]);
+    refused(
+        &["replay", "--json", "a.repro", "b.repro"],
+        &["would overwrite"],
+    );
+    refused(&["replay", "no-such.repro"], &["no-such.repro"]);
     refused(
         &["run", "smoke", "--memry", "64M"],
         &["--memry", "--memory"],

@@ -120,6 +120,14 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
 }
 
 pub(super) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
+    // `replay --json a.repro` would take the reproducer for the file to write.
+    let json = options.json.json.as_deref();
+    if let Some(path) = json.filter(|path| path.extension().is_some_and(|e| e == "repro")) {
+        return Err(Failure::Usage {
+            problem: format!("--json {}: would overwrite a reproducer", path.display()),
+            help: "put --json last, or name a file as in --json=result.json".into(),
+        });
+    }
     output.check_json()?;
     // All are read before any runs: what is refused is refused at once.
     let all = options

@@ -4,13 +4,10 @@
     reason = "the one place that turns guest physical addresses into references"
 )]
 
-use abi::layout::PAGE_SHIFT;
 use abi::objects::{
     AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Pa, SoftTlb, Task, Vma, VmaNode,
 };
 use abi::param::Config;
-use core::sync::atomic::AtomicU64;
-use core::sync::atomic::Ordering::Relaxed;
 
 use crate::arch::Arch;
 
@@ -92,15 +89,23 @@ impl<A: Arch> Kernel<A> {
         unsafe { &*self.arch.phys_to_virt(pa.0).cast::<T>() }
     }
 
+    #[cfg(feature = "testbed")]
+    fn nr_frames(&self) -> u64 {
+        self.root()
+            .nr_frames
+            .load(core::sync::atomic::Ordering::Relaxed)
+    }
+
+    #[cfg(feature = "testbed")]
     /// The word at `gpa`, a multiple of 8 inside guest memory, for accesses of programs.
-    pub(crate) fn memory_word(&self, gpa: u64) -> &AtomicU64 {
+    pub(crate) fn memory_word(&self, gpa: u64) -> &core::sync::atomic::AtomicU64 {
         assert!(
-            gpa.is_multiple_of(8) && gpa >> PAGE_SHIFT < self.root().nr_frames.load(Relaxed),
+            gpa.is_multiple_of(8) && gpa / abi::layout::PAGE_SIZE < self.nr_frames(),
             "no word at {gpa:#x}"
         );
         // SAFETY: aligned and inside memory that the direct map maps for good; what lies there is only
         // ever accessed by words through this, by frame copies of their owner, or as atomics.
-        unsafe { &*self.arch.phys_to_virt(gpa).cast::<AtomicU64>() }
+        unsafe { &*self.arch.phys_to_virt(gpa).cast() }
     }
 
     /// State of the CPU that executes this.

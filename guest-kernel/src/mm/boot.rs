@@ -113,6 +113,7 @@ impl<A: Arch> Kernel<A> {
         root.free_frames.set(frames - free);
         for_each_block(free, frames, |frame, order| kernel.buddy_push(frame, order));
         kernel.count_kernel_half();
+        #[cfg(feature = "testbed")]
         kernel.soft_tlb_init().map_err(|_| memory)?;
         Ok(kernel)
     }

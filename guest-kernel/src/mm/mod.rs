@@ -26,6 +26,7 @@ mod page_table;
 mod protect;
 mod rmap;
 mod slab;
+#[cfg(feature = "testbed")]
 mod soft_tlb;
 mod tlb;
 mod vma;

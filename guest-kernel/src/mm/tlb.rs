@@ -205,6 +205,7 @@ impl<A: Arch> Kernel<A> {
                 self.arch.flush_page(gva);
                 gva += PAGE_SIZE;
             }
+            #[cfg(feature = "testbed")]
             self.soft_flush_range(flush.start, flush.end);
             // After the fact: the host's TLB model forgets what the event covers.
             self.event(
@@ -220,6 +221,7 @@ impl<A: Arch> Kernel<A> {
 
     fn flush_everything_here(&self, mm: &Mm) {
         self.arch.flush_all();
+        #[cfg(feature = "testbed")]
         self.soft_flush_all();
         self.event(EventKind::FlushAll, [mm.id.get(), 0, 0, 0, 0]);
     }
@@ -306,6 +308,7 @@ impl<A: Arch> Kernel<A> {
     fn load_pgd(&self, pgd: u64, mm: u64) {
         self.point(Point::Cr3Load, [mm, pgd]);
         self.arch.load_root(pgd);
+        #[cfg(feature = "testbed")]
         self.soft_flush_all();
         self.event(EventKind::Cr3Load, [pgd, mm, 0, 0, 0]);
     }

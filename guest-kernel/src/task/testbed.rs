@@ -42,9 +42,10 @@ impl<A: Arch> Kernel<A> {
         Ok(0)
     }
 
-    /// `tlb()`.
+    /// `tlb()`; without the testbed there is only the processor's.
     pub(super) fn testbed_tlb(&self) -> u64 {
         match self.config.tlb {
+            _ if !cfg!(feature = "testbed") => 0,
             TlbBackEnd::Hw => 0,
             TlbBackEnd::Soft => 1,
             TlbBackEnd::Both => 2,

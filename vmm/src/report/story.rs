@@ -19,12 +19,21 @@ const WIDTH: usize = 52;
 /// Tells the last part of `execution`, with what went wrong at its end.
 #[must_use]
 pub fn tell(execution: &Execution, vcpus: usize) -> String {
-    let lines: Vec<(usize, String)> = execution
-        .events
-        .iter()
-        .filter_map(|seen| Some((seen.vcpu, line(seen)?)))
-        .collect();
-    let lines = joined(lines);
+    let told = |counts: &dyn Fn(&Seen) -> bool| {
+        let events = execution.events.iter().filter(|seen| counts(seen));
+        joined(
+            events
+                .filter_map(|seen| Some((seen.vcpu, line(seen)?)))
+                .collect(),
+        )
+    };
+    // A long story is told without what has nothing to do with its end.
+    let mut lines = told(&|_| true);
+    let all = lines.len();
+    if all > LINES {
+        let subject = Subject::of(&execution.ending);
+        lines = told(&|seen| subject.concerns(seen));
+    }
     let skipped = lines.len().saturating_sub(LINES);
     let mut text = String::new();
     let rule = |left: &str| {
@@ -35,11 +44,15 @@ pub fn tell(execution: &Execution, vcpus: usize) -> String {
         columns.concat()
     };
     let _ = writeln!(text, "{}", rule("──"));
-    if skipped > 0 {
+    if lines.len() < all {
+        let hidden = all - lines.len();
         let _ = writeln!(
             text,
-            "  … {skipped} earlier lines (--timeline FILE has them all)"
+            "  ({hidden} lines about other pages and locks left out)"
         );
+    }
+    if skipped > 0 {
+        let _ = writeln!(text, "  ({skipped} earlier lines left out)");
     }
     let mut before = None;
     for (vcpu, line) in &lines[skipped..] {
@@ -51,6 +64,50 @@ pub fn tell(execution: &Execution, vcpus: usize) -> String {
     }
     let _ = writeln!(text, "✘ {}", ending(&execution.ending));
     text
+}
+
+/// What a failure is about.
+struct Subject {
+    gva: Option<u64>,
+    frame: Option<u64>,
+}
+
+impl Subject {
+    fn of(ending: &Ending) -> Self {
+        match ending {
+            Ending::Violation(violation) => Self {
+                gva: violation.finding.where_.gva,
+                frame: violation.finding.where_.frame,
+            },
+            Ending::Report { report, .. } => Self {
+                gva: Some(report.gva & !0xfff),
+                frame: None,
+            },
+            _ => Self {
+                gva: None,
+                frame: None,
+            },
+        }
+    }
+
+    fn concerns(&self, seen: &Seen) -> bool {
+        let args = seen.event.args;
+        let is_frame = |gpa: u64| self.frame == Some(gpa >> 12);
+        match EventKind::from_id(seen.event.kind) {
+            Some(EventKind::PteChange) => {
+                Some(args[1]) == self.gva
+                    || is_frame(Pte(args[3]).address())
+                    || is_frame(Pte(args[4]).address())
+            }
+            Some(EventKind::FrameAlloc | EventKind::FrameFree) => is_frame(args[0]),
+            Some(EventKind::LockAcquire | EventKind::LockRelease) => false,
+            Some(EventKind::VmaAttach | EventKind::VmaDetach) => self
+                .gva
+                .is_some_and(|gva| (args[2]..args[3]).contains(&gva)),
+            Some(_) => true,
+            None => false,
+        }
+    }
 }
 
 /// Lines that say the same several times, as one with a count.

@@ -320,7 +320,7 @@ fn headline(
         "{verdict}\n  scenario   {}{}\n  engine     {engine}, kernel {}\n  strategy   {strategy}, seed {}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
-         checked    every event by the TLB model; {} ends by all invariants; {} schedules replayed and compared\n",
+         checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n",
         scenario.name,
         bugs(scenario),
         boot::kernel_hash(),

@@ -3,6 +3,8 @@
 //! A [`Monitor`] sees every event in the order in which it happened and keeps what it needs to know. The
 //! same monitors judge serialised runs, event by event, and the merged streams of parallel ones.
 
+pub mod lifetime;
+pub mod locks;
 pub mod tlb;
 
 use abi::channel::Event;
@@ -22,7 +24,11 @@ pub struct Seen {
 /// Every monitor there is.
 #[must_use]
 pub fn all() -> Vec<Box<dyn Monitor>> {
-    vec![Box::new(tlb::TlbModel::new())]
+    vec![
+        Box::new(tlb::TlbModel::new()),
+        Box::new(locks::Locks::default()),
+        Box::new(lifetime::Lifetime::default()),
+    ]
 }
 
 /// Judges a stream of events.

@@ -1,0 +1,212 @@
+//! Lifetime of VMAs and mms on the stream (family O): nothing is used after it is gone.
+//!
+//! Objects come from type-stable slabs, so a use after free reads a recycled object and nothing crashes:
+//! no single state shows it.
+
+use abi::channel::EventKind;
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use super::{Monitor, Seen};
+use crate::check::{Finding, Violation};
+use crate::memory::PhysMem;
+
+/// IDs and predicates.
+pub const INVARIANTS: &[(&str, &str)] = &[
+    (
+        USED,
+        "a VMA is used by a fault only while it is linked in its mm",
+    ),
+    (
+        LINKED,
+        "a VMA is linked in once, taken out once, and freed only after it was taken out",
+    ),
+    (MM_USED, "nothing is done to an mm after it was freed"),
+];
+
+const USED: &str = "O-01";
+const LINKED: &str = "O-02";
+const MM_USED: &str = "O-03";
+
+/// A VMA whose history is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Vma {
+    Allocated,
+    Attached(u64),
+    Detached,
+    Freed,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Lifetime {
+    vmas: FxHashMap<u64, Vma>,
+    freed_mms: FxHashSet<u64>,
+}
+
+impl Lifetime {
+    fn vma(&mut self, seen: &Seen, gpa: u64, next: Vma, found: &mut Vec<Violation>) {
+        let before = self.vmas.insert(gpa, next);
+        let right = match (before, next) {
+            // From before the stream began.
+            (None, _) => true,
+            (Some(before), Vma::Allocated) => before == Vma::Freed,
+            (Some(before), Vma::Attached(_)) => before == Vma::Allocated,
+            (Some(before), Vma::Detached) => matches!(before, Vma::Attached(_)),
+            (Some(before), Vma::Freed) => matches!(before, Vma::Detached | Vma::Allocated),
+        };
+        if !right {
+            let finding = Finding::new(format!("a VMA becomes {next:?} that was {before:?}"))
+                .object("VMA", gpa)
+                .vcpu(seen.vcpu);
+            found.push(violation(LINKED, finding));
+        }
+    }
+
+    fn used(&self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [mm, gpa, gva, ..] = seen.event.args;
+        match self.vmas.get(&gpa) {
+            None => {}
+            Some(Vma::Attached(owner)) if *owner == mm => {}
+            Some(state) => {
+                let finding = Finding::new(format!(
+                    "task {} uses a VMA for {gva:#x} that is not linked in its mm",
+                    seen.event.task
+                ))
+                .expected(format!("linked in mm {mm}"))
+                .found(format!("{state:?}"))
+                .object("VMA", gpa)
+                .mm(mm)
+                .gva(gva)
+                .vcpu(seen.vcpu);
+                found.push(violation(USED, finding));
+            }
+        }
+    }
+}
+
+impl Monitor for Lifetime {
+    fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
+        self.reset();
+    }
+    fn reset(&mut self) {
+        self.vmas.clear();
+        self.freed_mms.clear();
+    }
+    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let args = seen.event.args;
+        let Some(kind) = EventKind::from_id(seen.event.kind) else {
+            return;
+        };
+        let mm = match kind {
+            EventKind::Cr3Load => args[1],
+            EventKind::PteChange
+            | EventKind::TlbGen
+            | EventKind::CpumaskSet
+            | EventKind::VmaAttach
+            | EventKind::VmaFound
+            | EventKind::ShootdownBegin => args[0],
+            _ => 0,
+        };
+        if mm != 0 && self.freed_mms.contains(&mm) {
+            let title = format!("{} of mm {mm}, which was freed", kind.name());
+            let finding = Finding::new(title).mm(mm).vcpu(seen.vcpu);
+            found.push(violation(MM_USED, finding));
+        }
+        match kind {
+            EventKind::VmaAlloc => self.vma(seen, args[0], Vma::Allocated, found),
+            EventKind::VmaFree => self.vma(seen, args[0], Vma::Freed, found),
+            EventKind::VmaAttach => self.vma(seen, args[1], Vma::Attached(args[0]), found),
+            EventKind::VmaDetach => self.vma(seen, args[1], Vma::Detached, found),
+            EventKind::VmaFound => self.used(seen, found),
+            EventKind::MmFree => {
+                self.freed_mms.insert(args[0]);
+            }
+            _ => {}
+        }
+    }
+    fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
+}
+
+fn violation(id: &'static str, finding: Finding) -> Violation {
+    let predicate = INVARIANTS.iter().find(|(other, _)| *other == id);
+    Violation {
+        id,
+        predicate: predicate.map_or("", |(_, predicate)| predicate),
+        finding,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use abi::channel::Event;
+
+    use super::*;
+    use EventKind::{Cr3Load, MmFree, VmaAlloc, VmaAttach, VmaDetach, VmaFound, VmaFree};
+
+    fn ids(steps: &[(EventKind, [u64; 3])]) -> Vec<&'static str> {
+        let mut lifetime = Lifetime::default();
+        let mut found = Vec::new();
+        for &(kind, [a, b, c]) in steps {
+            let event = Event {
+                kind: kind as u32,
+                args: [a, b, c, 0, 0],
+                ..Event::default()
+            };
+            lifetime.observe(&Seen { vcpu: 0, event }, &mut found);
+        }
+        found.iter().map(|violation| violation.id).collect()
+    }
+
+    const ALLOC: (EventKind, [u64; 3]) = (VmaAlloc, [8, 1, 0]);
+    const ATTACH: (EventKind, [u64; 3]) = (VmaAttach, [1, 8, 0]);
+    const DETACH: (EventKind, [u64; 3]) = (VmaDetach, [1, 8, 0]);
+    const FREE: (EventKind, [u64; 3]) = (VmaFree, [8, 2, 0]);
+    const FOUND: (EventKind, [u64; 3]) = (VmaFound, [1, 8, 0x1000]);
+
+    #[test]
+    fn a_whole_life_and_a_second_one_are_no_violation() {
+        let life = [ALLOC, ATTACH, FOUND, DETACH, FREE];
+        assert_eq!(ids(&[life, life].concat()), [""; 0]);
+        assert_eq!(
+            ids(&[ALLOC, FREE]),
+            [""; 0],
+            "an allocation that was not needed"
+        );
+        assert_eq!(ids(&[FOUND, DETACH]), [""; 0], "from before the stream");
+    }
+
+    #[test]
+    fn a_vma_used_after_it_was_taken_out_or_recycled_is_o_01() {
+        assert_eq!(ids(&[ALLOC, ATTACH, DETACH, FOUND]), ["O-01"]);
+        let recycled = (VmaAttach, [2, 8, 0]);
+        assert_eq!(
+            ids(&[ALLOC, ATTACH, DETACH, FREE, ALLOC, recycled, FOUND]),
+            ["O-01"]
+        );
+    }
+
+    #[test]
+    fn a_vma_linked_twice_or_freed_while_linked_is_o_02() {
+        assert_eq!(ids(&[ALLOC, ATTACH, ATTACH]), ["O-02"]);
+        assert_eq!(ids(&[ALLOC, ATTACH, FREE]), ["O-02"]);
+        assert_eq!(ids(&[ALLOC, ATTACH, DETACH, DETACH]), ["O-02"]);
+    }
+
+    #[test]
+    fn an_mm_used_after_it_was_freed_is_o_03() {
+        let load = (Cr3Load, [0x1000, 3, 0]);
+        assert_eq!(ids(&[load, (MmFree, [3, 0, 0])]), [""; 0]);
+        assert_eq!(ids(&[(MmFree, [3, 0, 0]), load]), ["O-03"]);
+    }
+
+    #[test]
+    fn every_invariant_is_explained() {
+        let document = include_str!("../../../../docs/explore.md");
+        for (id, predicate) in INVARIANTS {
+            assert!(
+                document.contains(&format!("| {id} | {predicate} |")),
+                "{id}"
+            );
+        }
+    }
+}

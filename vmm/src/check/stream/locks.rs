@@ -1,0 +1,275 @@
+//! Locks (family K): taken in the documented order, by one holder, and none kept on the way out.
+//!
+//! The order is the kernel's own (`guest-kernel/src/sync.rs`, after Linux's
+//! `Documentation/mm/process_addrs.rst`), so a schedule that breaks it is reported whether or not another
+//! one takes the locks the other way round: a deadlock needs both, and only one of them is wrong.
+
+use abi::channel::EventKind;
+use abi::lock::LockClass;
+use rustc_hash::FxHashSet;
+
+use super::{Monitor, Seen};
+use crate::check::{Finding, Violation};
+use crate::memory::PhysMem;
+
+/// IDs and predicates.
+pub const INVARIANTS: &[(&str, &str)] = &[
+    (
+        ORDER,
+        "locks are taken in the order mmap_lock, anon_vma, page table, then one of the others",
+    ),
+    (
+        HOLDER,
+        "a lock has one holder, or only readers, and is released by who holds it",
+    ),
+    (KEPT, "a system call or fault that is over holds no lock"),
+];
+
+const ORDER: &str = "K-01";
+const HOLDER: &str = "K-02";
+const KEPT: &str = "K-03";
+
+/// Who holds a lock: spin locks belong to a CPU (the scheduler's is handed over with it at a context
+/// switch), mmap_locks to a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Holder {
+    Cpu(usize),
+    Task(u32),
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Locks {
+    held: Vec<(Holder, u64, LockClass)>,
+    /// Locks whose history is known: those taken at least once since the start.
+    known: FxHashSet<u64>,
+}
+
+fn rank(class: LockClass) -> u8 {
+    match class {
+        LockClass::MmapRead | LockClass::MmapWrite => 0,
+        LockClass::AnonVma => 1,
+        LockClass::PageTable => 2,
+        _ => 3,
+    }
+}
+
+/// Two locks of one rank that may be held together: fork holds the mmap_locks of parent and child and locks
+/// of a table of each; nobody else can know the child's.
+fn may_nest(class: LockClass) -> bool {
+    rank(class) == 0 || class == LockClass::PageTable
+}
+
+impl Locks {
+    fn acquired(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
+        let me = holder(seen, class);
+        self.known.insert(word);
+        let other = self.held.iter().find(|(_, held, other)| {
+            *held == word && (class != LockClass::MmapRead || *other != LockClass::MmapRead)
+        });
+        if let Some((who, ..)) = other {
+            let finding = finding(seen, "a lock was taken that is held already", class, word)
+                .found(format!("{who:?} holds it"));
+            found.push(violation(HOLDER, finding));
+        }
+        let mine = [Holder::Cpu(seen.vcpu), Holder::Task(seen.event.task)];
+        let mut before = self.held.iter().filter(|(who, ..)| mine.contains(who));
+        let wrong = before.find(|(_, _, held)| {
+            rank(*held) > rank(class) || rank(*held) == rank(class) && !may_nest(class)
+        });
+        if let Some((_, at, held)) = wrong {
+            let title = format!("the {} was taken under the {}", class.name(), held.name());
+            let finding = finding(seen, &title, class, word)
+                .expected("the order of guest-kernel/src/sync.rs")
+                .found(format!("{} at {at:#x} held meanwhile", held.name()));
+            found.push(violation(ORDER, finding));
+        }
+        self.held.push((me, word, class));
+    }
+
+    fn released(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
+        let me = holder(seen, class);
+        let at = self.held.iter().position(|held| *held == (me, word, class));
+        match at {
+            Some(at) => {
+                self.held.swap_remove(at);
+            }
+            // It may have been taken before the stream began.
+            None if !self.known.contains(&word) => {}
+            None => {
+                let title = "a lock was released by who does not hold it";
+                found.push(violation(HOLDER, finding(seen, title, class, word)));
+            }
+        }
+    }
+
+    fn over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let mine = [Holder::Cpu(seen.vcpu), Holder::Task(seen.event.task)];
+        let kept = self.held.iter().find(|(who, ..)| mine.contains(who));
+        if let Some((_, word, class)) = kept {
+            let title = "a lock is still held on the way out of the kernel";
+            found.push(violation(KEPT, finding(seen, title, *class, *word)));
+        }
+    }
+}
+
+impl Monitor for Locks {
+    fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
+        self.reset();
+    }
+    fn reset(&mut self) {
+        self.held.clear();
+        self.known.clear();
+    }
+    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [word, class, ..] = seen.event.args;
+        let class = LockClass::from_u64(class);
+        match (EventKind::from_id(seen.event.kind), class) {
+            (Some(EventKind::LockAcquire), Some(class)) => self.acquired(seen, word, class, found),
+            (Some(EventKind::LockRelease), Some(class)) => self.released(seen, word, class, found),
+            (Some(EventKind::SyscallExit | EventKind::FaultExit), _) => self.over(seen, found),
+            _ => {}
+        }
+    }
+    fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
+}
+
+fn holder(seen: &Seen, class: LockClass) -> Holder {
+    match rank(class) {
+        0 => Holder::Task(seen.event.task),
+        _ => Holder::Cpu(seen.vcpu),
+    }
+}
+
+fn finding(seen: &Seen, title: &str, class: LockClass, word: u64) -> Finding {
+    Finding::new(title)
+        .object(class.name(), word)
+        .vcpu(seen.vcpu)
+        .detail(format!("by task {} on vCPU {}", seen.event.task, seen.vcpu))
+}
+
+fn violation(id: &'static str, finding: Finding) -> Violation {
+    let predicate = INVARIANTS.iter().find(|(other, _)| *other == id);
+    Violation {
+        id,
+        predicate: predicate.map_or("", |(_, predicate)| predicate),
+        finding,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use abi::channel::Event;
+    use proptest::prelude::*;
+
+    use super::*;
+    use EventKind::{LockAcquire, LockRelease, SyscallExit};
+    use LockClass::{AnonVma, Buddy, MmapRead, MmapWrite, PageTable, Sched};
+
+    fn seen(vcpu: usize, task: u32, kind: EventKind, word: u64, class: u64) -> Seen {
+        let event = Event {
+            kind: kind as u32,
+            task,
+            args: [word, class, 0, 0, 0],
+            ..Event::default()
+        };
+        Seen { vcpu, event }
+    }
+
+    /// IDs of what steps (vCPU, task, kind, lock, class) violate.
+    fn ids(steps: &[(usize, u32, EventKind, u64, LockClass)]) -> Vec<&'static str> {
+        let mut locks = Locks::default();
+        let mut found = Vec::new();
+        for &(vcpu, task, kind, word, class) in steps {
+            locks.observe(&seen(vcpu, task, kind, word, class as u64), &mut found);
+        }
+        found.iter().map(|violation| violation.id).collect()
+    }
+
+    #[test]
+    fn the_documented_order_is_no_violation() {
+        let steps = [
+            (0, 1, LockAcquire, 1, MmapWrite),
+            (0, 1, LockAcquire, 2, MmapWrite),
+            (0, 1, LockAcquire, 3, AnonVma),
+            (0, 1, LockAcquire, 4, PageTable),
+            (0, 1, LockAcquire, 5, PageTable),
+            (0, 1, LockAcquire, 6, Buddy),
+        ];
+        assert_eq!(ids(&steps), [""; 0]);
+    }
+
+    #[test]
+    fn a_lock_out_of_order_is_k_01() {
+        let upside_down = [
+            (0, 1, LockAcquire, 4, PageTable),
+            (0, 1, LockAcquire, 1, MmapRead),
+        ];
+        assert_eq!(ids(&upside_down), ["K-01"]);
+        let two_leaves = [(0, 1, LockAcquire, 4, Sched), (0, 1, LockAcquire, 5, Buddy)];
+        assert_eq!(ids(&two_leaves), ["K-01"]);
+    }
+
+    #[test]
+    fn two_holders_and_strange_releases_are_k_02() {
+        let twice = [
+            (0, 1, LockAcquire, 1, MmapWrite),
+            (1, 2, LockAcquire, 1, MmapRead),
+        ];
+        assert_eq!(ids(&twice), ["K-02"]);
+        let readers = [
+            (0, 1, LockAcquire, 1, MmapRead),
+            (1, 2, LockAcquire, 1, MmapRead),
+        ];
+        assert_eq!(ids(&readers), [""; 0]);
+        let stranger = [(0, 1, LockAcquire, 1, Buddy), (1, 2, LockRelease, 1, Buddy)];
+        assert_eq!(ids(&stranger), ["K-02"]);
+        let from_before = [(1, 2, LockRelease, 1, Buddy)];
+        assert_eq!(ids(&from_before), [""; 0]);
+    }
+
+    #[test]
+    fn the_schedulers_lock_goes_with_its_cpu_to_the_next_task() {
+        let switch = [(0, 1, LockAcquire, 1, Sched), (0, 2, LockRelease, 1, Sched)];
+        assert_eq!(ids(&switch), [""; 0]);
+    }
+
+    #[test]
+    fn a_lock_that_is_kept_is_k_03() {
+        let kept = [
+            (0, 1, LockAcquire, 1, MmapRead),
+            (0, 1, SyscallExit, 0, MmapRead),
+        ];
+        assert_eq!(ids(&kept), ["K-03"]);
+        let others = [
+            (0, 1, LockAcquire, 1, MmapRead),
+            (1, 2, SyscallExit, 0, MmapRead),
+        ];
+        assert_eq!(ids(&others), [""; 0]);
+    }
+
+    #[test]
+    fn every_invariant_is_explained() {
+        let document = include_str!("../../../../docs/explore.md");
+        for (id, predicate) in INVARIANTS {
+            assert!(
+                document.contains(&format!("| {id} | {predicate} |")),
+                "{id}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_neither_panics_nor_hangs(
+            events in prop::collection::vec((0usize..3, 0u32..3, 0u32..60, any::<[u64; 5]>()), 0..200),
+        ) {
+            let mut locks = Locks::default();
+            let mut found = Vec::new();
+            for (vcpu, task, kind, args) in events {
+                let event = Event { kind, task, args, ..Event::default() };
+                locks.observe(&Seen { vcpu, event }, &mut found);
+            }
+        }
+    }
+}

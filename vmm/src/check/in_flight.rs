@@ -237,6 +237,10 @@ fn between_points(facts: Option<&VcpuFacts>, cpu: usize) -> Option<Busy> {
         Some(facts) if facts.cpl != 3 && facts.stop == Stop::Anywhere => Some(Busy::new(format!(
             "vCPU {cpu} is inside the kernel, between two points"
         ))),
+        // Inside the window that the point is there to show: CR3 is loaded, `loaded_mm` is not set yet.
+        Some(facts) if facts.stop == Stop::Point(Point::SwitchMm) => Some(Busy::new(format!(
+            "vCPU {cpu} is in the middle of loading an mm"
+        ))),
         Some(_) => None,
     }
 }

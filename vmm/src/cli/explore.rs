@@ -7,19 +7,19 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::args::{Explore, ExploreStrategy, Replay};
+use super::args::{Explore, ExploreStrategy, Replay, Snapshot as SnapshotCommand};
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
 use super::{interrupt, run};
 use crate::boot;
-use crate::engine::model::ModelEngine;
-use crate::engine::{Engine, EngineKind};
+use crate::engine::EngineKind;
 use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, Worker, failure_id};
-use crate::explore::{DriverError, Ending, Execution, compare, switches};
+use crate::explore::{Ending, Execution, Source, compare, switches};
 use crate::report::story;
 use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
+use crate::snapshot::{SavedMachine, SnapshotError};
 
 /// The program whose tests begin and end at points of their own.
 const EXPLORABLE: &str = "litmus";
@@ -27,18 +27,8 @@ const EXPLORABLE: &str = "litmus";
 const MINIMISE_RUNS: usize = 2_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
-    let mut scenario = Scenario::load(name)?;
-    run::override_with(&mut scenario, &options.machine);
-    if scenario.program.name != EXPLORABLE {
-        return Err(Failure::Usage {
-            problem: format!(
-                "program '{}' does not say where its test begins and ends, so it cannot be explored",
-                scenario.program.name
-            ),
-            help: "explore a scenario of the program 'litmus': scenarios/litmus-*.toml".into(),
-        });
-    }
-    make_explorable(&mut scenario);
+    let source = source(name, options)?;
+    let scenario = source.scenario();
     output.check_json()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
     let plan = Plan {
@@ -59,20 +49,13 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     };
     let counts = Counts::default();
     let stop = AtomicBool::new(false);
-    let make = || make_engine(options.engine, &scenario);
     let summary = with_progress(output, &plan, &counts, &stop, || {
-        campaign::run(make, &plan, &counts, &stop)
+        campaign::run(|| source.driver(), &plan, &counts, &stop)
     })?;
-    let mut text = headline(
-        &scenario,
-        options,
-        &plan,
-        &summary,
-        stop.load(Ordering::Relaxed),
-    );
+    let mut text = headline(&source, &plan, &summary, stop.load(Ordering::Relaxed));
     let mut written = Vec::new();
     if !summary.found.is_empty() {
-        let mut worker = Worker::new(make()?, &plan)?;
+        let mut worker = Worker::new(source.driver()?, &plan)?;
         let mut told: Vec<String> = Vec::new();
         for found in &summary.found {
             let id = failure_id(&found.execution.ending).expect("it was found");
@@ -81,10 +64,10 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             }
             told.push(id.clone());
             let small = worker.minimise(&found.execution, MINIMISE_RUNS)?;
-            let reproducer = reproducer(&scenario, options, &plan, found, &small, &id);
+            let reproducer = reproducer(&source, &plan, found, &small, &id);
             let stem = format!("{}-{}", scenario.name, id.to_lowercase());
             let path = reproducer.write(&options.out, &stem)?;
-            text.push_str(&chapter(&scenario, found, &small, &path));
+            text.push_str(&chapter(scenario, found, &small, &path));
             written.push(path.display().to_string());
         }
     }
@@ -102,6 +85,8 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "states_checked": summary.states,
         "seconds": summary.elapsed.as_secs_f64(),
         "costs": summary.costs,
+        "checks": summary.checks,
+        "worked": summary.worked,
         "failures": summary.found.iter().map(|found| json!({
             "execution": found.index,
             "failure": failure_id(&found.execution.ending),
@@ -139,7 +124,8 @@ pub(super) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure>
     let mut results = Vec::new();
     let mut exit = Exit::Held;
     for (file, (reproducer, scenario, schedule)) in &all {
-        let mut worker = Worker::new(make_engine(options.engine, scenario)?, &REPLAY)?;
+        let source = Source::new(options.engine, scenario.clone());
+        let mut worker = Worker::new(source.driver()?, &REPLAY)?;
         let mut again = Again::default();
         while again.runs < options.times && !stop.requested() {
             again.take(worker.replay(schedule)?, reproducer);
@@ -235,6 +221,88 @@ impl Again {
 }
 
 /// What serialised runs need: nothing but the schedule may decide.
+/// What is explored: a scenario, or a machine that was saved.
+fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
+    if SavedMachine::is_one(name) {
+        if options.engine == Some(EngineKind::Model) {
+            return Err(Failure::Usage {
+                problem: format!("{} is a machine with vCPUs, saved", name.display()),
+                help: "leave --engine out, or explore the scenario that it was taken of".into(),
+            });
+        }
+        let saved = SavedMachine::read(name)?;
+        let mut changed = saved.scenario.clone();
+        run::override_with(&mut changed, &options.machine);
+        if changed.to_toml() != saved.scenario.to_toml() {
+            return Err(Failure::Usage {
+                problem: format!("the machine in {} has booted already", name.display()),
+                help: "give options of the machine to `stalemate snapshot`".into(),
+            });
+        }
+        return Ok(Source::of_saved(saved));
+    }
+    let mut scenario = Scenario::load(name)?;
+    run::override_with(&mut scenario, &options.machine);
+    check_explorable(&scenario)?;
+    make_explorable(&mut scenario);
+    Ok(Source::new(
+        options.engine.unwrap_or(EngineKind::Model),
+        scenario,
+    ))
+}
+
+/// `stalemate snapshot`.
+pub(super) fn snapshot(
+    name: &Path,
+    options: &SnapshotCommand,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let mut scenario = Scenario::load(name)?;
+    run::override_with(&mut scenario, &options.machine);
+    check_explorable(&scenario)?;
+    make_explorable(&mut scenario);
+    output.check_json()?;
+    if options.out.exists() {
+        return Err(SnapshotError::Exists {
+            path: options.out.clone(),
+        }
+        .into());
+    }
+    let saved = Source::new(EngineKind::Kvm, scenario).save()?;
+    saved.write(&options.out)?;
+    let bytes = std::fs::metadata(&options.out).map_or(0, |data| data.len());
+    output.json(&json!({
+        "schema": crate::report::SCHEMA,
+        "kind": "snapshot",
+        "scenario": saved.scenario.name,
+        "kernel": boot::kernel_hash(),
+        "file": options.out.display().to_string(),
+        "bytes": bytes,
+    }))?;
+    output.say(&format!(
+        "{}: {} at the start of its schedules, {} vCPUs, {} KiB\n  explore it with: stalemate explore {}\n",
+        options.out.display(),
+        saved.scenario.name,
+        saved.scenario.vcpus,
+        bytes >> 10,
+        options.out.display(),
+    ));
+    Ok(Exit::Held)
+}
+
+fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
+    if scenario.program.name == EXPLORABLE {
+        return Ok(());
+    }
+    Err(Failure::Usage {
+        problem: format!(
+            "program '{}' does not say where its test begins and ends, so it cannot be explored",
+            scenario.program.name
+        ),
+        help: "explore a scenario of the program 'litmus': scenarios/litmus-*.toml".into(),
+    })
+}
+
 fn make_explorable(scenario: &mut Scenario) {
     scenario.interrupts = abi::boot::InterruptMode::Controlled;
     for (key, value) in [("tlb", "soft"), ("stamp", "ticket")] {
@@ -242,13 +310,6 @@ fn make_explorable(scenario: &mut Scenario) {
             scenario.params.push((key.into(), value.into()));
         }
     }
-}
-
-fn make_engine(kind: EngineKind, scenario: &Scenario) -> Result<Box<dyn Engine>, DriverError> {
-    Ok(match kind {
-        EngineKind::Model => Box::new(ModelEngine::new(scenario)?),
-        EngineKind::Kvm => Box::new(crate::engine::kvm::KvmEngine::new(scenario)?),
-    })
 }
 
 fn fresh_seed() -> u64 {
@@ -293,13 +354,8 @@ fn with_progress<T>(
     })
 }
 
-fn headline(
-    scenario: &Scenario,
-    options: &Explore,
-    plan: &Plan,
-    summary: &Summary,
-    interrupted: bool,
-) -> String {
+fn headline(source: &Source, plan: &Plan, summary: &Summary, interrupted: bool) -> String {
+    let scenario = source.scenario();
     let strategy = match plan.strategy {
         Strategy::Random { mean } => format!("random walk, runs of {mean} points on average"),
         Strategy::Pct { depth } => format!("PCT, depth {depth}"),
@@ -311,18 +367,16 @@ fn headline(
         0 => "✔ nothing wrong was seen".to_owned(),
         n => format!("✘ {n} of {} schedules fail", summary.executions),
     };
-    let engine = match options.engine {
-        EngineKind::Kvm => "kvm",
-        EngineKind::Model => "model",
-    };
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
-        "{verdict}\n  scenario   {}{}\n  engine     {engine}, kernel {}\n  strategy   {strategy}, seed {}\n  \
+        "{verdict}\n  scenario   {}{}\n  engine     {}, kernel {}\n  strategy   {strategy}, seed {}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
-         checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n",
+         checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n  \
+         time       {}\n",
         scenario.name,
         bugs(scenario),
+        source.kind(),
         boot::kernel_hash(),
         plan.seed,
         summary.executions,
@@ -332,6 +386,25 @@ fn headline(
         summary.pairs,
         summary.states,
         summary.verified,
+        split(summary),
+    )
+}
+
+/// Where the time went, for each execution (replays for comparison are executions too).
+fn split(summary: &Summary) -> String {
+    let runs = summary.costs.resets.max(1) as f64;
+    let each = |time: Duration| format!("{:.0} us", time.as_secs_f64() * 1e6 / runs);
+    let rest = summary
+        .worked
+        .saturating_sub(summary.costs.guest + summary.costs.reset + summary.checks);
+    format!(
+        "each: guest {} ({:.1} exits), reset {} ({:.0} pages), checks {}, other work of the host {}",
+        each(summary.costs.guest),
+        summary.costs.exits as f64 / runs,
+        each(summary.costs.reset),
+        summary.costs.pages as f64 / runs,
+        each(summary.checks),
+        each(rest),
     )
 }
 
@@ -345,19 +418,27 @@ fn bugs(scenario: &Scenario) -> String {
 }
 
 fn reproducer(
-    scenario: &Scenario,
-    options: &Explore,
+    source: &Source,
     plan: &Plan,
     found: &Found,
     small: &Execution,
     id: &str,
 ) -> Reproducer {
     let found_by = format!(
-        "{:?} seed {} execution {} on {:?}",
-        plan.strategy, plan.seed, found.index, options.engine
+        "{:?} seed {} execution {} on {}",
+        plan.strategy,
+        plan.seed,
+        found.index,
+        source.kind()
     );
     let stream = (small.events.len() as u64, compare::digest(&small.events));
-    Reproducer::new(scenario, &small.schedule, found_by, id.into(), stream)
+    Reproducer::new(
+        source.scenario(),
+        &small.schedule,
+        found_by,
+        id.into(),
+        stream,
+    )
 }
 
 fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -> String {

@@ -10,9 +10,11 @@ mod minimise;
 mod rng;
 mod schedule;
 mod scheduler;
+mod source;
 pub mod strategy;
 
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
 pub use schedule::{Actor, Schedule, Segment};
 pub use scheduler::{Choice, Scheduler, View};
+pub use source::Source;

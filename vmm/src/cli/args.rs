@@ -8,6 +8,7 @@ use abi::bug::Bug;
 use abi::point::Point;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::engine::Window;
 use crate::scenario::{CheckWhen, values};
 
 const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
@@ -128,6 +129,9 @@ pub struct Explore {
     /// Stop after this time: 30s, 10m
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Exploration")]
     pub time_limit: Option<Duration>,
+    /// Makes every Kth instruction behind these points a scheduling point too (engine kvm)
+    #[arg(long, value_name = "POINT,…:K", value_parser = window, help_heading = "Exploration")]
+    pub window: Option<Window>,
     /// Engines that run at once
     #[arg(
         long,
@@ -447,6 +451,10 @@ fn vcpus(text: &str) -> Result<u32, String> {
 
 fn memory(text: &str) -> Result<u64, String> {
     values::memory(text).map_err(|refused| refused.to_string())
+}
+
+fn window(text: &str) -> Result<Window, String> {
+    values::window(text).map_err(|refused| refused.to_string())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

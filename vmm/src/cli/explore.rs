@@ -27,7 +27,7 @@ const EXPLORABLE: &str = "litmus";
 const MINIMISE_RUNS: usize = 2_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
-    let source = source(name, options)?;
+    let source = source(name, options)?.with_window(options.window);
     let scenario = source.scenario();
     output.check_json()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
@@ -124,7 +124,7 @@ pub(super) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure>
     let mut results = Vec::new();
     let mut exit = Exit::Held;
     for (file, (reproducer, scenario, schedule)) in &all {
-        let source = Source::new(options.engine, scenario.clone());
+        let source = Source::new(options.engine, scenario.clone()).with_window(reproducer.window());
         let mut worker = Worker::new(source.driver()?, &REPLAY)?;
         let mut again = Again::default();
         while again.runs < options.times && !stop.requested() {
@@ -439,6 +439,7 @@ fn reproducer(
         id.into(),
         stream,
     )
+    .with_window(source.window())
 }
 
 fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -> String {

@@ -385,7 +385,7 @@ impl<E: Engine> Driver<E> {
             let passed = self.engine.points_passed(vcpu).saturating_sub(before);
             points += passed;
             // A step that does not reach a point counts too: a replay must take it.
-            let at_point = matches!(halt, Halt::Point { .. });
+            let at_point = matches!(halt, Halt::Point { .. } | Halt::Instruction { .. });
             run.schedule
                 .push(choice.actor, passed + u64::from(!at_point));
             last = Some((choice.actor, passed));
@@ -417,6 +417,10 @@ impl<E: Engine> Driver<E> {
                     if point == Point::TestEnd {
                         return Ok(Ending::Finished { status: None });
                     }
+                }
+                Halt::Instruction { .. } => {
+                    self.standing[vcpu].point = None;
+                    self.stopped_in[vcpu] = self.steps;
                 }
                 Halt::FirstUser => {}
                 Halt::Report(report) => return Ok(Ending::Report { vcpu, report }),

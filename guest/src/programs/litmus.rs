@@ -452,7 +452,7 @@ mod tests {
     use crate::native;
     use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
 
-    const TESTS: [&str; 9] = [
+    const TESTS: [&str; 10] = [
         "unmap",
         "protect",
         "dontneed",

@@ -5,14 +5,17 @@
 
 pub mod campaign;
 pub mod compare;
+pub mod confirm;
 mod driver;
 mod minimise;
 mod rng;
+mod sample;
 mod schedule;
 mod scheduler;
 pub mod strategy;
 
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
+pub use sample::{Kept, Sample};
 pub use schedule::{Actor, Schedule, Segment};
 pub use scheduler::{Choice, Scheduler, View};

@@ -1,29 +1,18 @@
 use super::KvmEngine;
 use crate::engine::model::ModelEngine;
 use crate::engine::model::tests::{TESTS, litmus};
-use crate::explore::campaign::{Plan, Strategy, Worker, failure_id};
+use crate::explore::campaign::{Plan, Worker, failure_id};
 use crate::explore::compare;
 use crate::explore::strategy::Random;
-
-const PLAN: Plan = Plan {
-    strategy: Strategy::RoundRobin,
-    executions: 0,
-    seed: 0,
-    time_limit: None,
-    state_every: 0,
-    verify_every: 0,
-    jobs: 1,
-    first: true,
-};
 
 /// Needs /dev/kvm: without it the test fails and says so, it does not pass.
 #[test]
 fn both_engines_tell_the_same_story() {
     for test in TESTS {
         let scenario = litmus(test, None);
-        let mut model = Worker::new(ModelEngine::new(&scenario).unwrap(), &PLAN).unwrap();
+        let mut model = Worker::new(ModelEngine::new(&scenario).unwrap(), &Plan::replay()).unwrap();
         let engine = KvmEngine::new(&scenario).expect("this test needs /dev/kvm");
-        let mut kvm = Worker::new(engine, &PLAN).unwrap();
+        let mut kvm = Worker::new(engine, &Plan::replay()).unwrap();
         let first = model.execute(&mut Random::new(11, 3, 6), false).unwrap();
         assert_eq!(
             failure_id(&first.ending),

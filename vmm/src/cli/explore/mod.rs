@@ -1,4 +1,7 @@
-//! `stalemate explore` and `stalemate replay`.
+//! `stalemate explore`, and `stalemate replay` beside it.
+
+mod both;
+mod replay;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +10,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::args::{Explore, ExploreStrategy, Replay};
+use super::args::{Engines, Explore, ExploreStrategy};
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
@@ -20,6 +23,9 @@ use crate::explore::{DriverError, Ending, Execution, compare, switches};
 use crate::report::story;
 use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
+
+use both::{Clean, DEFAULT_CONFIRM, Second};
+pub(super) use replay::replay;
 
 /// The program whose tests begin and end at points of their own.
 const EXPLORABLE: &str = "litmus";
@@ -39,7 +45,17 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         });
     }
     make_explorable(&mut scenario);
+    if options.confirm.is_some() && options.engine != Engines::Both {
+        return Err(Failure::Usage {
+            problem: "--confirm runs on vCPUs what the model has run".into(),
+            help: "add --engine both".into(),
+        });
+    }
     output.check_json()?;
+    let mut second = match options.engine {
+        Engines::Both => Some(Second::new(&scenario)?),
+        Engines::Model | Engines::Kvm => None,
+    };
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
     let plan = Plan {
         strategy: match options.strategy {
@@ -56,11 +72,15 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         verify_every: options.verify,
         jobs: options.jobs.max(1),
         first: !options.keep_going,
+        sample: match options.engine {
+            Engines::Both => options.confirm.unwrap_or(DEFAULT_CONFIRM),
+            Engines::Model | Engines::Kvm => 0,
+        },
     };
     let counts = Counts::default();
     let stop = AtomicBool::new(false);
-    let make = || make_engine(options.engine, &scenario);
-    let summary = with_progress(output, &plan, &counts, &stop, || {
+    let make = || make_engine(engine_of(options.engine), &scenario);
+    let mut summary = with_progress(output, &plan, &counts, &stop, || {
         campaign::run(make, &plan, &counts, &stop)
     })?;
     let mut text = headline(
@@ -70,9 +90,19 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         &summary,
         stop.load(Ordering::Relaxed),
     );
+    let sample = std::mem::take(&mut summary.sample).take();
     let mut written = Vec::new();
-    if !summary.found.is_empty() {
+    let mut violations = Vec::new();
+    let mut clean = None;
+    let mut engines_agree = true;
+    if !summary.found.is_empty() || second.is_some() {
         let mut worker = Worker::new(make()?, &plan)?;
+        if let Some(second) = &mut second {
+            let compared = Clean::run(&sample, plan.sample, &mut worker, second)?;
+            engines_agree &= compared.holds();
+            text.push_str(&compared.text());
+            clean = Some(compared.json());
+        }
         let mut told: Vec<String> = Vec::new();
         for found in &summary.found {
             let id = failure_id(&found.execution.ending).expect("it was found");
@@ -86,8 +116,19 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             let path = reproducer.write(&options.out, &stem)?;
             text.push_str(&chapter(&scenario, found, &small, &path));
             written.push(path.display().to_string());
+            if let Some(second) = &mut second {
+                let confirmation = second.confirm(&small)?;
+                engines_agree &= confirmation.holds();
+                text.push_str(&format!("  {confirmation}\n"));
+                violations.push(json!({
+                    "failure": id,
+                    "reproducer": path,
+                    "confirmation": confirmation,
+                }));
+            }
         }
     }
+    let confirmed = clean.map(|clean| json!({ "clean": clean, "violations": violations }));
     output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
@@ -108,8 +149,13 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             "text": story::ending(&found.execution.ending),
         })).collect::<Vec<_>>(),
         "reproducers": written,
+        "confirmed": confirmed,
     }))?;
     output.say(&text);
+    if !engines_agree {
+        // What a testbed says that contradicts itself is not to be believed.
+        return Ok(Exit::Internal);
+    }
     let crashed = |found: &Found| matches!(found.execution.ending, Ending::Crashed { .. });
     Ok(match summary.found.as_slice() {
         [] if stop.load(Ordering::Relaxed) => Exit::Interrupted,
@@ -117,121 +163,6 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         found if found.iter().all(crashed) => Exit::GuestFailed,
         _ => Exit::Violation,
     })
-}
-
-pub(super) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
-    // `replay --json a.repro` would take the reproducer for the file to write.
-    let json = options.json.json.as_deref();
-    if let Some(path) = json.filter(|path| path.extension().is_some_and(|e| e == "repro")) {
-        return Err(Failure::Usage {
-            problem: format!("--json {}: would overwrite a reproducer", path.display()),
-            help: "put --json last, or name a file as in --json=result.json".into(),
-        });
-    }
-    output.check_json()?;
-    // All are read before any runs: what is refused is refused at once.
-    let all = options
-        .files
-        .iter()
-        .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
-        .collect::<Result<Vec<_>, Failure>>()?;
-    let stop = interrupt::on_ctrl_c();
-    let mut results = Vec::new();
-    let mut exit = Exit::Held;
-    for (file, (reproducer, scenario, schedule)) in &all {
-        let mut worker = Worker::new(make_engine(options.engine, scenario)?, &REPLAY)?;
-        let mut again = Again::default();
-        while again.runs < options.times && !stop.requested() {
-            again.take(worker.replay(schedule)?, reproducer);
-        }
-        let Some(last) = &again.last else {
-            return Ok(Exit::Interrupted);
-        };
-        if !options.brief {
-            output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
-        }
-        output.say(&format!("{}: {}\n", file.display(), again.text(reproducer)));
-        let this = again.exit(reproducer, options.expect);
-        if exit == Exit::Held {
-            exit = this;
-        }
-        results.push(json!({
-            "file": file,
-            "expected": reproducer.ending,
-            "found": again.ending(),
-            "identical": again.identical,
-            "runs": again.runs,
-            "text": story::ending(&last.ending),
-        }));
-    }
-    output.json(&json!({
-        "schema": crate::report::SCHEMA,
-        "kind": "replay",
-        "kernel": boot::kernel_hash(),
-        "exit_code": exit.code(),
-        "replays": results,
-    }))?;
-    Ok(exit)
-}
-
-/// A worker that only replays.
-const REPLAY: Plan = Plan {
-    strategy: Strategy::RoundRobin,
-    executions: 0,
-    seed: 0,
-    time_limit: None,
-    state_every: 1,
-    verify_every: 0,
-    jobs: 1,
-    first: true,
-};
-
-/// Replays of one reproducer.
-#[derive(Default)]
-struct Again {
-    runs: u64,
-    /// Runs whose ending and events are the recorded ones.
-    identical: u64,
-    last: Option<Execution>,
-}
-
-impl Again {
-    fn take(&mut self, run: Execution, reproducer: &Reproducer) {
-        let same = compare::digest(&run.events) == reproducer.digest;
-        self.last = Some(run);
-        self.runs += 1;
-        self.identical += u64::from(same && self.reproduced(reproducer));
-    }
-
-    fn ending(&self) -> String {
-        let failure = self.last.as_ref().and_then(|run| failure_id(&run.ending));
-        failure.unwrap_or_else(|| "nothing wrong".into())
-    }
-
-    fn reproduced(&self, reproducer: &Reproducer) -> bool {
-        self.ending() == reproducer.ending
-    }
-
-    fn text(&self, reproducer: &Reproducer) -> String {
-        let (ending, same, runs) = (self.ending(), self.identical, self.runs);
-        if !self.reproduced(reproducer) {
-            return format!("✔ not reproduced: {ending}, not {}", reproducer.ending);
-        }
-        let events = reproducer.events;
-        format!(
-            "✘ reproduced: {ending}; {same} of {runs} identical to the recorded {events} events"
-        )
-    }
-
-    fn exit(&self, reproducer: &Reproducer, expected: bool) -> Exit {
-        match (self.reproduced(reproducer), expected) {
-            (true, true) if self.identical == self.runs => Exit::Held,
-            // The failure is there, but a replay that differs is a defect of ours.
-            (true, true) => Exit::Internal,
-            (true, false) | (false, true) => Exit::Violation,
-            (false, false) => Exit::Held,
-        }
-    }
 }
 
 /// What serialised runs need: nothing but the schedule may decide.
@@ -249,6 +180,14 @@ fn make_engine(kind: EngineKind, scenario: &Scenario) -> Result<Box<dyn Engine>,
         EngineKind::Model => Box::new(ModelEngine::new(scenario)?),
         EngineKind::Kvm => Box::new(crate::engine::kvm::KvmEngine::new(scenario)?),
     })
+}
+
+/// The engine that explores.
+fn engine_of(engines: Engines) -> EngineKind {
+    match engines {
+        Engines::Kvm => EngineKind::Kvm,
+        Engines::Model | Engines::Both => EngineKind::Model,
+    }
 }
 
 fn fresh_seed() -> u64 {
@@ -312,8 +251,9 @@ fn headline(
         n => format!("✘ {n} of {} schedules fail", summary.executions),
     };
     let engine = match options.engine {
-        EngineKind::Kvm => "kvm",
-        EngineKind::Model => "model",
+        Engines::Kvm => "kvm",
+        Engines::Model => "model",
+        Engines::Both => "model, confirmed on kvm",
     };
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
@@ -354,7 +294,10 @@ fn reproducer(
 ) -> Reproducer {
     let found_by = format!(
         "{:?} seed {} execution {} on {:?}",
-        plan.strategy, plan.seed, found.index, options.engine
+        plan.strategy,
+        plan.seed,
+        found.index,
+        engine_of(options.engine)
     );
     let stream = (small.events.len() as u64, compare::digest(&small.events));
     Reproducer::new(scenario, &small.schedule, found_by, id.into(), stream)

@@ -15,3 +15,4 @@ pub mod report;
 pub mod reproducer;
 pub mod scenario;
 pub mod session;
+pub mod snapshot;

@@ -76,6 +76,8 @@ pub enum Command {
     Explore(Explore),
     /// Run what a reproducer file says again, step by step
     Replay(Replay),
+    /// Save a scenario's machine at the start of its schedules, so that explore need not boot it
+    Snapshot(Snapshot),
     /// Record the memory calls of a real program (needs strace)
     #[command(after_help = RECORD_EXAMPLES)]
     Record(Record),
@@ -120,17 +122,12 @@ pub enum Engines {
 #[derive(Args, Debug)]
 #[command(override_usage = "stalemate explore [OPTIONS] <SCENARIO>")]
 pub struct Explore {
-    /// A scenario file, or the name of one in scenarios/
+    /// A scenario file, the name of one in scenarios/, or a file that `snapshot` wrote
     #[arg(required_unless_present = "json")]
     pub scenario: Option<PathBuf>,
-    /// What executes the kernel
-    #[arg(
-        long,
-        value_enum,
-        default_value = "model",
-        help_heading = "Exploration"
-    )]
-    pub engine: Engines,
+    /// What executes the kernel [default: model, and kvm for a snapshot]
+    #[arg(long, value_enum, help_heading = "Exploration")]
+    pub engine: Option<Engines>,
     /// `--engine both`: clean schedules that are run on vCPUs too, beside all that fail [default: 20]
     #[arg(long, value_name = "N", help_heading = "Exploration")]
     pub confirm: Option<usize>,
@@ -170,6 +167,24 @@ pub struct Explore {
         default_value = "out",
         help_heading = "Output"
     )]
+    pub out: PathBuf,
+    /// Overrides.
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `snapshot`.
+#[derive(Args, Debug)]
+#[command(override_usage = "stalemate snapshot [OPTIONS] --out <FILE> <SCENARIO>")]
+pub struct Snapshot {
+    /// A scenario file, or the name of one in scenarios/
+    #[arg(required_unless_present = "json")]
+    pub scenario: Option<PathBuf>,
+    /// Where it goes; nothing is overwritten
+    #[arg(short, long, value_name = "FILE")]
     pub out: PathBuf,
     /// Overrides.
     #[command(flatten)]

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use abi::boot::InterruptMode;
 use abi::layout::{LAPIC_GPA, PAGE_SIZE};
 use abi::port;
 use devices::channel::DoorbellPort;
 use devices::exit::ExitPort;
-use devices::lapic::{IpiKind, IpiRequest, LocalApics};
-use devices::serial::SerialPort;
+use devices::lapic::{IpiKind, IpiRequest, LocalApic, LocalApics};
+use devices::serial::{SerialPort, SerialRegisters};
 use devices::{Bus, Effect};
 
 use super::channel::Channel;
@@ -32,10 +32,21 @@ pub(super) enum Message {
     Interrupted,
 }
 
+/// State of a [`Board`].
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) struct BoardImage {
+    apics: Option<Vec<LocalApic>>,
+    held: Vec<BTreeSet<u8>>,
+    serial: SerialRegisters,
+    console: String,
+}
+
 /// Everything that the vCPU threads share.
 pub(super) struct Board {
     ports: Bus,
     mmio: Bus,
+    serial: Arc<SerialPort>,
+    console: Console,
     /// None with an in-kernel irqchip.
     apics: Option<Arc<LocalApics>>,
     kicks: Vec<Arc<Kick>>,
@@ -59,7 +70,7 @@ impl Board {
         let serial = Arc::new(SerialPort::new(Box::new(console.clone())));
         let word = |port: u16| u64::from(port)..u64::from(port) + 4;
         let registers = u64::from(port::SERIAL)..u64::from(port::SERIAL + port::SERIAL_LEN);
-        ports.insert(registers, serial).expect(fixed);
+        ports.insert(registers, serial.clone()).expect(fixed);
         ports
             .insert(word(port::DOORBELL), Arc::new(DoorbellPort))
             .expect(fixed);
@@ -75,11 +86,41 @@ impl Board {
         Self {
             ports,
             mmio,
+            serial,
+            console: console.clone(),
             apics,
             kicks: (0..vcpus).map(|_| Arc::default()).collect(),
             held: hold.map(|ram| (Mutex::new(vec![BTreeSet::new(); vcpus]), ram)),
             messages,
         }
+    }
+
+    /// The state of everything on the board. No vCPU runs.
+    pub(super) fn image(&self) -> BoardImage {
+        let held = self.held.as_ref();
+        BoardImage {
+            apics: self.apics.as_ref().map(|apics| apics.state()),
+            held: held.map_or_else(Vec::new, |(held, _)| lock(held).clone()),
+            serial: self.serial.registers(),
+            console: self.console.text(),
+        }
+    }
+
+    /// Puts it back. No vCPU runs.
+    pub(super) fn restore(&self, image: &BoardImage) {
+        if let (Some(apics), Some(state)) = (&self.apics, &image.apics) {
+            apics.set_state(state);
+        }
+        if let Some((held, _)) = &self.held {
+            let mut held = lock(held);
+            held.fill(BTreeSet::new());
+            held.iter_mut()
+                .zip(&image.held)
+                .for_each(|(now, then)| now.clone_from(then));
+        }
+        let sink = Box::new(self.console.clone());
+        self.serial.set_registers(image.serial, sink);
+        self.console.set_text(&image.console);
     }
 
     /// Where kicks for `vcpu` go.
@@ -91,7 +132,7 @@ impl Board {
     pub(super) fn in_flight(&self, vcpu: usize) -> bool {
         let held = self.held.as_ref();
         held.is_some_and(|(held, _)| {
-            let held = held.lock().unwrap_or_else(PoisonError::into_inner);
+            let held = lock(held);
             held.get(vcpu).is_some_and(|vectors| !vectors.is_empty())
         })
     }
@@ -105,7 +146,7 @@ impl Board {
     /// Delivers what is held for `vcpu`.
     pub(super) fn deliver_held(&self, vcpu: usize) {
         if let (Some((held, _)), Some(apics)) = (&self.held, &self.apics) {
-            let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut held = lock(held);
             for vector in std::mem::take(&mut held[vcpu]) {
                 apics.deliver(vcpu, vector);
             }
@@ -121,7 +162,7 @@ impl Board {
             )));
         };
         if let Some((held, ram)) = &self.held {
-            let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut held = lock(held);
             for (cpu, vectors) in held.iter_mut().enumerate() {
                 if request.targets & 1 << cpu != 0 {
                     vectors.insert(vector);
@@ -186,6 +227,11 @@ impl Board {
             Access::Mmio(gpa) => (&self.mmio, gpa),
         }
     }
+}
+
+/// A panic while the held IPIs were locked leaves a valid set.
+fn lock<T>(held: &Mutex<T>) -> MutexGuard<'_, T> {
+    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn nothing_there(verb: &str, access: Access, len: usize) -> Event {

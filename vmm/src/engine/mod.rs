@@ -7,6 +7,9 @@
 pub mod kvm;
 pub mod model;
 
+use std::fmt;
+use std::sync::Arc;
+
 use abi::channel::Event;
 use abi::point::Point;
 
@@ -14,6 +17,7 @@ use crate::control::ProbeReport;
 use crate::inspect::VcpuFacts;
 use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
+use crate::snapshot::Snapshot;
 
 /// Which engine.
 #[derive(
@@ -25,6 +29,15 @@ pub enum EngineKind {
     Kvm,
     /// The kernel inside this process.
     Model,
+}
+
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Model => "model",
+        })
+    }
 }
 
 /// A set of points, bit `p` for [`Point`] `p`.
@@ -168,6 +181,9 @@ pub trait Engine {
     /// The host failed.
     fn reset(&mut self) -> Result<(), EngineError>;
 
+    /// The noted state as a value, where this engine has one and has noted it.
+    fn snapshot(&self) -> Option<Arc<Snapshot>>;
+
     /// Arms (or with 0 disarms) a failpoint on `vcpu`: its `passages`-th passage from here fails.
     fn arm(&mut self, vcpu: usize, failpoint: abi::failpoint::Failpoint, passages: u32);
 
@@ -221,6 +237,9 @@ impl<E: Engine + ?Sized> Engine for Box<E> {
     fn reset(&mut self) -> Result<(), EngineError> {
         (**self).reset()
     }
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        (**self).snapshot()
+    }
     fn arm(&mut self, vcpu: usize, failpoint: abi::failpoint::Failpoint, passages: u32) {
         (**self).arm(vcpu, failpoint, passages);
     }
@@ -257,4 +276,30 @@ pub struct Costs {
     pub resets: u64,
     /// Pages copied by resets.
     pub pages: u64,
+}
+
+impl Costs {
+    /// These and `other`.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            guest: self.guest + other.guest,
+            exits: self.exits + other.exits,
+            reset: self.reset + other.reset,
+            resets: self.resets + other.resets,
+            pages: self.pages + other.pages,
+        }
+    }
+
+    /// What came after `before`, an earlier answer of the same engine.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            guest: self.guest - before.guest,
+            exits: self.exits - before.exits,
+            reset: self.reset - before.reset,
+            resets: self.resets - before.resets,
+            pages: self.pages - before.pages,
+        }
+    }
 }

@@ -8,9 +8,7 @@ use abi::channel::EventKind;
 use rustc_hash::FxHashSet;
 
 use super::strategy::{Pct, Random, Replay, RoundRobin, Tolerant};
-use super::{
-    Driver, DriverError, Ending, Execution, Limits, Sample, Schedule, Scheduler, minimise,
-};
+use super::{Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise};
 use crate::check::stream::{self, Monitor, Seen};
 use crate::check::{self, Context, Moment};
 use crate::engine::{Costs, Engine};
@@ -106,8 +104,10 @@ pub struct Summary {
     pub elapsed: Duration,
     /// Where the engines' time went.
     pub costs: Costs,
-    /// Time in monitors and invariants.
+    /// Time in monitors and invariants, of all jobs.
     pub checks: Duration,
+    /// Time in executions, of all jobs.
+    pub worked: Duration,
 }
 
 /// What a campaign counts while it runs.
@@ -134,12 +134,12 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
     })
 }
 
-/// Runs `plan` on engines that `make` makes, one for each job, until it is done or `stop` is set.
+/// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.
 ///
 /// # Errors
 /// An engine failed, or two runs of one schedule differ.
 pub fn run<E: Engine>(
-    make: impl Fn() -> Result<E, DriverError> + Sync,
+    make: impl Fn() -> Result<Driver<E>, DriverError> + Sync,
     plan: &Plan,
     counts: &Counts,
     stop: &AtomicBool,
@@ -154,6 +154,9 @@ pub fn run<E: Engine>(
             sample: Sample::new(plan.sample),
             ..Summary::default()
         };
+        let before = worker.driver.engine().costs();
+        worker.checks = Duration::ZERO;
+        let begun = Instant::now();
         loop {
             let late = plan
                 .time_limit
@@ -182,7 +185,9 @@ pub fn run<E: Engine>(
                 counts.pairs.store(known, Ordering::Relaxed);
             }
         }
-        summary.costs = worker.driver.engine().costs();
+        summary.worked = begun.elapsed();
+        summary.costs = worker.driver.engine().costs().since(&before);
+        summary.checks = worker.checks + worker.driver.checks();
         Ok(summary)
     };
     let parts: Vec<Result<Summary, DriverError>> = if plan.jobs <= 1 {
@@ -206,11 +211,8 @@ pub fn run<E: Engine>(
         whole.found.extend(part.found);
         whole.sample.join(part.sample);
         whole.checks += part.checks;
-        whole.costs.guest += part.costs.guest;
-        whole.costs.exits += part.costs.exits;
-        whole.costs.reset += part.costs.reset;
-        whole.costs.resets += part.costs.resets;
-        whole.costs.pages += part.costs.pages;
+        whole.worked += part.worked;
+        whole.costs = whole.costs.plus(&part.costs);
     }
     whole.found.sort_by_key(|found| found.index);
     whole.pairs = pairs.into_inner().expect("no job panics").len();
@@ -227,19 +229,22 @@ pub struct Worker<E> {
     /// Points of one execution in turns: what PCT spreads its changes over.
     length: u64,
     known: FxHashSet<u64>,
+    /// Time in checks at the ends of executions.
+    checks: Duration,
 }
 
 impl<E: Engine> Worker<E> {
-    /// Sets the engine's program up.
+    /// Looks at the state that `driver`'s schedules start from.
     ///
     /// # Errors
-    /// The engine failed, or the program did not get to the start of the test.
-    pub fn new(engine: E, plan: &Plan) -> Result<Self, DriverError> {
+    /// The engine failed.
+    pub fn new(driver: Driver<E>, plan: &Plan) -> Result<Self, DriverError> {
         let mut worker = Self {
-            driver: Driver::new(engine, Limits::default(), true)?,
+            driver,
             monitors: stream::all(),
             length: 1,
             known: FxHashSet::default(),
+            checks: Duration::ZERO,
         };
         worker.driver.start(&mut worker.monitors)?;
         if let Strategy::Pct { .. } = plan.strategy {
@@ -261,6 +266,7 @@ impl<E: Engine> Worker<E> {
         let run = self.driver.execute(scheduler, &mut self.monitors)?;
         let mut run = run.expect("a fresh scheduler has one execution");
         if let Ending::Finished { status } = run.ending {
+            let started = Instant::now();
             let engine = self.driver.engine();
             let root = engine.kernel_root().unwrap_or(0);
             let mut found = Vec::new();
@@ -281,6 +287,7 @@ impl<E: Engine> Worker<E> {
             if !found.is_empty() {
                 run.ending = Ending::Violation(Box::new(found.swap_remove(0)));
             }
+            self.checks += started.elapsed();
         }
         Ok(run)
     }

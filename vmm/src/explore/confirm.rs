@@ -112,8 +112,7 @@ mod tests {
     use abi::channel::{Event, EventKind};
 
     use super::*;
-    use crate::engine::model::ModelEngine;
-    use crate::engine::model::tests::litmus;
+    use crate::engine::model::tests::driver;
     use crate::explore::campaign::Plan;
     use crate::explore::strategy::Random;
     use crate::explore::{Actor, Ending, Schedule};
@@ -165,10 +164,7 @@ mod tests {
     /// A second engine with another kernel stands for one that is broken.
     #[test]
     fn an_engine_that_does_something_else_is_found_out() {
-        let worker = |bug| {
-            let engine = ModelEngine::new(&litmus("unmap", bug)).unwrap();
-            Worker::new(engine, &Plan::replay()).unwrap()
-        };
+        let worker = |bug| Worker::new(driver("unmap", bug), &Plan::replay()).unwrap();
         let (mut good, mut again) = (worker(None), worker(None));
         let mut broken = worker(Some("shootdown-skip-remote"));
         let mut parted = 0;

@@ -1,5 +1,7 @@
 //! Runs one schedule on an engine.
 
+use std::time::{Duration, Instant};
+
 use abi::channel::Event;
 use abi::point::{Point, Wait};
 
@@ -151,6 +153,8 @@ pub struct Driver<E> {
     slice: Vec<Event>,
     /// Memory of executions that nobody needs any more.
     spare: Vec<Seen>,
+    /// Time in monitors since the first execution.
+    checks: Duration,
 }
 
 impl<E: Engine> Driver<E> {
@@ -166,21 +170,33 @@ impl<E: Engine> Driver<E> {
             args: [0; 2],
         };
         let vcpus = engine.nr_vcpus();
-        let mut driver = Self {
+        let mut driver = Self::resume(engine, limits, vec![none; vcpus]);
+        driver.set_up(to_begin)?;
+        driver.engine.save()?;
+        driver.at_start = driver.standing.clone();
+        Ok(driver)
+    }
+
+    /// Goes on with an engine that has saved its state, in which its vCPUs stand at `at_start`.
+    pub fn resume(engine: E, limits: Limits, at_start: Vec<Standing>) -> Self {
+        let vcpus = at_start.len();
+        Self {
             engine,
             limits,
-            standing: vec![none; vcpus],
-            at_start: Vec::new(),
+            standing: at_start.clone(),
+            at_start,
             steps: 0,
             stopped_in: vec![0; vcpus],
             enabled: Vec::new(),
             slice: Vec::new(),
             spare: Vec::new(),
-        };
-        driver.set_up(to_begin)?;
-        driver.engine.save()?;
-        driver.at_start = driver.standing.clone();
-        Ok(driver)
+            checks: Duration::ZERO,
+        }
+    }
+
+    /// Where each vCPU stands at the start of every schedule.
+    pub fn start_standing(&self) -> &[Standing] {
+        &self.at_start
     }
 
     /// Starts `monitors` from the state at the start of every schedule.
@@ -200,6 +216,11 @@ impl<E: Engine> Driver<E> {
     pub fn recycle(&mut self, mut run: Execution) {
         run.events.clear();
         self.spare = run.events;
+    }
+
+    /// Time in monitors so far.
+    pub fn checks(&self) -> Duration {
+        self.checks
     }
 
     /// The engine.
@@ -368,6 +389,7 @@ impl<E: Engine> Driver<E> {
             run.schedule
                 .push(choice.actor, passed + u64::from(!at_point));
             last = Some((choice.actor, passed));
+            let started = Instant::now();
             for event in &self.slice {
                 let seen = Seen {
                     vcpu,
@@ -381,6 +403,7 @@ impl<E: Engine> Driver<E> {
                     break; // What comes after it tells nothing more.
                 }
             }
+            self.checks += started.elapsed();
             if !found.is_empty() {
                 return Ok(Ending::Violation(Box::new(found.swap_remove(0))));
             }

@@ -12,6 +12,7 @@ mod rng;
 mod sample;
 mod schedule;
 mod scheduler;
+mod source;
 pub mod strategy;
 
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
@@ -19,3 +20,4 @@ pub use minimise::{minimise, switches};
 pub use sample::{Kept, Sample};
 pub use schedule::{Actor, Schedule, Segment};
 pub use scheduler::{Choice, Scheduler, View};
+pub use source::Source;

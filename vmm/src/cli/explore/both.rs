@@ -4,13 +4,12 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::make_engine;
 use crate::cli::failure::Failure;
 use crate::cli::interrupt;
 use crate::engine::{Engine, EngineKind};
 use crate::explore::campaign::{Plan, Worker};
 use crate::explore::confirm::{Confirmation, confirm};
-use crate::explore::{DriverError, Execution, Kept};
+use crate::explore::{DriverError, Execution, Kept, Source};
 use crate::scenario::Scenario;
 
 /// Clean schedules that are confirmed where nobody says how many.
@@ -24,8 +23,8 @@ pub(super) struct Second(AnyWorker);
 impl Second {
     /// Made before anything is explored: a host that cannot is told so at once.
     pub(super) fn new(scenario: &Scenario) -> Result<Self, DriverError> {
-        let engine = make_engine(EngineKind::Kvm, scenario)?;
-        Ok(Self(Worker::new(engine, &Plan::replay())?))
+        let source = Source::new(EngineKind::Kvm, scenario.clone());
+        Ok(Self(Worker::new(source.driver()?, &Plan::replay())?))
     }
 
     /// Runs the schedule of `first`, an execution of the model, here too.

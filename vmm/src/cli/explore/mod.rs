@@ -1,4 +1,4 @@
-//! `stalemate explore`, and `stalemate replay` beside it.
+//! `stalemate explore`; `replay` and `snapshot` beside it.
 
 mod both;
 mod replay;
@@ -10,19 +10,19 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::args::{Engines, Explore, ExploreStrategy};
+use super::args::{Engines, Explore, ExploreStrategy, Snapshot as SnapshotCommand};
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
 use super::{interrupt, run};
 use crate::boot;
-use crate::engine::model::ModelEngine;
-use crate::engine::{Engine, EngineKind};
+use crate::engine::EngineKind;
 use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, Worker, failure_id};
-use crate::explore::{DriverError, Ending, Execution, compare, switches};
+use crate::explore::{Ending, Execution, Source, compare, switches};
 use crate::report::story;
 use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
+use crate::snapshot::{SavedMachine, SnapshotError};
 
 use both::{Clean, DEFAULT_CONFIRM, Second};
 pub(super) use replay::replay;
@@ -33,29 +33,17 @@ const EXPLORABLE: &str = "litmus";
 const MINIMISE_RUNS: usize = 2_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
-    let mut scenario = Scenario::load(name)?;
-    run::override_with(&mut scenario, &options.machine);
-    if scenario.program.name != EXPLORABLE {
-        return Err(Failure::Usage {
-            problem: format!(
-                "program '{}' does not say where its test begins and ends, so it cannot be explored",
-                scenario.program.name
-            ),
-            help: "explore a scenario of the program 'litmus': scenarios/litmus-*.toml".into(),
-        });
-    }
-    make_explorable(&mut scenario);
-    if options.confirm.is_some() && options.engine != Engines::Both {
+    let source = source(name, options)?;
+    let scenario = source.scenario();
+    let both = options.engine == Some(Engines::Both);
+    if options.confirm.is_some() && !both {
         return Err(Failure::Usage {
             problem: "--confirm runs on vCPUs what the model has run".into(),
             help: "add --engine both".into(),
         });
     }
     output.check_json()?;
-    let mut second = match options.engine {
-        Engines::Both => Some(Second::new(&scenario)?),
-        Engines::Model | Engines::Kvm => None,
-    };
+    let mut second = both.then(|| Second::new(scenario)).transpose()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
     let plan = Plan {
         strategy: match options.strategy {
@@ -72,31 +60,26 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         verify_every: options.verify,
         jobs: options.jobs.max(1),
         first: !options.keep_going,
-        sample: match options.engine {
-            Engines::Both => options.confirm.unwrap_or(DEFAULT_CONFIRM),
-            Engines::Model | Engines::Kvm => 0,
+        sample: match options.confirm {
+            Some(confirm) => confirm,
+            None if both => DEFAULT_CONFIRM,
+            None => 0,
         },
     };
     let counts = Counts::default();
     let stop = AtomicBool::new(false);
-    let make = || make_engine(engine_of(options.engine), &scenario);
     let mut summary = with_progress(output, &plan, &counts, &stop, || {
-        campaign::run(make, &plan, &counts, &stop)
+        campaign::run(|| source.driver(), &plan, &counts, &stop)
     })?;
-    let mut text = headline(
-        &scenario,
-        options,
-        &plan,
-        &summary,
-        stop.load(Ordering::Relaxed),
-    );
+    let stopped = stop.load(Ordering::Relaxed);
+    let mut text = headline(&source, &plan, &summary, both, stopped);
     let sample = std::mem::take(&mut summary.sample).take();
     let mut written = Vec::new();
     let mut violations = Vec::new();
     let mut clean = None;
     let mut engines_agree = true;
     if !summary.found.is_empty() || second.is_some() {
-        let mut worker = Worker::new(make()?, &plan)?;
+        let mut worker = Worker::new(source.driver()?, &plan)?;
         if let Some(second) = &mut second {
             let compared = Clean::run(&sample, plan.sample, &mut worker, second)?;
             engines_agree &= compared.holds();
@@ -111,10 +94,10 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             }
             told.push(id.clone());
             let small = worker.minimise(&found.execution, MINIMISE_RUNS)?;
-            let reproducer = reproducer(&scenario, options, &plan, found, &small, &id);
+            let reproducer = reproducer(&source, &plan, found, &small, &id);
             let stem = format!("{}-{}", scenario.name, id.to_lowercase());
             let path = reproducer.write(&options.out, &stem)?;
-            text.push_str(&chapter(&scenario, found, &small, &path));
+            text.push_str(&chapter(scenario, found, &small, &path));
             written.push(path.display().to_string());
             if let Some(second) = &mut second {
                 let confirmation = second.confirm(&small)?;
@@ -143,6 +126,8 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "states_checked": summary.states,
         "seconds": summary.elapsed.as_secs_f64(),
         "costs": summary.costs,
+        "checks": summary.checks,
+        "worked": summary.worked,
         "failures": summary.found.iter().map(|found| json!({
             "execution": found.index,
             "failure": failure_id(&found.execution.ending),
@@ -166,6 +151,88 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
 }
 
 /// What serialised runs need: nothing but the schedule may decide.
+/// What is explored: a scenario, or a machine that was saved.
+fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
+    if SavedMachine::is_one(name) {
+        if !matches!(options.engine, None | Some(Engines::Kvm)) {
+            return Err(Failure::Usage {
+                problem: format!("{} is a machine with vCPUs, saved", name.display()),
+                help: "leave --engine out, or explore the scenario that it was taken of".into(),
+            });
+        }
+        let saved = SavedMachine::read(name)?;
+        let mut changed = saved.scenario.clone();
+        run::override_with(&mut changed, &options.machine);
+        if changed.to_toml() != saved.scenario.to_toml() {
+            return Err(Failure::Usage {
+                problem: format!("the machine in {} has booted already", name.display()),
+                help: "give options of the machine to `stalemate snapshot`".into(),
+            });
+        }
+        return Ok(Source::of_saved(saved));
+    }
+    let mut scenario = Scenario::load(name)?;
+    run::override_with(&mut scenario, &options.machine);
+    check_explorable(&scenario)?;
+    make_explorable(&mut scenario);
+    Ok(Source::new(
+        engine_of(options.engine.unwrap_or(Engines::Model)),
+        scenario,
+    ))
+}
+
+/// `stalemate snapshot`.
+pub(super) fn snapshot(
+    name: &Path,
+    options: &SnapshotCommand,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let mut scenario = Scenario::load(name)?;
+    run::override_with(&mut scenario, &options.machine);
+    check_explorable(&scenario)?;
+    make_explorable(&mut scenario);
+    output.check_json()?;
+    if options.out.exists() {
+        return Err(SnapshotError::Exists {
+            path: options.out.clone(),
+        }
+        .into());
+    }
+    let saved = Source::new(EngineKind::Kvm, scenario).save()?;
+    saved.write(&options.out)?;
+    let bytes = std::fs::metadata(&options.out).map_or(0, |data| data.len());
+    output.json(&json!({
+        "schema": crate::report::SCHEMA,
+        "kind": "snapshot",
+        "scenario": saved.scenario.name,
+        "kernel": boot::kernel_hash(),
+        "file": options.out.display().to_string(),
+        "bytes": bytes,
+    }))?;
+    output.say(&format!(
+        "{}: {} at the start of its schedules, {} vCPUs, {} KiB\n  explore it with: stalemate explore {}\n",
+        options.out.display(),
+        saved.scenario.name,
+        saved.scenario.vcpus,
+        bytes >> 10,
+        options.out.display(),
+    ));
+    Ok(Exit::Held)
+}
+
+fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
+    if scenario.program.name == EXPLORABLE {
+        return Ok(());
+    }
+    Err(Failure::Usage {
+        problem: format!(
+            "program '{}' does not say where its test begins and ends, so it cannot be explored",
+            scenario.program.name
+        ),
+        help: "explore a scenario of the program 'litmus': scenarios/litmus-*.toml".into(),
+    })
+}
+
 fn make_explorable(scenario: &mut Scenario) {
     scenario.interrupts = abi::boot::InterruptMode::Controlled;
     for (key, value) in [("tlb", "soft"), ("stamp", "ticket")] {
@@ -173,13 +240,6 @@ fn make_explorable(scenario: &mut Scenario) {
             scenario.params.push((key.into(), value.into()));
         }
     }
-}
-
-fn make_engine(kind: EngineKind, scenario: &Scenario) -> Result<Box<dyn Engine>, DriverError> {
-    Ok(match kind {
-        EngineKind::Model => Box::new(ModelEngine::new(scenario)?),
-        EngineKind::Kvm => Box::new(crate::engine::kvm::KvmEngine::new(scenario)?),
-    })
 }
 
 /// The engine that explores.
@@ -233,12 +293,13 @@ fn with_progress<T>(
 }
 
 fn headline(
-    scenario: &Scenario,
-    options: &Explore,
+    source: &Source,
     plan: &Plan,
     summary: &Summary,
+    both: bool,
     interrupted: bool,
 ) -> String {
+    let scenario = source.scenario();
     let strategy = match plan.strategy {
         Strategy::Random { mean } => format!("random walk, runs of {mean} points on average"),
         Strategy::Pct { depth } => format!("PCT, depth {depth}"),
@@ -250,19 +311,17 @@ fn headline(
         0 => "✔ nothing wrong was seen".to_owned(),
         n => format!("✘ {n} of {} schedules fail", summary.executions),
     };
-    let engine = match options.engine {
-        Engines::Kvm => "kvm",
-        Engines::Model => "model",
-        Engines::Both => "model, confirmed on kvm",
-    };
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
-        "{verdict}\n  scenario   {}{}\n  engine     {engine}, kernel {}\n  strategy   {strategy}, seed {}\n  \
+        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
-         checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n",
+         checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n  \
+         time       {}\n",
         scenario.name,
         bugs(scenario),
+        source.kind(),
+        if both { ", confirmed on kvm" } else { "" },
         boot::kernel_hash(),
         plan.seed,
         summary.executions,
@@ -272,6 +331,25 @@ fn headline(
         summary.pairs,
         summary.states,
         summary.verified,
+        split(summary),
+    )
+}
+
+/// Where the time went, for each execution (replays for comparison are executions too).
+fn split(summary: &Summary) -> String {
+    let runs = summary.costs.resets.max(1) as f64;
+    let each = |time: Duration| format!("{:.0} us", time.as_secs_f64() * 1e6 / runs);
+    let rest = summary
+        .worked
+        .saturating_sub(summary.costs.guest + summary.costs.reset + summary.checks);
+    format!(
+        "each: guest {} ({:.1} exits), reset {} ({:.0} pages), checks {}, other work of the host {}",
+        each(summary.costs.guest),
+        summary.costs.exits as f64 / runs,
+        each(summary.costs.reset),
+        summary.costs.pages as f64 / runs,
+        each(summary.checks),
+        each(rest),
     )
 }
 
@@ -285,22 +363,27 @@ fn bugs(scenario: &Scenario) -> String {
 }
 
 fn reproducer(
-    scenario: &Scenario,
-    options: &Explore,
+    source: &Source,
     plan: &Plan,
     found: &Found,
     small: &Execution,
     id: &str,
 ) -> Reproducer {
     let found_by = format!(
-        "{:?} seed {} execution {} on {:?}",
+        "{:?} seed {} execution {} on {}",
         plan.strategy,
         plan.seed,
         found.index,
-        engine_of(options.engine)
+        source.kind()
     );
     let stream = (small.events.len() as u64, compare::digest(&small.events));
-    Reproducer::new(scenario, &small.schedule, found_by, id.into(), stream)
+    Reproducer::new(
+        source.scenario(),
+        &small.schedule,
+        found_by,
+        id.into(),
+        stream,
+    )
 }
 
 fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -> String {

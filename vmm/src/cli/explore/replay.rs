@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::both::Second;
-use super::{engine_of, make_engine};
+use super::engine_of;
 use crate::boot;
 use crate::cli::args::{Engines, Replay};
 use crate::cli::exit::Exit;
@@ -12,7 +12,7 @@ use crate::cli::interrupt;
 use crate::cli::output::Output;
 use crate::explore::campaign::{Plan, Worker, failure_id};
 use crate::explore::confirm::Confirmation;
-use crate::explore::{Execution, compare};
+use crate::explore::{Execution, Source, compare};
 use crate::report::story;
 use crate::reproducer::Reproducer;
 
@@ -36,8 +36,8 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
     let mut results = Vec::new();
     let mut exit = Exit::Held;
     for (file, (reproducer, scenario, schedule)) in &all {
-        let engine = make_engine(engine_of(options.engine), scenario)?;
-        let mut worker = Worker::new(engine, &Plan::replay())?;
+        let source = Source::new(engine_of(options.engine), scenario.clone());
+        let mut worker = Worker::new(source.driver()?, &Plan::replay())?;
         let mut second = match options.engine {
             Engines::Both => Some(Second::new(scenario)?),
             Engines::Model | Engines::Kvm => None,

@@ -1,7 +1,8 @@
 //! The machine: made, run, paused, and why it stopped. What can be set and read meanwhile is in
-//! [`panel`].
+//! [`panel`], how it is saved and put back in [`state`].
 
 mod panel;
+mod state;
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -21,10 +22,13 @@ use super::console::Console;
 use super::error::MachineError;
 use super::io::{IoThread, RunNumber, Watchdog};
 use super::stop::{Crash, CrashCause, Stop};
-use crate::boot::{self, BootSpec};
+use crate::boot::{self, Boot, BootSpec};
 use crate::kvm::vcpu::{self, Notice, State, Step, Vcpu, VcpuError, VcpuSpec};
 use crate::kvm::{host, vm};
 use crate::memory::GuestRam;
+use crate::snapshot::Snapshot;
+
+pub use state::ResetTimings;
 
 /// Longest sleep of the controller without a look at its flags.
 const TICK: Duration = Duration::from_secs(1);
@@ -104,6 +108,13 @@ pub struct Machine {
     timings: Timings,
     tsc_khz: Option<u32>,
     ended: Option<Stop>,
+    base: Option<state::Base>,
+}
+
+/// The state in which a machine starts.
+enum Start<'a> {
+    Boot(&'a Boot),
+    Snapshot(&'a Snapshot),
 }
 
 impl Machine {
@@ -146,7 +157,18 @@ impl Machine {
             channel.set_ring_exits(config.serialised);
         }
         timings.load = clock.lap();
+        Self::assemble(&config, (kernel, user), ram, timings, &Start::Boot(&boot))
+    }
 
+    /// A machine around memory that is as it starts; `images` are the ELF files that are in it.
+    fn assemble(
+        config: &MachineConfig,
+        images: (Cow<'static, [u8]>, &[u8]),
+        ram: GuestRam,
+        mut timings: Timings,
+        start: &Start<'_>,
+    ) -> Result<Self, MachineError> {
+        let mut clock = Clock(Instant::now());
         let vm = vm::Vm::new(vm::open()?, &ram, config.interrupts)?;
         timings.create_vm = clock.lap();
 
@@ -169,7 +191,10 @@ impl Machine {
         let mut tsc_khz = None;
         for cpu in 0..config.vcpus {
             let index = cpu as usize;
-            let fd = vm.create_vcpu(cpu, config.vcpus, &boot)?;
+            let fd = vm.create_vcpu(cpu, config.vcpus)?;
+            if let Start::Boot(boot) = start {
+                vm.start_vcpu(&fd, cpu, boot)?;
+            }
             tsc_khz = fd.get_tsc_khz().ok();
             let mut vcpu = Vcpu::new(VcpuSpec {
                 index,
@@ -181,7 +206,14 @@ impl Machine {
                 pin: host_cpus.get(index % host_cpus.len().max(1)).copied(),
             });
             vcpu.start()?;
+            if let Start::Snapshot(snapshot) = start {
+                vcpu.request_restore(Arc::clone(&snapshot.vcpus[index]))?;
+                vcpu.wait(Step::Restore)?;
+            }
             vcpus.push(vcpu);
+        }
+        if let Start::Snapshot(snapshot) = start {
+            board.restore(&snapshot.board);
         }
         let run = RunNumber::default();
         let io = IoThread::start(
@@ -205,8 +237,8 @@ impl Machine {
             serialised: config.serialised,
             ram,
             console,
-            kernel,
-            user: user.to_vec(),
+            kernel: images.0,
+            user: images.1.to_vec(),
             watchdog: config.watchdog,
             messages,
             backlog: VecDeque::new(),
@@ -221,6 +253,7 @@ impl Machine {
             timings,
             tsc_khz,
             ended: None,
+            base: None,
         })
     }
 

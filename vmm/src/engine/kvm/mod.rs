@@ -1,41 +1,38 @@
 //! The kvm engine: the kernel image on vCPUs, one of which runs at a time.
 //!
-//! A reset boots the machine anew and runs the set-up again: slow, and as sure as the boot is
-//! deterministic.
+//! A reset puts back what was written since the state was saved; a machine that has crashed is replaced
+//! by a clone of its snapshot.
 
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use abi::channel::Event;
 use abi::failpoint::Failpoint;
 
 use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit};
-use crate::control::{Interrupts, Machine, MachineConfig, ProgramSpec, Stop};
+use crate::control::{Interrupts, Machine, MachineConfig, MachineError, ProgramSpec, Stop};
 use crate::inspect::{self, VcpuFacts};
 use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
 use crate::scenario::Scenario;
-
-/// A step of the set-up.
-#[derive(Clone, Copy)]
-enum Step {
-    Run(usize, Limit),
-    Deliver(usize),
-}
+use crate::snapshot::Snapshot;
 
 /// See the module.
 pub struct KvmEngine {
     config: MachineConfig,
     machine: Machine,
-    set_up: Vec<Step>,
-    saved: bool,
+    saved: Option<Arc<Snapshot>>,
     /// Nothing has run since the saved state was reached.
     fresh: bool,
+    /// The machine can no longer be run nor reset.
+    broken: bool,
     /// Points that each vCPU had passed when the state was saved.
     passed: Vec<u64>,
     stops: Vec<inspect::Stop>,
+    saved_stops: Vec<inspect::Stop>,
     watchdog: f64,
     costs: Costs,
 }
@@ -46,33 +43,46 @@ impl KvmEngine {
     /// # Errors
     /// The machine cannot be made.
     pub fn new(scenario: &Scenario) -> Result<Self, EngineError> {
-        let config = MachineConfig {
-            vcpus: scenario.vcpus,
-            memory_bytes: scenario.memory_bytes,
-            interrupts: Interrupts::Controlled,
-            cmdline: scenario.cmdline(),
-            program: ProgramSpec {
-                name: scenario.program.name.clone(),
-                args: scenario.program.args.clone(),
-                data: scenario.program.trace.as_ref().map(|t| t.blob.clone()),
-            },
-            watchdog: scenario.watchdog,
-            events: u64::MAX,
-            serialised: true,
-            ..MachineConfig::default()
-        };
-        let cpus = scenario.vcpus as usize;
-        Ok(Self {
-            machine: Machine::new(config.clone())?,
-            config,
-            set_up: Vec::new(),
-            saved: false,
+        let config = config(scenario);
+        let machine = Machine::new(config.clone())?;
+        Ok(Self::around(machine, config))
+    }
+
+    /// A clone of `snapshot`, which was saved of a machine of `scenario`; that state counts as saved.
+    ///
+    /// # Errors
+    /// The machine cannot be made.
+    pub fn clone_of(scenario: &Scenario, snapshot: Arc<Snapshot>) -> Result<Self, EngineError> {
+        let config = config(scenario);
+        let machine = Machine::clone_of(&snapshot, config.clone())?;
+        let mut this = Self::around(machine, config);
+        this.saved_as(snapshot);
+        Ok(this)
+    }
+
+    fn around(machine: Machine, config: MachineConfig) -> Self {
+        let cpus = config.vcpus as usize;
+        Self {
+            machine,
+            saved: None,
             fresh: false,
+            broken: false,
             passed: vec![0; cpus],
             stops: vec![inspect::Stop::Anywhere; cpus],
-            watchdog: scenario.watchdog.as_secs_f64(),
+            saved_stops: vec![inspect::Stop::Anywhere; cpus],
+            watchdog: config.watchdog.as_secs_f64(),
             costs: Costs::default(),
-        })
+            config,
+        }
+    }
+
+    fn saved_as(&mut self, snapshot: Arc<Snapshot>) {
+        self.saved = Some(snapshot);
+        self.fresh = true;
+        self.saved_stops.clone_from(&self.stops);
+        for (vcpu, passed) in self.passed.iter_mut().enumerate() {
+            *passed = self.machine.points_passed(vcpu);
+        }
     }
 
     fn step(
@@ -99,6 +109,7 @@ impl KvmEngine {
                     if let crate::control::CrashCause::NoProgress { .. } = crash.cause {
                         return Err(self.no_point(vcpu));
                     }
+                    self.broken = true;
                     break Halt::Crashed(GuestCrash {
                         reason: crash.cause.to_string(),
                         details: Vec::new(),
@@ -143,9 +154,6 @@ impl Engine for KvmEngine {
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
         self.fresh = false;
-        if !self.saved {
-            self.set_up.push(Step::Run(vcpu, limit));
-        }
         self.step(vcpu, limit, events)
     }
     fn points_passed(&self, vcpu: usize) -> u64 {
@@ -158,9 +166,6 @@ impl Engine for KvmEngine {
     }
     fn deliver(&mut self, vcpu: usize) {
         self.fresh = false;
-        if !self.saved {
-            self.set_up.push(Step::Deliver(vcpu));
-        }
         self.machine.deliver(vcpu);
     }
     fn pending(&self, vcpu: usize) -> bool {
@@ -168,11 +173,8 @@ impl Engine for KvmEngine {
     }
 
     fn save(&mut self) -> Result<(), EngineError> {
-        self.saved = true;
-        self.fresh = true;
-        for (vcpu, passed) in self.passed.iter_mut().enumerate() {
-            *passed = self.machine.points_passed(vcpu);
-        }
+        let snapshot = self.machine.save()?;
+        self.saved_as(snapshot);
         Ok(())
     }
 
@@ -181,22 +183,22 @@ impl Engine for KvmEngine {
             return Ok(());
         }
         let started = Instant::now();
-        let guest = self.costs.guest;
-        self.machine = Machine::new(self.config.clone())?;
-        let mut events = Vec::new();
-        for index in 0..self.set_up.len() {
-            match self.set_up[index] {
-                Step::Run(vcpu, limit) => {
-                    self.step(vcpu, limit, &mut events)?;
-                }
-                Step::Deliver(vcpu) => self.machine.deliver(vcpu),
-            }
+        if self.broken {
+            let saved = self.saved.as_ref().ok_or(MachineError::NotSaved)?;
+            self.machine = Machine::clone_of(saved, self.config.clone())?;
+            self.broken = false;
+        } else {
+            self.costs.pages += self.machine.reset()?.pages;
         }
-        self.costs.guest = guest;
+        self.stops.clone_from(&self.saved_stops);
         self.costs.reset += started.elapsed();
         self.costs.resets += 1;
         self.fresh = true;
         Ok(())
+    }
+
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.saved.clone()
     }
 
     fn arm(&mut self, vcpu: usize, failpoint: Failpoint, passages: u32) {
@@ -234,5 +236,23 @@ impl Engine for KvmEngine {
     }
     fn costs(&self) -> Costs {
         self.costs
+    }
+}
+
+fn config(scenario: &Scenario) -> MachineConfig {
+    MachineConfig {
+        vcpus: scenario.vcpus,
+        memory_bytes: scenario.memory_bytes,
+        interrupts: Interrupts::Controlled,
+        cmdline: scenario.cmdline(),
+        program: ProgramSpec {
+            name: scenario.program.name.clone(),
+            args: scenario.program.args.clone(),
+            data: scenario.program.trace.as_ref().map(|t| t.blob.clone()),
+        },
+        watchdog: scenario.watchdog,
+        events: u64::MAX,
+        serialised: true,
+        ..MachineConfig::default()
     }
 }

@@ -12,6 +12,7 @@ mod sys;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
@@ -29,6 +30,7 @@ use crate::inspect::{Stop, VcpuFacts};
 use crate::memory::{GuestRam, PhysMem};
 use crate::report::symbols::Symbols;
 use crate::scenario::Scenario;
+use crate::snapshot::Snapshot;
 
 /// A step of the set-up.
 #[derive(Clone, Copy)]
@@ -251,6 +253,11 @@ impl Engine for ModelEngine {
         self.costs.resets += 1;
         self.fresh = true;
         Ok(())
+    }
+
+    /// Coroutines cannot be copied.
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        None
     }
 
     fn arm(&mut self, vcpu: usize, failpoint: Failpoint, passages: u32) {

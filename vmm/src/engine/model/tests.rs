@@ -35,7 +35,7 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
     scenario::parse(Path::new("litmus.toml"), &text).unwrap()
 }
 
-fn driver(test: &str, bug: Option<&str>) -> Driver<ModelEngine> {
+pub(crate) fn driver(test: &str, bug: Option<&str>) -> Driver<ModelEngine> {
     let engine = ModelEngine::new(&litmus(test, bug)).unwrap();
     Driver::new(engine, Limits::default(), true).unwrap()
 }
@@ -101,7 +101,7 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
         let (name, test) = shown.expect("a test for every bug");
         let scenario = litmus(test, Some(name));
         let summary = campaign::run(
-            || Ok(ModelEngine::new(&scenario)?),
+            || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
             &plan(2_000, true),
             &Counts::default(),
             &AtomicBool::new(false),
@@ -116,7 +116,7 @@ fn the_correct_kernel_survives_the_same_schedules() {
     for test in TESTS {
         let scenario = litmus(test, None);
         let summary = campaign::run(
-            || Ok(ModelEngine::new(&scenario)?),
+            || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
             &plan(2_000, false),
             &Counts::default(),
             &AtomicBool::new(false),
@@ -135,8 +135,8 @@ fn the_correct_kernel_survives_the_same_schedules() {
 
 #[test]
 fn a_small_schedule_still_fails_and_tells_its_story() {
-    let scenario = litmus("unmap", Some("shootdown-skip-remote"));
-    let mut worker = Worker::new(ModelEngine::new(&scenario).unwrap(), &plan(1, true)).unwrap();
+    let driver = driver("unmap", Some("shootdown-skip-remote"));
+    let mut worker = Worker::new(driver, &plan(1, true)).unwrap();
     let mut tries = (0..50).map(|i| worker.execute(&mut Random::new(5, i, 4), true).unwrap());
     let failing = tries.find(|run| failure_id(&run.ending).is_some());
     let failing = failing.expect("the bug shows soon");

@@ -9,6 +9,7 @@
 //! last exit is complete: a paused vCPU never stands in the middle of an instruction. No lock is held
 //! while in KVM_RUN or while waiting.
 
+mod image;
 mod runner;
 mod snapshot;
 mod state;
@@ -29,6 +30,7 @@ use super::{KvmError, vm};
 use crate::memory::GuestRam;
 use runner::Runner;
 
+pub(crate) use image::VcpuImage;
 pub use snapshot::{ExitReason, Registers, SystemRegisters, VcpuSnapshot};
 pub use state::{IllegalStep, State, Step};
 
@@ -105,11 +107,13 @@ pub(crate) enum Fault {
 }
 
 /// Orders to a vCPU thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Command {
     Resume,
     Pause,
     Snapshot,
+    Save { msrs: Arc<[u32]> },
+    Restore(Arc<VcpuImage>),
     Stop,
 }
 
@@ -120,6 +124,8 @@ enum Reply {
     Running,
     Paused,
     Snapshot(Box<VcpuSnapshot>),
+    Saved(Box<VcpuImage>),
+    Restored,
     Stopped,
     Failed(KvmError),
 }
@@ -266,7 +272,9 @@ impl Vcpu {
             Step::Pause => Command::Pause,
             Step::Stop => Command::Stop,
             Step::Inspect => Command::Snapshot,
-            Step::Start | Step::Park => unreachable!("{step} is no request"),
+            Step::Start | Step::Park | Step::Save | Step::Restore => {
+                unreachable!("{step} is no request")
+            }
         };
         // The command first, then the kick: a thread that takes the kick finds the command.
         self.commands.send(command).map_err(|_| self.died())?;
@@ -284,6 +292,7 @@ impl Vcpu {
         match (step, self.reply(step)?) {
             (Step::Resume, Reply::Running)
             | (Step::Pause, Reply::Paused)
+            | (Step::Restore, Reply::Restored)
             | (Step::Stop, Reply::Stopped) => {
                 self.state = next;
                 Ok(())
@@ -312,6 +321,27 @@ impl Vcpu {
             }),
             reply => Err(self.unexpected(Step::Inspect, reply)),
         }
+    }
+
+    /// Everything that a paused vCPU is, with those of `msrs` that it has.
+    pub(crate) fn save(&self, msrs: &Arc<[u32]>) -> Result<VcpuImage, VcpuError> {
+        self.check(Step::Save)?;
+        let msrs = Arc::clone(msrs);
+        self.commands
+            .send(Command::Save { msrs })
+            .map_err(|_| self.died())?;
+        match self.reply(Step::Save)? {
+            Reply::Saved(image) => Ok(*image),
+            reply => Err(self.unexpected(Step::Save, reply)),
+        }
+    }
+
+    /// Asks a paused vCPU to become `image`, its translations flushed.
+    pub(crate) fn request_restore(&mut self, image: Arc<VcpuImage>) -> Result<(), VcpuError> {
+        self.check(Step::Restore)?;
+        self.commands
+            .send(Command::Restore(image))
+            .map_err(|_| self.died())
     }
 
     /// Its state, as far as its replies and notices tell.

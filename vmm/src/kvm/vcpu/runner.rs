@@ -10,8 +10,8 @@ use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{
-    Access, Command, Event, ExitReason, Fault, Notice, Platform, Reply, State, VcpuSnapshot,
-    VcpuSpec, Vitals,
+    Access, Command, Event, ExitReason, Fault, Notice, Platform, Reply, State, VcpuImage,
+    VcpuSnapshot, VcpuSpec, Vitals,
 };
 use crate::kvm::{KvmError, failed, kick, sys};
 use crate::memory::GuestRam;
@@ -105,6 +105,19 @@ impl Runner {
                 Command::Snapshot => {
                     let reply = self.snapshot();
                     self.reply(reply);
+                }
+                Command::Save { msrs } => {
+                    let irqchip = self.interrupts == InterruptMode::Hardware;
+                    let image = VcpuImage::take(&mut self.fd, &msrs, self.halted, irqchip);
+                    self.reply(
+                        image.map_or_else(Reply::Failed, |image| Reply::Saved(Box::new(image))),
+                    );
+                }
+                Command::Restore(image) => {
+                    self.halted = image.halted;
+                    self.last_exit = ExitReason::None;
+                    let restored = image.put(&mut self.fd);
+                    self.reply(restored.map_or_else(Reply::Failed, |()| Reply::Restored));
                 }
                 Command::Stop => break,
                 Command::Resume => {

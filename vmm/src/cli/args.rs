@@ -91,6 +91,7 @@ Examples:
   stalemate explore litmus-unmap                                 10,000 schedules in this process
   stalemate explore litmus-unmap --bug shootdown-skip-remote     finds it, writes a reproducer
   stalemate explore litmus-cow --engine kvm --schedules 200      the same kernel on real vCPUs
+  stalemate explore litmus-cow --engine both --confirm 50        in process, then confirmed on vCPUs
   stalemate replay out/litmus-unmap-t-01.repro --times 1000      bit for bit, 1000 times
 
 A schedule says who runs for how many scheduling points. On the model engine the kernel runs inside this
@@ -107,6 +108,17 @@ pub enum ExploreStrategy {
     RoundRobin,
 }
 
+/// What executes the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engines {
+    /// The kernel inside this process
+    Model,
+    /// The kernel image on vCPUs
+    Kvm,
+    /// The model, and what it shows is compared with vCPUs
+    Both,
+}
+
 /// `explore`.
 #[derive(Args, Debug)]
 #[command(override_usage = "stalemate explore [OPTIONS] <SCENARIO>")]
@@ -116,7 +128,10 @@ pub struct Explore {
     pub scenario: Option<PathBuf>,
     /// What executes the kernel [default: model, and kvm for a snapshot]
     #[arg(long, value_enum, help_heading = "Exploration")]
-    pub engine: Option<crate::engine::EngineKind>,
+    pub engine: Option<Engines>,
+    /// `--engine both`: clean schedules that are run on vCPUs too, beside all that fail [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Exploration")]
+    pub confirm: Option<usize>,
     /// How schedules are chosen
     #[arg(long, value_enum, default_value = "pct", help_heading = "Exploration")]
     pub strategy: ExploreStrategy,
@@ -189,9 +204,9 @@ pub struct Replay {
     /// Reproducers that explore wrote
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// What executes the kernel
-    #[arg(long, value_enum, default_value = "model")]
-    pub engine: crate::engine::EngineKind,
+    /// What executes the kernel [default: model, and kvm where instructions were scheduled]
+    #[arg(long, value_enum)]
+    pub engine: Option<Engines>,
     /// Replay this often and compare
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub times: u64,

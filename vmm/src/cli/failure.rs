@@ -132,7 +132,7 @@ impl Failure {
             Self::Record(RecordError::Exists(_)) => {
                 let _ = writeln!(text, "  {} --force replaces it", paint.bold("help:"));
             }
-            Self::Machine(_) if self.exit() == Exit::HostCannot => {
+            Self::Machine(_) | Self::Explore(_) if self.exit() == Exit::HostCannot => {
                 let _ = write!(text, "{}", lab::advice(paint));
             }
             _ => {}

@@ -8,7 +8,7 @@ use abi::channel::EventKind;
 use rustc_hash::FxHashSet;
 
 use super::strategy::{Pct, Random, Replay, RoundRobin, Tolerant};
-use super::{Driver, DriverError, Ending, Execution, Schedule, Scheduler, minimise};
+use super::{Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise};
 use crate::check::stream::{self, Monitor, Seen};
 use crate::check::{self, Context, Moment};
 use crate::engine::{Costs, Engine};
@@ -50,6 +50,26 @@ pub struct Plan {
     pub jobs: usize,
     /// Ends at the first violation.
     pub first: bool,
+    /// Schedules of executions that are well to keep, spread over the campaign.
+    pub sample: usize,
+}
+
+impl Plan {
+    /// Of a worker that only runs what it is given.
+    #[must_use]
+    pub fn replay() -> Self {
+        Self {
+            strategy: Strategy::RoundRobin,
+            executions: 0,
+            seed: 0,
+            time_limit: None,
+            state_every: 1,
+            verify_every: 0,
+            jobs: 1,
+            first: true,
+            sample: 0,
+        }
+    }
 }
 
 /// An execution that does not end as it should.
@@ -78,6 +98,8 @@ pub struct Summary {
     pub states: u64,
     /// What was found, by number of the execution.
     pub found: Vec<Found>,
+    /// Some of those that were well.
+    pub sample: Sample,
     /// Wall time.
     pub elapsed: Duration,
     /// Where the engines' time went.
@@ -128,7 +150,10 @@ pub fn run<E: Engine>(
     let over = AtomicBool::new(false);
     let job = || -> Result<Summary, DriverError> {
         let mut worker = Worker::new(make()?, plan)?;
-        let mut summary = Summary::default();
+        let mut summary = Summary {
+            sample: Sample::new(plan.sample),
+            ..Summary::default()
+        };
         let before = worker.driver.engine().costs();
         worker.checks = Duration::ZERO;
         let begun = Instant::now();
@@ -184,6 +209,7 @@ pub fn run<E: Engine>(
         whole.verified += part.verified;
         whole.states += part.states;
         whole.found.extend(part.found);
+        whole.sample.join(part.sample);
         whole.checks += part.checks;
         whole.worked += part.worked;
         whole.costs = whole.costs.plus(&part.costs);
@@ -328,6 +354,7 @@ impl<E: Engine> Worker<E> {
                 execution: run,
             });
         } else {
+            summary.sample.offer(index, &run.schedule);
             self.driver.recycle(run);
         }
         Ok(())

@@ -5,9 +5,11 @@
 
 pub mod campaign;
 pub mod compare;
+pub mod confirm;
 mod driver;
 mod minimise;
 mod rng;
+mod sample;
 mod schedule;
 mod scheduler;
 mod source;
@@ -15,6 +17,7 @@ pub mod strategy;
 
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
+pub use sample::{Kept, Sample};
 pub use schedule::{Actor, Schedule, Segment};
 pub use scheduler::{Choice, Scheduler, View};
 pub use source::Source;

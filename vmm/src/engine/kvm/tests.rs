@@ -6,25 +6,13 @@ use crate::engine::{Engine, EngineKind};
 use crate::explore::campaign::{self, Plan, Strategy, Worker, failure_id};
 use crate::explore::strategy::Random;
 use crate::explore::{Driver, Execution, Limits, Source, compare};
-
 use crate::scenario::values;
 use crate::snapshot::{SavedMachine, SnapshotError};
-
-const PLAN: Plan = Plan {
-    strategy: Strategy::RoundRobin,
-    executions: 0,
-    seed: 0,
-    time_limit: None,
-    state_every: 0,
-    verify_every: 0,
-    jobs: 1,
-    first: true,
-};
 
 fn on_vcpus(test: &str, bug: Option<&str>) -> Worker<KvmEngine> {
     let engine = KvmEngine::new(&litmus(test, bug)).expect("this test needs /dev/kvm");
     let driver = Driver::new(engine, Limits::default(), true).unwrap();
-    Worker::new(driver, &PLAN).unwrap()
+    Worker::new(driver, &Plan::replay()).unwrap()
 }
 
 #[track_caller]
@@ -38,7 +26,7 @@ fn assert_same(one: &Execution, two: &Execution, what: &str) {
 #[test]
 fn both_engines_tell_the_same_story() {
     for test in TESTS {
-        let mut model = Worker::new(driver(test, None), &PLAN).unwrap();
+        let mut model = Worker::new(driver(test, None), &Plan::replay()).unwrap();
         let mut kvm = on_vcpus(test, None);
         let first = model.execute(&mut Random::new(11, 3, 6), false).unwrap();
         assert_eq!(failure_id(&first.ending), None, "{test}");
@@ -57,7 +45,7 @@ fn instructions_of_a_window_are_scheduling_points() {
             strategy: Strategy::Pct { depth: 3 },
             executions,
             verify_every: 10,
-            ..PLAN
+            ..Plan::replay()
         };
         let (counts, stop) = Default::default();
         let summary = campaign::run(|| source.driver(), &plan, &counts, &stop);
@@ -71,7 +59,7 @@ fn instructions_of_a_window_are_scheduling_points() {
         .first()
         .expect("found by instructions")
         .execution;
-    let mut worker = Worker::new(source.driver().unwrap(), &PLAN).unwrap();
+    let mut worker = Worker::new(source.driver().unwrap(), &Plan::replay()).unwrap();
     for _ in 0..10 {
         assert_same(found, &worker.replay(&found.schedule).unwrap(), "replay");
     }
@@ -137,7 +125,13 @@ fn a_machine_that_crashed_is_replaced_by_a_clone() {
 fn clones_run_apart_and_alike_and_so_does_one_from_a_file() {
     let source = Source::new(EngineKind::Kvm, litmus("fork", None));
     let mut workers: Vec<_> = (0..3)
-        .map(|_| Worker::new(source.driver().expect("this test needs /dev/kvm"), &PLAN).unwrap())
+        .map(|_| {
+            Worker::new(
+                source.driver().expect("this test needs /dev/kvm"),
+                &Plan::replay(),
+            )
+            .unwrap()
+        })
         .collect();
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("a.snapshot");
@@ -146,9 +140,9 @@ fn clones_run_apart_and_alike_and_so_does_one_from_a_file() {
     let taken = source.save().unwrap().write(&path).unwrap_err();
     assert!(matches!(taken, SnapshotError::Exists { .. }), "{taken}");
     let read = Source::of_saved(SavedMachine::read(&path).unwrap());
-    workers.push(Worker::new(read.driver().unwrap(), &PLAN).unwrap());
+    workers.push(Worker::new(read.driver().unwrap(), &Plan::replay()).unwrap());
 
-    let mut model = Worker::new(driver("fork", None), &PLAN).unwrap();
+    let mut model = Worker::new(driver("fork", None), &Plan::replay()).unwrap();
     for index in 0..3 {
         let here = model.execute(&mut Random::new(9, index, 4), false).unwrap();
         for worker in &mut workers {

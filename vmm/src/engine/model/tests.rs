@@ -164,5 +164,6 @@ fn plan(executions: u64, first: bool) -> Plan {
         verify_every: 50,
         jobs: 2,
         first,
+        ..Plan::replay()
     }
 }

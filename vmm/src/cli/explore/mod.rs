@@ -1,4 +1,7 @@
-//! `stalemate explore` and `stalemate replay`.
+//! `stalemate explore`; `replay` and `snapshot` beside it.
+
+mod both;
+mod replay;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +10,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::args::{Explore, ExploreStrategy, Replay, Snapshot as SnapshotCommand};
+use super::args::{Engines, Explore, ExploreStrategy, Snapshot as SnapshotCommand};
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
@@ -21,6 +24,9 @@ use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
 use crate::snapshot::{SavedMachine, SnapshotError};
 
+use both::{Clean, DEFAULT_CONFIRM, Second};
+pub(super) use replay::replay;
+
 /// The program whose tests begin and end at points of their own.
 const EXPLORABLE: &str = "litmus";
 /// Runs that the search for a smaller schedule may take.
@@ -29,7 +35,15 @@ const MINIMISE_RUNS: usize = 2_000;
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
     let source = source(name, options)?.with_window(options.window);
     let scenario = source.scenario();
+    let both = options.engine == Some(Engines::Both);
+    if options.confirm.is_some() && !both {
+        return Err(Failure::Usage {
+            problem: "--confirm runs on vCPUs what the model has run".into(),
+            help: "add --engine both".into(),
+        });
+    }
     output.check_json()?;
+    let mut second = both.then(|| Second::new(scenario)).transpose()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
     let plan = Plan {
         strategy: match options.strategy {
@@ -46,16 +60,32 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         verify_every: options.verify,
         jobs: options.jobs.max(1),
         first: !options.keep_going,
+        sample: match options.confirm {
+            Some(confirm) => confirm,
+            None if both => DEFAULT_CONFIRM,
+            None => 0,
+        },
     };
     let counts = Counts::default();
     let stop = AtomicBool::new(false);
-    let summary = with_progress(output, &plan, &counts, &stop, || {
+    let mut summary = with_progress(output, &plan, &counts, &stop, || {
         campaign::run(|| source.driver(), &plan, &counts, &stop)
     })?;
-    let mut text = headline(&source, &plan, &summary, stop.load(Ordering::Relaxed));
+    let stopped = stop.load(Ordering::Relaxed);
+    let mut text = headline(&source, &plan, &summary, both, stopped);
+    let sample = std::mem::take(&mut summary.sample).take();
     let mut written = Vec::new();
-    if !summary.found.is_empty() {
+    let mut violations = Vec::new();
+    let mut clean = None;
+    let mut engines_agree = true;
+    if !summary.found.is_empty() || second.is_some() {
         let mut worker = Worker::new(source.driver()?, &plan)?;
+        if let Some(second) = &mut second {
+            let compared = Clean::run(&sample, plan.sample, &mut worker, second)?;
+            engines_agree &= compared.holds();
+            text.push_str(&compared.text());
+            clean = Some(compared.json());
+        }
         let mut told: Vec<String> = Vec::new();
         for found in &summary.found {
             let id = failure_id(&found.execution.ending).expect("it was found");
@@ -69,8 +99,19 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             let path = reproducer.write(&options.out, &stem)?;
             text.push_str(&chapter(scenario, found, &small, &path));
             written.push(path.display().to_string());
+            if let Some(second) = &mut second {
+                let confirmation = second.confirm(&small)?;
+                engines_agree &= confirmation.holds();
+                text.push_str(&format!("  {confirmation}\n"));
+                violations.push(json!({
+                    "failure": id,
+                    "reproducer": path,
+                    "confirmation": confirmation,
+                }));
+            }
         }
     }
+    let confirmed = clean.map(|clean| json!({ "clean": clean, "violations": violations }));
     output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
@@ -93,8 +134,13 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             "text": story::ending(&found.execution.ending),
         })).collect::<Vec<_>>(),
         "reproducers": written,
+        "confirmed": confirmed,
     }))?;
     output.say(&text);
+    if !engines_agree {
+        // What a testbed says that contradicts itself is not to be believed.
+        return Ok(Exit::Internal);
+    }
     let crashed = |found: &Found| matches!(found.execution.ending, Ending::Crashed { .. });
     Ok(match summary.found.as_slice() {
         [] if stop.load(Ordering::Relaxed) => Exit::Interrupted,
@@ -104,127 +150,10 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     })
 }
 
-pub(super) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
-    // `replay --json a.repro` would take the reproducer for the file to write.
-    let json = options.json.json.as_deref();
-    if let Some(path) = json.filter(|path| path.extension().is_some_and(|e| e == "repro")) {
-        return Err(Failure::Usage {
-            problem: format!("--json {}: would overwrite a reproducer", path.display()),
-            help: "put --json last, or name a file as in --json=result.json".into(),
-        });
-    }
-    output.check_json()?;
-    // All are read before any runs: what is refused is refused at once.
-    let all = options
-        .files
-        .iter()
-        .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
-        .collect::<Result<Vec<_>, Failure>>()?;
-    let stop = interrupt::on_ctrl_c();
-    let mut results = Vec::new();
-    let mut exit = Exit::Held;
-    for (file, (reproducer, scenario, schedule)) in &all {
-        let source = Source::new(options.engine, scenario.clone()).with_window(reproducer.window());
-        let mut worker = Worker::new(source.driver()?, &REPLAY)?;
-        let mut again = Again::default();
-        while again.runs < options.times && !stop.requested() {
-            again.take(worker.replay(schedule)?, reproducer);
-        }
-        let Some(last) = &again.last else {
-            return Ok(Exit::Interrupted);
-        };
-        if !options.brief {
-            output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
-        }
-        output.say(&format!("{}: {}\n", file.display(), again.text(reproducer)));
-        let this = again.exit(reproducer, options.expect);
-        if exit == Exit::Held {
-            exit = this;
-        }
-        results.push(json!({
-            "file": file,
-            "expected": reproducer.ending,
-            "found": again.ending(),
-            "identical": again.identical,
-            "runs": again.runs,
-            "text": story::ending(&last.ending),
-        }));
-    }
-    output.json(&json!({
-        "schema": crate::report::SCHEMA,
-        "kind": "replay",
-        "kernel": boot::kernel_hash(),
-        "exit_code": exit.code(),
-        "replays": results,
-    }))?;
-    Ok(exit)
-}
-
-/// A worker that only replays.
-const REPLAY: Plan = Plan {
-    strategy: Strategy::RoundRobin,
-    executions: 0,
-    seed: 0,
-    time_limit: None,
-    state_every: 1,
-    verify_every: 0,
-    jobs: 1,
-    first: true,
-};
-
-/// Replays of one reproducer.
-#[derive(Default)]
-struct Again {
-    runs: u64,
-    /// Runs whose ending and events are the recorded ones.
-    identical: u64,
-    last: Option<Execution>,
-}
-
-impl Again {
-    fn take(&mut self, run: Execution, reproducer: &Reproducer) {
-        let same = compare::digest(&run.events) == reproducer.digest;
-        self.last = Some(run);
-        self.runs += 1;
-        self.identical += u64::from(same && self.reproduced(reproducer));
-    }
-
-    fn ending(&self) -> String {
-        let failure = self.last.as_ref().and_then(|run| failure_id(&run.ending));
-        failure.unwrap_or_else(|| "nothing wrong".into())
-    }
-
-    fn reproduced(&self, reproducer: &Reproducer) -> bool {
-        self.ending() == reproducer.ending
-    }
-
-    fn text(&self, reproducer: &Reproducer) -> String {
-        let (ending, same, runs) = (self.ending(), self.identical, self.runs);
-        if !self.reproduced(reproducer) {
-            return format!("✔ not reproduced: {ending}, not {}", reproducer.ending);
-        }
-        let events = reproducer.events;
-        format!(
-            "✘ reproduced: {ending}; {same} of {runs} identical to the recorded {events} events"
-        )
-    }
-
-    fn exit(&self, reproducer: &Reproducer, expected: bool) -> Exit {
-        match (self.reproduced(reproducer), expected) {
-            (true, true) if self.identical == self.runs => Exit::Held,
-            // The failure is there, but a replay that differs is a defect of ours.
-            (true, true) => Exit::Internal,
-            (true, false) | (false, true) => Exit::Violation,
-            (false, false) => Exit::Held,
-        }
-    }
-}
-
-/// What serialised runs need: nothing but the schedule may decide.
 /// What is explored: a scenario, or a machine that was saved.
 fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
     if SavedMachine::is_one(name) {
-        if options.engine == Some(EngineKind::Model) {
+        if !matches!(options.engine, None | Some(Engines::Kvm)) {
             return Err(Failure::Usage {
                 problem: format!("{} is a machine with vCPUs, saved", name.display()),
                 help: "leave --engine out, or explore the scenario that it was taken of".into(),
@@ -246,7 +175,7 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
     check_explorable(&scenario)?;
     make_explorable(&mut scenario);
     Ok(Source::new(
-        options.engine.unwrap_or(EngineKind::Model),
+        engine_of(options.engine.unwrap_or(Engines::Model)),
         scenario,
     ))
 }
@@ -303,12 +232,21 @@ fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
     })
 }
 
+/// What serialised runs need: nothing but the schedule may decide.
 fn make_explorable(scenario: &mut Scenario) {
     scenario.interrupts = abi::boot::InterruptMode::Controlled;
     for (key, value) in [("tlb", "soft"), ("stamp", "ticket")] {
         if !scenario.params.iter().any(|(known, _)| known == key) {
             scenario.params.push((key.into(), value.into()));
         }
+    }
+}
+
+/// The engine that explores.
+fn engine_of(engines: Engines) -> EngineKind {
+    match engines {
+        Engines::Kvm => EngineKind::Kvm,
+        Engines::Model | Engines::Both => EngineKind::Model,
     }
 }
 
@@ -354,7 +292,13 @@ fn with_progress<T>(
     })
 }
 
-fn headline(source: &Source, plan: &Plan, summary: &Summary, interrupted: bool) -> String {
+fn headline(
+    source: &Source,
+    plan: &Plan,
+    summary: &Summary,
+    both: bool,
+    interrupted: bool,
+) -> String {
     let scenario = source.scenario();
     let strategy = match plan.strategy {
         Strategy::Random { mean } => format!("random walk, runs of {mean} points on average"),
@@ -369,7 +313,7 @@ fn headline(source: &Source, plan: &Plan, summary: &Summary, interrupted: bool) 
     };
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
-        "{verdict}\n  scenario   {}{}\n  engine     {}, kernel {}\n  strategy   {strategy}, seed {}\n  \
+        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
          checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n  \
@@ -377,6 +321,7 @@ fn headline(source: &Source, plan: &Plan, summary: &Summary, interrupted: bool) 
         scenario.name,
         bugs(scenario),
         source.kind(),
+        if both { ", confirmed on kvm" } else { "" },
         boot::kernel_hash(),
         plan.seed,
         summary.executions,

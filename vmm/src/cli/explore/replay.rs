@@ -1,0 +1,192 @@
+//! `stalemate replay`: what a reproducer says, again.
+
+use serde_json::json;
+
+use super::both::Second;
+use super::engine_of;
+use crate::boot;
+use crate::cli::args::{Engines, Replay};
+use crate::cli::exit::Exit;
+use crate::cli::failure::Failure;
+use crate::cli::interrupt;
+use crate::cli::output::Output;
+use crate::explore::campaign::{Plan, Worker, failure_id};
+use crate::explore::confirm::Confirmation;
+use crate::explore::{Execution, Source, compare};
+use crate::report::story;
+use crate::reproducer::Reproducer;
+
+pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
+    // `replay --json a.repro` would take the reproducer for the file to write.
+    let json = options.json.json.as_deref();
+    if let Some(path) = json.filter(|path| path.extension().is_some_and(|e| e == "repro")) {
+        return Err(Failure::Usage {
+            problem: format!("--json {}: would overwrite a reproducer", path.display()),
+            help: "put --json last, or name a file as in --json=result.json".into(),
+        });
+    }
+    output.check_json()?;
+    // All are read before any runs: what is refused is refused at once.
+    let all = options
+        .files
+        .iter()
+        .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
+        .collect::<Result<Vec<_>, Failure>>()?;
+    let stop = interrupt::on_ctrl_c();
+    let mut results = Vec::new();
+    let mut exit = Exit::Held;
+    for (file, (reproducer, scenario, schedule)) in &all {
+        let window = reproducer.window();
+        let engines = options.engine.unwrap_or(match window {
+            Some(_) => Engines::Kvm,
+            None => Engines::Model,
+        });
+        let source = Source::new(engine_of(engines), scenario.clone()).with_window(window);
+        let mut worker = Worker::new(source.driver()?, &Plan::replay())?;
+        let mut second = match engines {
+            Engines::Both => Some(Second::new(scenario)?),
+            Engines::Model | Engines::Kvm => None,
+        };
+        let mut again = Again::default();
+        while again.runs < options.times && !stop.requested() {
+            let run = worker.replay(schedule)?;
+            if let Some(second) = &mut second {
+                again.confirmed(second.confirm(&run)?);
+            }
+            again.take(run, reproducer);
+        }
+        let Some(last) = &again.last else {
+            return Ok(Exit::Interrupted);
+        };
+        if !options.brief {
+            output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
+        }
+        output.say(&format!("{}: {}\n", file.display(), again.text(reproducer)));
+        exit = worse(exit, again.exit(reproducer, options.expect));
+        results.push(json!({
+            "file": file,
+            "expected": reproducer.ending,
+            "found": again.ending(),
+            "identical": again.identical,
+            "runs": again.runs,
+            "text": story::ending(&last.ending),
+            "confirmation": again.confirmation,
+        }));
+    }
+    output.json(&json!({
+        "schema": crate::report::SCHEMA,
+        "kind": "replay",
+        "kernel": boot::kernel_hash(),
+        "exit_code": exit.code(),
+        "replays": results,
+    }))?;
+    Ok(exit)
+}
+
+/// The first that is not well, but for a defect of ours, which makes every other doubtful.
+fn worse(before: Exit, this: Exit) -> Exit {
+    match (before, this) {
+        (_, Exit::Internal) | (Exit::Held, _) => this,
+        _ => before,
+    }
+}
+
+/// Replays of one reproducer.
+#[derive(Default)]
+struct Again {
+    runs: u64,
+    /// Runs whose ending and events are the recorded ones.
+    identical: u64,
+    last: Option<Execution>,
+    /// `--engine both`: what it is on vCPUs; the first that differs, where one does.
+    confirmation: Option<Confirmation>,
+}
+
+impl Again {
+    fn confirmed(&mut self, confirmation: Confirmation) {
+        if self.confirmation.as_ref().is_none_or(Confirmation::holds) {
+            self.confirmation = Some(confirmation);
+        }
+    }
+
+    fn take(&mut self, run: Execution, reproducer: &Reproducer) {
+        let same = compare::digest(&run.events) == reproducer.digest;
+        self.last = Some(run);
+        self.runs += 1;
+        self.identical += u64::from(same && self.reproduced(reproducer));
+    }
+
+    fn ending(&self) -> String {
+        let failure = self.last.as_ref().and_then(|run| failure_id(&run.ending));
+        failure.unwrap_or_else(|| "nothing wrong".into())
+    }
+
+    fn reproduced(&self, reproducer: &Reproducer) -> bool {
+        self.ending() == reproducer.ending
+    }
+
+    fn text(&self, reproducer: &Reproducer) -> String {
+        let text = self.reproduction(reproducer);
+        match &self.confirmation {
+            Some(confirmation) => format!("{text}\n  {confirmation}"),
+            None => text,
+        }
+    }
+
+    fn reproduction(&self, reproducer: &Reproducer) -> String {
+        let (ending, same, runs) = (self.ending(), self.identical, self.runs);
+        if !self.reproduced(reproducer) {
+            return format!("✔ not reproduced: {ending}, not {}", reproducer.ending);
+        }
+        let events = reproducer.events;
+        format!(
+            "✘ reproduced: {ending}; {same} of {runs} identical to the recorded {events} events"
+        )
+    }
+
+    fn exit(&self, reproducer: &Reproducer, expected: bool) -> Exit {
+        if self.confirmation.as_ref().is_some_and(|c| !c.holds()) {
+            return Exit::Internal;
+        }
+        match (self.reproduced(reproducer), expected) {
+            (true, true) if self.identical == self.runs => Exit::Held,
+            // The failure is there, but a replay that differs is a defect of ours.
+            (true, true) => Exit::Internal,
+            (true, false) | (false, true) => Exit::Violation,
+            (false, false) => Exit::Held,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn confirmation(divergence: Option<&str>) -> Confirmation {
+        Confirmation {
+            same_ending: true,
+            events: 9,
+            same_events: 9,
+            divergence: divergence.map(Into::into),
+        }
+    }
+
+    #[test]
+    fn engines_that_differ_once_are_a_defect_whatever_was_expected() {
+        let text = "[program]\nname = \"litmus\"\n";
+        let scenario = crate::scenario::parse(std::path::Path::new("a.toml"), text).unwrap();
+        let ending = "nothing wrong".to_owned();
+        let schedule = crate::explore::Schedule::default();
+        let reproducer = Reproducer::new(&scenario, &schedule, "".into(), ending, (0, "".into()));
+        let mut again = Again::default();
+        again.confirmed(confirmation(None));
+        assert_eq!(again.exit(&reproducer, true), Exit::Held);
+        again.confirmed(confirmation(Some("event 3")));
+        again.confirmed(confirmation(None));
+        assert_eq!(again.exit(&reproducer, true), Exit::Internal);
+        assert_eq!(again.exit(&reproducer, false), Exit::Internal);
+        assert!(again.text(&reproducer).contains("event 3"));
+        assert_eq!(worse(Exit::Violation, Exit::Internal), Exit::Internal);
+        assert_eq!(worse(Exit::Violation, Exit::Held), Exit::Violation);
+    }
+}

@@ -52,6 +52,23 @@ pub struct Plan {
     pub first: bool,
 }
 
+impl Plan {
+    /// Of a worker that only runs what it is given.
+    #[must_use]
+    pub fn replay() -> Self {
+        Self {
+            strategy: Strategy::RoundRobin,
+            executions: 0,
+            seed: 0,
+            time_limit: None,
+            state_every: 1,
+            verify_every: 0,
+            jobs: 1,
+            first: true,
+        }
+    }
+}
+
 /// An execution that does not end as it should.
 #[derive(Debug)]
 pub struct Found {

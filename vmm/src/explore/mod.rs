@@ -5,13 +5,21 @@
 
 pub mod campaign;
 pub mod compare;
+mod coverage;
 mod driver;
+mod footprint;
 mod minimise;
 mod rng;
 mod schedule;
 mod scheduler;
 pub mod strategy;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+mod trace;
 
+pub use coverage::Coverage;
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
 pub use schedule::{Actor, Schedule, Segment};

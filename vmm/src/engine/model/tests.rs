@@ -80,7 +80,7 @@ fn a_replay_is_identical_every_time() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-const SHOWN_BY: [(&str, &str); 11] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 11] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),

@@ -40,6 +40,8 @@ pub(super) enum Resource {
     Tables,
     /// Generation, CPU mask and users of mms; which mm is loaded where, and whether lazily.
     Mms,
+    /// How many unmaps are under way, which each asks before it flushes.
+    Gathers,
     /// The areas of mms.
     Vmas,
     /// TLBs, of whatever vCPU.
@@ -281,6 +283,9 @@ fn points(
         Doing::Call(call) if is_of_mm(call) => {
             // Walks to leaf tables take no lock.
             print.touch(Resource::Tables, Mode::Read);
+            if call != nr::MPROTECT && call != nr::SCHED_YIELD {
+                gathers(print, end, to.args);
+            }
             true
         }
         Doing::Fault => {
@@ -295,6 +300,23 @@ fn points(
     }
 }
 
+/// `mm.flush_pending`: counted up before the tables are looked at, looked at before the flush, counted
+/// down at the end, which may be before or after the mmap_lock is dropped.
+fn gathers(print: &mut Footprint, end: Point, args: [u64; 2]) {
+    let of_mmap = matches!(
+        LockClass::from_u64(args[1]),
+        Some(LockClass::MmapRead | LockClass::MmapWrite)
+    );
+    let mode = match end {
+        Point::LockAcquire | Point::LockWait | Point::VmaDetach => Mode::Part,
+        Point::FlushIssue => Mode::Read,
+        Point::LockRelease if of_mmap => Mode::Write,
+        Point::SyscallExit => Mode::Write,
+        _ => return,
+    };
+    print.touch(Resource::Gathers, mode);
+}
+
 /// What one event says. False: it is not known what it stands for.
 fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
     use EventKind as K;
@@ -303,11 +325,15 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
     };
     let args = event.args;
     match kind {
-        // What a program or an operation may rely on from here on depends on all TLBs.
-        K::SyscallExit | K::FaultExit | K::ShootdownEnd => {
+        K::SyscallEnter | K::SyscallExit if args[0] == nr::SCHED_YIELD => {}
+        // What an operation promises at its end depends on the entries and TLBs that were there at its
+        // beginning, and on those that are there now.
+        K::SyscallEnter | K::SyscallExit | K::FaultEnter | K::FaultExit | K::ShootdownEnd => {
             print.touch(Resource::Tlbs, Mode::Read);
+            print.touch(Resource::Leaves, Mode::Read);
+            print.touch(Resource::Tables, Mode::Read);
         }
-        K::SyscallEnter | K::FaultEnter | K::IpiReceive | K::FailpointHit => {}
+        K::IpiReceive | K::FailpointHit => {}
         K::PteChange => {
             let leaf = Resource::Leaf(args[1] >> 12);
             if args[2] == 1 {

@@ -296,6 +296,10 @@ fn headline(
         Strategy::Random { mean } => format!("random walk, runs of {mean} points on average"),
         Strategy::Pct { depth } => format!("PCT, depth {depth}"),
         Strategy::RoundRobin => "round robin".into(),
+        Strategy::Exhaustive { preemptions } => preemptions.map_or_else(
+            || "exhaustive".into(),
+            |most| format!("exhaustive, at most {most} preemptions"),
+        ),
     };
     let rate = summary.executions as f64 / summary.elapsed.as_secs_f64().max(1e-9);
     let verdict = match summary.found.len() {

@@ -157,6 +157,7 @@ pub struct Driver<E> {
     slice: Vec<Event>,
     /// Memory of executions that nobody needs any more.
     spare: Vec<Seen>,
+    spare_schedule: Schedule,
 }
 
 impl<E: Engine> Driver<E> {
@@ -184,6 +185,7 @@ impl<E: Engine> Driver<E> {
             idle_turns: 0,
             slice: Vec::new(),
             spare: Vec::new(),
+            spare_schedule: Schedule::default(),
         };
         driver.set_up(to_begin)?;
         driver.engine.save()?;
@@ -208,6 +210,8 @@ impl<E: Engine> Driver<E> {
     pub fn recycle(&mut self, mut run: Execution) {
         run.events.clear();
         self.spare = run.events;
+        run.schedule.segments.clear();
+        self.spare_schedule = run.schedule;
     }
 
     /// The engine.
@@ -307,7 +311,7 @@ impl<E: Engine> Driver<E> {
             monitor.reset();
         }
         let mut run = Execution {
-            schedule: Schedule::default(),
+            schedule: std::mem::take(&mut self.spare_schedule),
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };

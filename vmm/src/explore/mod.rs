@@ -6,7 +6,9 @@
 pub mod campaign;
 pub mod compare;
 pub mod confirm;
+mod coverage;
 mod driver;
+mod footprint;
 mod minimise;
 mod rng;
 mod sample;
@@ -14,7 +16,13 @@ mod schedule;
 mod scheduler;
 mod source;
 pub mod strategy;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+mod trace;
 
+pub use coverage::Coverage;
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
 pub use sample::{Kept, Sample};

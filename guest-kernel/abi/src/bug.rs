@@ -60,6 +60,9 @@ bugs! {
     /// get one number, and who has flushed for the first takes the second for done. No scheduling
     /// point lies between the two: only instruction-granular schedules find it.
     TlbGenPlainAdd = 11, "tlb-gen-plain-add";
+    /// munmap and madvise count a mapping less only after they have dropped the page-table lock under which
+    /// they cleared its entry: an rmap walk in between counts fewer entries than mappings.
+    MapcountAfterUnlock = 12, "mapcount-after-unlock";
 }
 
 /// A set of seeded bugs.

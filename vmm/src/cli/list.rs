@@ -61,7 +61,9 @@ fn entries(what: Listed) -> Vec<Entry> {
             .map(|point| entry(point.name(), String::new(), point.help()))
             .collect(),
         Listed::Invariants => crate::check::all()
-            .map(|invariant| entry(invariant.id, String::new(), invariant.predicate))
+            .map(|invariant| (invariant.id, invariant.predicate))
+            .chain(crate::check::stream::rules().copied())
+            .map(|(id, predicate)| entry(id, String::new(), predicate))
             .collect(),
         Listed::Scenarios => scenario::available()
             .into_iter()

@@ -16,8 +16,6 @@ pub const NOISY_EVENTS: u64 = 1 << EventKind::LockAcquire as u32
     | 1 << EventKind::LockWait as u32
     | 1 << EventKind::MapcountChange as u32
     | 1 << EventKind::RefcountChange as u32
-    | 1 << EventKind::FolioMapped as u32
-    | 1 << EventKind::FolioUnmapped as u32
     | 1 << EventKind::VmaAlloc as u32
     | 1 << EventKind::VmaFree as u32
     | 1 << EventKind::VmaFound as u32
@@ -26,7 +24,8 @@ pub const NOISY_EVENTS: u64 = 1 << EventKind::LockAcquire as u32
     | 1 << EventKind::CpumaskSet as u32
     | 1 << EventKind::CpumaskClear as u32
     | 1 << EventKind::TlbGen as u32
-    | 1 << EventKind::MmCount as u32;
+    | 1 << EventKind::MmCount as u32
+    | 1 << EventKind::MmUsers as u32;
 
 /// Description of a machine.
 #[derive(Clone, Debug)]

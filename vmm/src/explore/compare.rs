@@ -16,6 +16,8 @@ pub fn masked(seen: &Seen) -> Seen {
     let Event { kind, args, .. } = &mut seen.event;
     match EventKind::from_id(*kind) {
         Some(EventKind::FaultEnter) => args[2] = 0,
+        // Copies to and from a program walk for its own variables too.
+        Some(EventKind::WalkBegin | EventKind::WalkEnd) => args[1] = 0,
         Some(EventKind::SyscallEnter) => {
             // Arguments 1.. of the event are the call's first four.
             let pointers: &[usize] = match args[0] {

@@ -356,7 +356,7 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
             print.touch(Resource::Mms, Mode::Write);
             print.part(Resource::Tlbs, Resource::Tlb(vcpu), Mode::Write);
         }
-        K::CpumaskSet | K::CpumaskClear | K::TlbGen | K::MmCount => {
+        K::CpumaskSet | K::CpumaskClear | K::TlbGen | K::MmCount | K::MmUsers => {
             print.touch(Resource::Mms, Mode::Write);
         }
         K::ShootdownBegin => print.touch(Resource::Request(vcpu), Mode::Write),
@@ -373,7 +373,7 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
             print.part(Resource::Frames, frame, Mode::Write);
             print.touch(Resource::Tlbs, Mode::Read);
         }
-        K::MapcountChange | K::RefcountChange | K::FolioMapped | K::FolioUnmapped => {
+        K::MapcountChange | K::RefcountChange => {
             let frame = Resource::Frame(args[0] >> 12);
             print.part(Resource::Frames, frame, Mode::Write);
         }

@@ -337,7 +337,7 @@ fn headline(
         "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n{}  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
-         checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n  \
+         checked    every event by the TLB model and the rules for locks, lifetimes, folios and walks; {} ends by all invariants; {} schedules replayed and compared\n  \
          time       {}\n",
         scenario.name,
         bugs(scenario),

@@ -83,7 +83,7 @@ fn a_replay_is_identical_every_time() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 11] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 12] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -95,6 +95,7 @@ pub(crate) const SHOWN_BY: [(&str, &str); 11] = [
     ("freed-tables-skip-lazy", "lazy-tables"),
     ("lazy-reuse-no-flush", "lazy"),
     ("cow-free-before-flush", "cow"),
+    ("mapcount-after-unlock", "unmap"),
 ];
 
 /// What no scheduling point separates: only schedules of instructions show it (`engine::kvm::tests`).

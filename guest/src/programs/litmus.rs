@@ -162,9 +162,11 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         // Before the schedule begins, so that whoever runs first does not have to wait.
         shared.go.store(GO, Ordering::Release);
         sys.begin();
-        lead(sys, &shared);
-        shared.done.store(1, Ordering::Release);
-        after(sys, &shared);
+        if lead(sys, &shared) {
+            shared.done.store(1, Ordering::Release);
+            after(sys, &shared);
+        }
+        wake(sys, &shared);
         if let Some(pid) = child.flatten() {
             findings.reap(sys, pid);
         }
@@ -202,8 +204,8 @@ fn write<S: Sys>(sys: &S, findings: &Findings, gva: u64, tag: Tag) {
     }
 }
 
-/// The call that is raced with.
-fn lead<S: Sys>(sys: &S, shared: &Shared) {
+/// The call that is raced with. False where it was refused, so that nothing has changed.
+fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = match shared.test {
@@ -216,7 +218,7 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
             for page in 0..shared.pages {
                 write(sys, findings, subject(page), tag(Region::Subject, 1, page));
             }
-            return;
+            return true;
         }
         Test::Fork => {
             let (pages, passes) = (shared.pages, shared.passes);
@@ -226,10 +228,18 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
                     must(sys, findings, 0, 0, Err(errno));
                 }
             }
-            return;
+            return true;
         }
     };
-    must(sys, findings, SUBJECT_GVA, 0, result);
+    must(sys, findings, SUBJECT_GVA, 0, result)
+}
+
+/// Wakes the other thread where it sleeps until the leader is done.
+fn wake<S: Sys>(sys: &S, shared: &Shared) {
+    if shared.test.sleeps() && shared.ready.load(Ordering::Acquire) != 2 {
+        shared.ready.store(2, Ordering::Release);
+        sys.futex_wake(&shared.ready);
+    }
 }
 
 /// What the leader does once its call has returned: memory that takes the frames of A shows a write
@@ -250,10 +260,7 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
         let gva = address(base, page, 0);
         write(sys, findings, gva, tag(Region::Reuse, 0, page));
     }
-    if shared.test.sleeps() {
-        shared.ready.store(2, Ordering::Release);
-        sys.futex_wake(&shared.ready);
-    }
+    wake(sys, shared);
     for page in 0..shared.pages {
         let gva = address(base, page, 0);
         let expected = tag(Region::Reuse, 0, page).encode();
@@ -265,12 +272,14 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
     }
 }
 
-/// madvise(DONTNEED), after which no read may give what was there before.
-fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) {
+/// madvise(DONTNEED), after which no read may give what was there before. False where it was refused.
+fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = sys.madvise(SUBJECT_GVA, bytes, advice::DONTNEED);
-    must(sys, findings, SUBJECT_GVA, 0, result);
+    if !must(sys, findings, SUBJECT_GVA, 0, result) {
+        return false;
+    }
     for page in 0..shared.pages {
         match sys.read(subject(page)) {
             Ok(0) => {}
@@ -278,6 +287,7 @@ fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) {
             Err(_) => findings.report(sys, WrongPermission, subject(page), 0, 0),
         }
     }
+    true
 }
 
 /// In a child: what a page holds when it is first read must stay.
@@ -324,7 +334,9 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
         }
     }
     match shared.test {
-        Test::Dontneed => drop_and_look(sys, shared),
+        Test::Dontneed => {
+            drop_and_look(sys, shared);
+        }
         Test::Remap => remap(sys, shared),
         Test::Cow => watch(sys, shared),
         _ => access(sys, shared),

@@ -5,14 +5,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use abi::channel::EventKind;
+use abi::failpoint::Failpoint;
 use rustc_hash::FxHashSet;
 
+use super::failing::{self, Passages};
 use super::strategy::{Pct, Random, Replay, RoundRobin, Tolerant};
 use super::{Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise};
 use crate::check::stream::{self, Monitor, Seen};
 use crate::check::{self, Context, Moment};
 use crate::engine::{Costs, Engine};
 use crate::inspect::Snapshot;
+use crate::scenario::Fail;
 
 /// How schedules are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +35,7 @@ pub enum Strategy {
 }
 
 /// What a campaign does.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// How schedules are chosen.
     pub strategy: Strategy,
@@ -52,12 +55,16 @@ pub struct Plan {
     pub first: bool,
     /// Schedules of executions that are well to keep, spread over the campaign.
     pub sample: usize,
+    /// Passages of failpoints that fail in every execution.
+    pub fails: Vec<Fail>,
+    /// Failpoints of which one more passage, drawn from the seed, fails in each execution.
+    pub fail_any: Vec<Failpoint>,
 }
 
 impl Plan {
     /// Of a worker that only runs what it is given.
     #[must_use]
-    pub fn replay() -> Self {
+    pub const fn replay() -> Self {
         Self {
             strategy: Strategy::RoundRobin,
             executions: 0,
@@ -68,6 +75,8 @@ impl Plan {
             jobs: 1,
             first: true,
             sample: 0,
+            fails: Vec::new(),
+            fail_any: Vec::new(),
         }
     }
 }
@@ -231,6 +240,8 @@ pub struct Worker<E> {
     known: FxHashSet<u64>,
     /// Time in checks at the ends of executions.
     checks: Duration,
+    /// What [`Plan::fail_any`] is drawn from.
+    passages: Passages,
 }
 
 impl<E: Engine> Worker<E> {
@@ -245,13 +256,27 @@ impl<E: Engine> Worker<E> {
             length: 1,
             known: FxHashSet::default(),
             checks: Duration::ZERO,
+            passages: Passages::default(),
         };
         worker.driver.start(&mut worker.monitors)?;
+        if !plan.fail_any.is_empty() {
+            let vcpus = worker.driver.engine().nr_vcpus();
+            let counting = failing::counting(&plan.fail_any, vcpus, &plan.fails);
+            worker.arm(&counting);
+            worker.execute(&mut RoundRobin::new(8), false)?;
+            worker.passages = Passages::read(worker.driver.engine().memory(), &counting);
+        }
+        worker.arm(&plan.fails);
         if let Strategy::Pct { .. } = plan.strategy {
             let run = worker.execute(&mut RoundRobin::new(8), false)?;
             worker.length = run.schedule.points().max(1);
         }
         Ok(worker)
+    }
+
+    /// Lets `fails` fail in every execution from now on.
+    pub fn arm(&mut self, fails: &[Fail]) {
+        self.driver.arm(fails);
     }
 
     /// Runs one schedule with all monitors; `state`: all invariants look at the state at its end.
@@ -306,7 +331,20 @@ impl<E: Engine> Worker<E> {
     /// The engine failed.
     pub fn minimise(&mut self, failing: &Execution, runs: usize) -> Result<Execution, DriverError> {
         let id = failure_id(&failing.ending);
-        let start = failing.schedule.clone();
+        let mut start = failing.schedule.clone();
+        let mut fails = failing.fails.clone();
+        for index in (0..fails.len()).rev() {
+            // What has nothing to do with the failure need not fail.
+            let left_out = fails.remove(index);
+            self.arm(&fails);
+            let run = self.execute(&mut Tolerant::new(start.clone()), true)?;
+            if failure_id(&run.ending) == id {
+                start = run.schedule;
+            } else {
+                fails.insert(index, left_out);
+            }
+        }
+        self.arm(&fails);
         let small = minimise::minimise(start, runs, |candidate| {
             let run = self.execute(&mut Tolerant::new(candidate.clone()), true)?;
             Ok::<_, DriverError>((failure_id(&run.ending) == id).then_some(run.schedule))
@@ -334,7 +372,14 @@ impl<E: Engine> Worker<E> {
             }
             Strategy::RoundRobin => Box::new(RoundRobin::new(index + 1)),
         };
-        let state = is_due(plan.state_every);
+        if let Some(drawn) = self.passages.draw(plan.seed, index) {
+            let mut fails = plan.fails.clone();
+            fails.push(drawn);
+            self.arm(&fails);
+        }
+        // What a failure leaves behind is seen at the end only.
+        let fails = !plan.fails.is_empty() || !plan.fail_any.is_empty();
+        let state = fails || is_due(plan.state_every);
         let run = self.execute(scheduler.as_mut(), state)?;
         summary.executions += 1;
         summary.points += run.schedule.points();
@@ -354,7 +399,7 @@ impl<E: Engine> Worker<E> {
                 execution: run,
             });
         } else {
-            summary.sample.offer(index, &run.schedule);
+            summary.sample.offer(index, &run);
             self.driver.recycle(run);
         }
         Ok(())

@@ -2,14 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use abi::channel::Event;
+use abi::channel::{Event, EventKind, ReportKind};
 use abi::point::{Point, Wait};
+use abi::syscall::Errno;
 
 use super::{Actor, Schedule, Scheduler, View};
 use crate::check::Violation;
 use crate::check::stream::{Monitor, Seen};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
+use crate::scenario::Fail;
 
 /// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
 const ALWAYS: PointSet = PointSet::of(&[
@@ -86,6 +88,8 @@ pub enum Ending {
 pub struct Execution {
     /// What was run.
     pub schedule: Schedule,
+    /// Passages of failpoints that were to fail.
+    pub fails: Vec<Fail>,
     /// How it ended.
     pub ending: Ending,
     /// Everything that was recorded, in order.
@@ -155,6 +159,9 @@ pub struct Driver<E> {
     spare: Vec<Seen>,
     /// Time in monitors since the first execution.
     checks: Duration,
+    /// Failpoints to arm for each execution, and those that may still be armed from the last one.
+    fails: Vec<Fail>,
+    armed: Vec<Fail>,
 }
 
 impl<E: Engine> Driver<E> {
@@ -191,7 +198,26 @@ impl<E: Engine> Driver<E> {
             slice: Vec::new(),
             spare: Vec::new(),
             checks: Duration::ZERO,
+            fails: Vec::new(),
+            armed: Vec::new(),
         }
+    }
+
+    /// Lets `fails` fail in every execution from now on. Those executions go on to the exit of the machine,
+    /// for only there it shows whether an operation that failed has left something behind.
+    pub fn arm(&mut self, fails: &[Fail]) {
+        self.fails.clear();
+        self.fails.extend_from_slice(fails);
+    }
+
+    fn arm_failpoints(&mut self) {
+        for fail in self.armed.drain(..) {
+            self.engine.arm(fail.vcpu, fail.failpoint, 0);
+        }
+        for fail in &self.fails {
+            self.engine.arm(fail.vcpu, fail.failpoint, fail.passage);
+        }
+        self.armed.clone_from(&self.fails);
     }
 
     /// Where each vCPU stands at the start of every schedule.
@@ -312,6 +338,7 @@ impl<E: Engine> Driver<E> {
             return Ok(None);
         }
         self.engine.reset()?;
+        self.arm_failpoints();
         self.standing.clone_from(&self.at_start);
         self.stopped_in.fill(0);
         self.steps = 0;
@@ -320,6 +347,7 @@ impl<E: Engine> Driver<E> {
         }
         let mut run = Execution {
             schedule: Schedule::default(),
+            fails: self.fails.clone(),
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };
@@ -383,11 +411,10 @@ impl<E: Engine> Driver<E> {
             };
             let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
             let passed = self.engine.points_passed(vcpu).saturating_sub(before);
-            points += passed;
             // A step that does not reach a point counts too: a replay must take it.
-            let at_point = matches!(halt, Halt::Point { .. });
-            run.schedule
-                .push(choice.actor, passed + u64::from(!at_point));
+            let passed = passed + u64::from(!matches!(halt, Halt::Point { .. }));
+            points += passed;
+            run.schedule.push(choice.actor, passed);
             last = Some((choice.actor, passed));
             let started = Instant::now();
             for event in &self.slice {
@@ -414,11 +441,12 @@ impl<E: Engine> Driver<E> {
                         args,
                     };
                     self.stopped_in[vcpu] = self.steps;
-                    if point == Point::TestEnd {
+                    if point == Point::TestEnd && self.fails.is_empty() {
                         return Ok(Ending::Finished { status: None });
                     }
                 }
                 Halt::FirstUser => {}
+                Halt::Report(report) if self.is_asked_for(&report, run) => {}
                 Halt::Report(report) => return Ok(Ending::Report { vcpu, report }),
                 Halt::Exited { status } => {
                     return Ok(Ending::Finished {
@@ -428,6 +456,15 @@ impl<E: Engine> Driver<E> {
                 Halt::Crashed(crash) => return Ok(Ending::Crashed { vcpu, crash }),
             }
         }
+    }
+
+    /// True for a call that failed, or a child that was killed, for want of memory in an execution in
+    /// which a failpoint took it.
+    fn is_asked_for(&self, report: &ProbeReport, run: &Execution) -> bool {
+        let killed = abi::syscall::signal::SIGKILL;
+        let is_want = [abi::syscall::encode(Err(Errno::ENOMEM)), killed].contains(&report.found);
+        let is_hit = |seen: &Seen| seen.event.kind == EventKind::FailpointHit as u32;
+        report.kind == ReportKind::WrongResult && is_want && run.events.iter().any(is_hit)
     }
 
     /// Points after which somebody who waits may be able to go on: the scheduler is asked there.

@@ -7,6 +7,9 @@ pub mod campaign;
 pub mod compare;
 pub mod confirm;
 mod driver;
+mod failing;
+#[cfg(test)]
+mod failing_tests;
 mod minimise;
 mod rng;
 mod sample;

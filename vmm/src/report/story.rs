@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use abi::channel::{EventKind, access};
+use abi::failpoint::Failpoint;
 use abi::lock::LockClass;
 use abi::objects::FrameKind;
 use abi::pte::{Pte, PteFlags};
@@ -278,7 +279,10 @@ fn line(seen: &Seen) -> Option<String> {
                 )
             }
         }
-        EventKind::FailpointHit => "an armed failpoint fails".into(),
+        EventKind::FailpointHit => {
+            let failpoint = Failpoint::from_id(args[0]);
+            format!("failpoint {} fails", failpoint.map_or("?", |it| it.name()))
+        }
         _ => return None,
     })
 }

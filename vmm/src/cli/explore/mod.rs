@@ -21,7 +21,7 @@ use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, Wor
 use crate::explore::{Ending, Execution, Source, compare, switches};
 use crate::report::story;
 use crate::reproducer::Reproducer;
-use crate::scenario::Scenario;
+use crate::scenario::{Fail, Scenario, fail};
 use crate::snapshot::{SavedMachine, SnapshotError};
 
 use both::{Clean, DEFAULT_CONFIRM, Second};
@@ -65,6 +65,8 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             None if both => DEFAULT_CONFIRM,
             None => 0,
         },
+        fails: scenario.fails.clone(),
+        fail_any: options.fail_any.clone(),
     };
     let counts = Counts::default();
     let stop = AtomicBool::new(false);
@@ -131,6 +133,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "failures": summary.found.iter().map(|found| json!({
             "execution": found.index,
             "failure": failure_id(&found.execution.ending),
+            "fails": names(&found.execution.fails),
             "text": story::ending(&found.execution.ending),
         })).collect::<Vec<_>>(),
         "reproducers": written,
@@ -160,7 +163,7 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
                 help: "leave --engine out, or explore the scenario that it was taken of".into(),
             });
         }
-        let saved = SavedMachine::read(name)?;
+        let mut saved = SavedMachine::read(name)?;
         let mut changed = saved.scenario.clone();
         run::override_with(&mut changed, &options.machine);
         if changed.to_toml() != saved.scenario.to_toml() {
@@ -169,12 +172,16 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
                 help: "give options of the machine to `stalemate snapshot`".into(),
             });
         }
+        saved.scenario.fails.extend(&options.fails);
+        check_fails(&saved.scenario)?;
         return Ok(Source::of_saved(saved));
     }
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
     check_explorable(&scenario)?;
     make_explorable(&mut scenario);
+    scenario.fails.extend(&options.fails);
+    check_fails(&scenario)?;
     Ok(Source::new(
         engine_of(options.engine.unwrap_or(Engines::Model)),
         scenario,
@@ -218,6 +225,14 @@ pub(super) fn snapshot(
         options.out.display(),
     ));
     Ok(Exit::Held)
+}
+
+/// All failpoints of `scenario` can be armed at once.
+pub(super) fn check_fails(scenario: &Scenario) -> Result<(), Failure> {
+    fail::check(&scenario.fails, scenario.vcpus).map_err(|refused| Failure::Usage {
+        problem: refused.problem,
+        help: refused.help.unwrap_or_default(),
+    })
 }
 
 fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
@@ -313,7 +328,7 @@ fn headline(
     };
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
-        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}\n  \
+        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}{}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
          checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n  \
@@ -324,6 +339,7 @@ fn headline(
         if both { ", confirmed on kvm" } else { "" },
         boot::kernel_hash(),
         plan.seed,
+        failing(plan),
         summary.executions,
         summary.elapsed.as_secs_f64(),
         average(summary.points),
@@ -353,6 +369,30 @@ fn split(summary: &Summary) -> String {
     )
 }
 
+/// What is made to fail, as a line of the headline.
+fn failing(plan: &Plan) -> String {
+    let any = plan.fail_any.iter().map(|failpoint| failpoint.name());
+    let any: Vec<&str> = any.collect();
+    let mut parts = names(&plan.fails);
+    if !any.is_empty() {
+        parts.push(format!(
+            "one passage of {} in each schedule",
+            any.join(" or ")
+        ));
+    }
+    if parts.is_empty() {
+        return String::new();
+    }
+    format!(
+        "\n  failing    {}; schedules go on to the exit",
+        parts.join(", ")
+    )
+}
+
+fn names(fails: &[Fail]) -> Vec<String> {
+    fails.iter().map(ToString::to_string).collect()
+}
+
 fn bugs(scenario: &Scenario) -> String {
     let names: Vec<&str> = scenario.bugs.iter().map(|bug| bug.name()).collect();
     if names.is_empty() {
@@ -377,19 +417,19 @@ fn reproducer(
         source.kind()
     );
     let stream = (small.events.len() as u64, compare::digest(&small.events));
-    Reproducer::new(
-        source.scenario(),
-        &small.schedule,
-        found_by,
-        id.into(),
-        stream,
-    )
+    let mut scenario = source.scenario().clone();
+    scenario.fails.clone_from(&small.fails);
+    Reproducer::new(&scenario, &small.schedule, found_by, id.into(), stream)
 }
 
 fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -> String {
     let before = &found.execution.schedule;
+    let failing = match names(&small.fails).join(", ") {
+        fails if fails.is_empty() => fails,
+        fails => format!(", with {fails} failing"),
+    };
     format!(
-        "\nexecution {}, minimised from {} context switches to {}:\n\n{}\n  replay with: stalemate replay {}\n",
+        "\nexecution {}, minimised from {} context switches to {}{failing}:\n\n{}\n  replay with: stalemate replay {}\n",
         found.index,
         switches(before),
         switches(&small.schedule),

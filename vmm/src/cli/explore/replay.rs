@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::both::Second;
-use super::engine_of;
+use super::{check_fails, engine_of};
 use crate::boot;
 use crate::cli::args::{Engines, Replay};
 use crate::cli::exit::Exit;
@@ -32,12 +32,16 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         .iter()
         .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
+    for (_, (_, scenario, _)) in &all {
+        check_fails(scenario)?;
+    }
     let stop = interrupt::on_ctrl_c();
     let mut results = Vec::new();
     let mut exit = Exit::Held;
     for (file, (reproducer, scenario, schedule)) in &all {
         let source = Source::new(engine_of(options.engine), scenario.clone());
         let mut worker = Worker::new(source.driver()?, &Plan::replay())?;
+        worker.arm(&scenario.fails);
         let mut second = match options.engine {
             Engines::Both => Some(Second::new(scenario)?),
             Engines::Model | Engines::Kvm => None,

@@ -331,8 +331,16 @@ fn results_go_to_a_directory_and_may_be_replaced() {
 fn every_reproducer_replays_bit_for_bit_on_both_engines() {
     doctor();
     let path = |bug: &abi::bug::Bug| format!("scenarios/reproducers/{}.repro", bug.name());
-    let files: Vec<String> = abi::bug::Bug::ALL.iter().map(path).collect();
-    for (engine, times) in [("model", "50"), ("kvm", "2")] {
+    let all: Vec<String> = abi::bug::Bug::ALL.iter().map(path).collect();
+    // The model has no instructions to stop between.
+    let by_points = |file: &&String| {
+        let text = std::fs::read_to_string(format!("{REPOSITORY}/{file}"))
+            .expect("a reproducer of every bug");
+        !text.contains("\nwindow = ")
+    };
+    let on_model: Vec<String> = all.iter().filter(by_points).cloned().collect();
+    assert_eq!(on_model.len(), all.len() - 1);
+    for (engine, times, files) in [("model", "50", &on_model), ("kvm", "20", &all)] {
         let mut words = vec!["replay", "--engine", engine, "--times", times];
         words.extend(["--expect", "--brief"]);
         words.extend(files.iter().map(String::as_str));

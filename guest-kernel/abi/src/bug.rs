@@ -56,6 +56,10 @@ bugs! {
     /// A copy-on-write fault puts the new page in place, drops the page-table lock and gives the old
     /// frame back before it flushes (class C1): other CPUs still read the old frame.
     CowFreeBeforeFlush = 10, "cow-free-before-flush";
+    /// Flushes are numbered with a load and a store where a locked add belongs: two flushers of one mm can
+    /// get one number, and who has flushed for the first takes the second for done. No scheduling
+    /// point lies between the two: only instruction-granular schedules find it.
+    TlbGenPlainAdd = 11, "tlb-gen-plain-add";
 }
 
 /// A set of seeded bugs.

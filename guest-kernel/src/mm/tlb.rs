@@ -117,7 +117,14 @@ impl<A: Arch> Kernel<A> {
     /// `cpumask` and `lazy` that follow.
     fn flush_issue(&self, mm: Pa<Mm>, start: u64, end: u64) -> Flush {
         self.point(Point::FlushIssue, [self.obj(mm).id.get(), start]);
-        let tlb_gen = self.obj(mm).tlb_gen.fetch_add(1, SeqCst) + 1;
+        let counter = &self.obj(mm).tlb_gen;
+        let tlb_gen = if self.config.bugs.has(Bug::TlbGenPlainAdd) {
+            let next = counter.load(SeqCst) + 1;
+            counter.store(next, SeqCst);
+            next
+        } else {
+            counter.fetch_add(1, SeqCst) + 1
+        };
         self.event(EventKind::TlbGen, [self.obj(mm).id.get(), tlb_gen, 0, 0, 0]);
         Flush {
             mm,

@@ -11,6 +11,7 @@
 //! | `unmap` | munmaps A, maps B, which takes A's frames, stamps and checks B | reads and writes A | an access to A that works once munmap has returned, a foreign value in A, a change in B |
 //! | `protect` | mprotects A to read-only | writes A | a write that works once mprotect has returned |
 //! | `dontneed` | madvise(DONTNEED) of A, then reads it | the same | the old value after one's own call |
+//! | `apart` | madvise(DONTNEED) of A's first page, then reads both | the same with the second | the old value of a page whose call has returned |
 //! | `lazy` | munmaps A while the other's CPU idles, maps B, wakes it | sleeps, then reads A | as `unmap` |
 //! | `lazy-tables` | the same, and A's page tables go too | the same | the same, or a walk of a freed table |
 //! | `switch` | munmaps A, maps B | reads A, yields to another process on its CPU, reads A | as `unmap` |
@@ -36,8 +37,8 @@ pub(super) const PROGRAM: Program = Program {
     args: &[
         Arg {
             name: "test",
-            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap",
-            range: 0..=8,
+            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart",
+            range: 0..=9,
             help: "which race",
         },
         Arg {
@@ -67,9 +68,10 @@ enum Test {
     Cow,
     Fork,
     Remap,
+    Apart,
 }
 
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 10] = [
     Test::Unmap,
     Test::Protect,
     Test::Dontneed,
@@ -79,6 +81,7 @@ const TESTS: [Test; 9] = [
     Test::Cow,
     Test::Fork,
     Test::Remap,
+    Test::Apart,
 ];
 
 impl Test {
@@ -105,6 +108,8 @@ struct Shared {
     go: AtomicU64,
     /// The leader's call has returned.
     done: AtomicU64,
+    /// In `apart`: the call of the leader, and that of the other thread, has returned.
+    dropped: [AtomicU64; 2],
     findings: Findings,
 }
 
@@ -123,13 +128,16 @@ fn subject(page: u64) -> u64 {
 }
 
 pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
+    let test = TESTS[args.number("test") as usize];
+    let least = if test == Test::Apart { 2 } else { 1 };
     let shared = Shared {
-        test: TESTS[args.number("test") as usize],
-        pages: args.number("pages"),
+        test,
+        pages: args.number("pages").max(least),
         passes: args.number("passes"),
         ready: AtomicU64::new(0),
         go: AtomicU64::new(0),
         done: AtomicU64::new(0),
+        dropped: [AtomicU64::new(0), AtomicU64::new(0)],
         findings: Findings::default(),
     };
     let findings = &shared.findings;
@@ -214,6 +222,10 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
         }
         Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
         Test::Dontneed => return drop_and_look(sys, shared),
+        Test::Apart => {
+            drop_one_look_at_both(sys, shared, 0);
+            return true;
+        }
         Test::Cow => {
             for page in 0..shared.pages {
                 write(sys, findings, subject(page), tag(Region::Subject, 1, page));
@@ -290,6 +302,28 @@ fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) -> bool {
     true
 }
 
+/// Drops page `mine` of the first two; what of either is gone must not be seen any more.
+fn drop_one_look_at_both<S: Sys>(sys: &S, shared: &Shared, mine: usize) {
+    let findings = &shared.findings;
+    let result = sys.madvise(subject(mine as u64), PAGE_SIZE, advice::DONTNEED);
+    if must(sys, findings, subject(mine as u64), 0, result) {
+        shared.dropped[mine].store(1, Ordering::Release);
+    }
+    for _ in 0..shared.passes {
+        for (page, dropped) in shared.dropped.iter().enumerate() {
+            let gone = dropped.load(Ordering::Acquire) != 0;
+            let gva = subject(page as u64);
+            match sys.read(gva) {
+                Ok(found) if gone && found != 0 => {
+                    findings.report(sys, ForeignFrame, gva, 0, found);
+                }
+                Ok(_) => {}
+                Err(_) => findings.report(sys, WrongPermission, gva, 0, 0),
+            }
+        }
+    }
+}
+
 /// In a child: what a page holds when it is first read must stay.
 fn constant<S: Sys>(sys: &S, pages: u64, passes: u64) -> i32 {
     let findings = Findings::default();
@@ -337,6 +371,7 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
         Test::Dontneed => {
             drop_and_look(sys, shared);
         }
+        Test::Apart => drop_one_look_at_both(sys, shared, 1),
         Test::Remap => remap(sys, shared),
         Test::Cow => watch(sys, shared),
         _ => access(sys, shared),
@@ -433,10 +468,11 @@ mod tests {
     use crate::native;
     use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
 
-    const TESTS: [&str; 9] = [
+    const TESTS: [&str; 10] = [
         "unmap",
         "protect",
         "dontneed",
+        "apart",
         "lazy",
         "lazy-tables",
         "switch",

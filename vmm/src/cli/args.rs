@@ -9,6 +9,7 @@ use abi::failpoint::Failpoint;
 use abi::point::Point;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::engine::Window;
 use crate::scenario::{CheckWhen, Fail, values};
 
 const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
@@ -145,6 +146,9 @@ pub struct Explore {
     /// Stop after this time: 30s, 10m
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Exploration")]
     pub time_limit: Option<Duration>,
+    /// Makes every Kth instruction behind these points a scheduling point too (engine kvm)
+    #[arg(long, value_name = "POINT,…:K", value_parser = window, help_heading = "Exploration")]
+    pub window: Option<Window>,
     /// Engines that run at once
     #[arg(
         long,
@@ -208,9 +212,9 @@ pub struct Replay {
     /// Reproducers that explore wrote
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// What executes the kernel
-    #[arg(long, value_enum, default_value = "model")]
-    pub engine: Engines,
+    /// What executes the kernel [default: model, and kvm where instructions were scheduled]
+    #[arg(long, value_enum)]
+    pub engine: Option<Engines>,
     /// Replay this often and compare
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub times: u64,
@@ -472,6 +476,10 @@ fn vcpus(text: &str) -> Result<u32, String> {
 
 fn memory(text: &str) -> Result<u64, String> {
     values::memory(text).map_err(|refused| refused.to_string())
+}
+
+fn window(text: &str) -> Result<Window, String> {
+    values::window(text).map_err(|refused| refused.to_string())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -70,6 +70,27 @@ impl PointSet {
 /// Points of an [`Engine::run`] without a bound.
 pub const UNBOUNDED: u64 = u64::MAX;
 
+/// Where instructions are scheduling points too: after a passage of one of `points`, until the vCPU's next
+/// point or until it leaves the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// What opens it.
+    pub points: PointSet,
+    /// Every how many instructions there is a scheduling point, at least 1.
+    pub every: u64,
+}
+
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let points = Point::ALL.iter().filter(|point| self.points.has(**point));
+        for (index, point) in points.enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{}", point.name())?;
+        }
+        write!(f, ":{}", self.every)
+    }
+}
+
 /// How far a vCPU runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Limit {
@@ -89,6 +110,11 @@ pub enum Halt {
         point: Point,
         /// Its arguments.
         args: [u64; 2],
+    },
+    /// It stands between two instructions of a [`Window`].
+    Instruction {
+        /// Address of the next one.
+        rip: u64,
     },
     /// The kernel is about to enter CPL 3 for the first time.
     FirstUser,
@@ -160,6 +186,11 @@ pub trait Engine {
         limit: Limit,
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError>;
+    /// Makes instructions inside a window scheduling points too; each counts as a point.
+    ///
+    /// # Errors
+    /// This engine cannot.
+    fn set_window(&mut self, window: Window) -> Result<(), EngineError>;
     /// Points that `vcpu` has passed since the machine was made or last [reset](Engine::reset).
     fn points_passed(&self, vcpu: usize) -> u64;
 
@@ -218,6 +249,9 @@ impl<E: Engine + ?Sized> Engine for Box<E> {
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
         (**self).run(vcpu, limit, events)
+    }
+    fn set_window(&mut self, window: Window) -> Result<(), EngineError> {
+        (**self).set_window(window)
     }
     fn points_passed(&self, vcpu: usize) -> u64 {
         (**self).points_passed(vcpu)

@@ -412,7 +412,8 @@ impl<E: Engine> Driver<E> {
             let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
             let passed = self.engine.points_passed(vcpu).saturating_sub(before);
             // A step that does not reach a point counts too: a replay must take it.
-            let passed = passed + u64::from(!matches!(halt, Halt::Point { .. }));
+            let at_point = matches!(halt, Halt::Point { .. } | Halt::Instruction { .. });
+            let passed = passed + u64::from(!at_point);
             points += passed;
             run.schedule.push(choice.actor, passed);
             last = Some((choice.actor, passed));
@@ -444,6 +445,10 @@ impl<E: Engine> Driver<E> {
                     if point == Point::TestEnd && self.fails.is_empty() {
                         return Ok(Ending::Finished { status: None });
                     }
+                }
+                Halt::Instruction { .. } => {
+                    self.standing[vcpu].point = None;
+                    self.stopped_in[vcpu] = self.steps;
                 }
                 Halt::FirstUser => {}
                 Halt::Report(report) if self.is_asked_for(&report, run) => {}

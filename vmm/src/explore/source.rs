@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{Driver, DriverError, Limits, Standing};
 use crate::engine::kvm::KvmEngine;
 use crate::engine::model::ModelEngine;
-use crate::engine::{Engine, EngineKind};
+use crate::engine::{Engine, EngineKind, Window};
 use crate::scenario::Scenario;
 use crate::snapshot::{SavedMachine, Snapshot};
 
@@ -15,6 +15,7 @@ use crate::snapshot::{SavedMachine, Snapshot};
 pub struct Source {
     kind: EngineKind,
     scenario: Scenario,
+    window: Option<Window>,
     /// The machine that others are clones of, once there is one.
     first: Mutex<Option<(Arc<Snapshot>, Vec<Standing>)>>,
 }
@@ -26,8 +27,21 @@ impl Source {
         Self {
             kind,
             scenario,
+            window: None,
             first: Mutex::new(None),
         }
+    }
+
+    /// With instructions as scheduling points.
+    #[must_use]
+    pub fn with_window(self, window: Option<Window>) -> Self {
+        Self { window, ..self }
+    }
+
+    /// Where instructions are scheduling points.
+    #[must_use]
+    pub fn window(&self) -> Option<Window> {
+        self.window
     }
 
     /// Clones of a machine that was saved.
@@ -36,6 +50,7 @@ impl Source {
         Self {
             kind: EngineKind::Kvm,
             scenario: saved.scenario,
+            window: None,
             first: Mutex::new(Some((saved.snapshot, saved.standing))),
         }
     }
@@ -57,6 +72,14 @@ impl Source {
     /// # Errors
     /// There is none, or the program does not get there.
     pub fn driver(&self) -> Result<Driver<Box<dyn Engine>>, DriverError> {
+        let mut driver = self.engine()?;
+        if let Some(window) = self.window {
+            driver.engine().set_window(window)?;
+        }
+        Ok(driver)
+    }
+
+    fn engine(&self) -> Result<Driver<Box<dyn Engine>>, DriverError> {
         let limits = Limits::default();
         if self.kind == EngineKind::Model {
             let engine = ModelEngine::new(&self.scenario)?;

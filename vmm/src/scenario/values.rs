@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use crate::engine::{PointSet, Window};
 use abi::bug::Bug;
 use abi::failpoint::Failpoint;
 use abi::layout::{MAX_CPUS, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
@@ -218,6 +219,27 @@ pub fn failpoint(name: &str) -> Result<Failpoint, Refused> {
         Refused::new(format!("no failpoint '{name}'"))
             .with_help(format!("one of: {}", names.join(", ")))
     })
+}
+
+/// A window of instructions: `flush-issue`, `flush-issue:2`, `flush-issue,pte-clear:1`.
+///
+/// # Errors
+/// No such point, or no number of instructions.
+pub fn window(text: &str) -> Result<Window, Refused> {
+    let (names, every) = text.split_once(':').unwrap_or((text, "1"));
+    let points = names.split(',').map(point);
+    let points = points.collect::<Result<Vec<_>, _>>()?;
+    match every.parse() {
+        Ok(every) if every > 0 => Ok(Window {
+            points: PointSet::of(&points),
+            every,
+        }),
+        _ => Err(
+            Refused::new(format!("'{every}' is no number of instructions")).with_help(
+                "a window is POINT[,POINT]…[:K]: every K-th instruction behind a POINT".to_owned(),
+            ),
+        ),
+    }
 }
 
 /// An address or a number, decimal or with `0x`.

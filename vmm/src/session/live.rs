@@ -315,7 +315,7 @@ impl Subject for Live {
                 report,
             },
             // Nobody asked for it: the rings are flight recorders here.
-            Stop::RingFull { .. } | Stop::FirstUser { .. } => Halt::Nothing,
+            Stop::RingFull { .. } | Stop::FirstUser { .. } | Stop::Stepped { .. } => Halt::Nothing,
             Stop::Deadline => Halt::Deadline,
             Stop::Interrupted => Halt::Interrupted,
             Stop::Crashed(crash) => Halt::Crashed(self.crash(&crash)),

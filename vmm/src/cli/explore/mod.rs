@@ -33,7 +33,7 @@ const EXPLORABLE: &str = "litmus";
 const MINIMISE_RUNS: usize = 2_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
-    let source = source(name, options)?;
+    let source = source(name, options)?.with_window(options.window);
     let scenario = source.scenario();
     let both = options.engine == Some(Engines::Both);
     if options.confirm.is_some() && !both {
@@ -153,7 +153,6 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     })
 }
 
-/// What serialised runs need: nothing but the schedule may decide.
 /// What is explored: a scenario, or a machine that was saved.
 fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
     if SavedMachine::is_one(name) {
@@ -248,6 +247,7 @@ fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
     })
 }
 
+/// What serialised runs need: nothing but the schedule may decide.
 fn make_explorable(scenario: &mut Scenario) {
     scenario.interrupts = abi::boot::InterruptMode::Controlled;
     for (key, value) in [("tlb", "soft"), ("stamp", "ticket")] {
@@ -420,6 +420,7 @@ fn reproducer(
     let mut scenario = source.scenario().clone();
     scenario.fails.clone_from(&small.fails);
     Reproducer::new(&scenario, &small.schedule, found_by, id.into(), stream)
+        .with_window(source.window())
 }
 
 fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -> String {

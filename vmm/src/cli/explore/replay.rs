@@ -39,10 +39,15 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
     let mut results = Vec::new();
     let mut exit = Exit::Held;
     for (file, (reproducer, scenario, schedule)) in &all {
-        let source = Source::new(engine_of(options.engine), scenario.clone());
+        let window = reproducer.window();
+        let engines = options.engine.unwrap_or(match window {
+            Some(_) => Engines::Kvm,
+            None => Engines::Model,
+        });
+        let source = Source::new(engine_of(engines), scenario.clone()).with_window(window);
         let mut worker = Worker::new(source.driver()?, &Plan::replay())?;
         worker.arm(&scenario.fails);
-        let mut second = match options.engine {
+        let mut second = match engines {
             Engines::Both => Some(Second::new(scenario)?),
             Engines::Model | Engines::Kvm => None,
         };

@@ -468,6 +468,7 @@ impl Machine {
             Message::Vcpu(Notice { vcpu, event, .. }) => Some(match event {
                 vcpu::Event::Exit(status) => Stop::Exited { status },
                 vcpu::Event::Doorbell(value) => self.doorbell(vcpu, value),
+                vcpu::Event::Stepped { rip } => Stop::Stepped { vcpu, rip },
                 vcpu::Event::Fault(fault) => crash(Some(vcpu), fault.into()),
                 vcpu::Event::ThreadPanic => return None,
             }),

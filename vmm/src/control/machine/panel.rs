@@ -60,6 +60,22 @@ impl Machine {
             .map_or(0, |channel| channel.points_passed())
     }
 
+    /// Makes `vcpu` stop ([`Stop::Stepped`](crate::control::Stop::Stepped)) after `instructions` at CPL 0, or
+    /// no longer; says how many it has executed since it was told so last.
+    ///
+    /// # Errors
+    /// No such vCPU, or a host that cannot single-step.
+    pub fn single_step(
+        &mut self,
+        vcpu: usize,
+        instructions: Option<u64>,
+    ) -> Result<u64, MachineError> {
+        let vcpus = self.vcpus.len();
+        let handle = self.vcpus.get_mut(vcpu);
+        let handle = handle.ok_or(MachineError::NoSuchVcpu { given: vcpu, vcpus })?;
+        Ok(handle.single_step(instructions)?)
+    }
+
     /// Arms a failpoint on `vcpu`: its `passages`-th passage from here fails; 0 disarms it.
     ///
     /// # Errors

@@ -12,13 +12,22 @@ use std::time::Instant;
 use abi::channel::Event;
 use abi::failpoint::Failpoint;
 
-use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit};
+use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit, Window};
 use crate::control::{Interrupts, Machine, MachineConfig, MachineError, ProgramSpec, Stop};
 use crate::inspect::{self, VcpuFacts};
 use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
 use crate::scenario::Scenario;
 use crate::snapshot::Snapshot;
+
+/// A vCPU and the [`Window`].
+#[derive(Clone, Copy, Debug, Default)]
+struct InWindow {
+    /// It is in it.
+    open: bool,
+    /// Points that its instructions were, since the last reset.
+    points: u64,
+}
 
 /// See the module.
 pub struct KvmEngine {
@@ -31,6 +40,9 @@ pub struct KvmEngine {
     broken: bool,
     /// Points that each vCPU had passed when the state was saved.
     passed: Vec<u64>,
+    window: Option<Window>,
+    /// Where each vCPU is as to the window.
+    windows: Vec<InWindow>,
     stops: Vec<inspect::Stop>,
     saved_stops: Vec<inspect::Stop>,
     watchdog: f64,
@@ -68,6 +80,8 @@ impl KvmEngine {
             fresh: false,
             broken: false,
             passed: vec![0; cpus],
+            window: None,
+            windows: vec![InWindow::default(); cpus],
             stops: vec![inspect::Stop::Anywhere; cpus],
             saved_stops: vec![inspect::Stop::Anywhere; cpus],
             watchdog: config.watchdog.as_secs_f64(),
@@ -85,15 +99,44 @@ impl KvmEngine {
         }
     }
 
+    /// Runs `vcpu` to `limit`; a window's points end it too.
     fn step(
         &mut self,
         vcpu: usize,
         limit: Limit,
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
-        let started = Instant::now();
+        let traps = match self.window {
+            Some(window) => limit.traps.and(window.points),
+            None => limit.traps,
+        };
         self.machine.set_budget(vcpu, limit.points.max(1))?;
-        self.machine.set_vcpu_traps(vcpu, limit.traps.0)?;
+        self.machine.set_vcpu_traps(vcpu, traps.0)?;
+        self.go(vcpu, events)
+    }
+
+    /// Runs `vcpu`, which is in the window, for at most `points` of it.
+    fn step_through(
+        &mut self,
+        vcpu: usize,
+        window: Window,
+        points: u64,
+        events: &mut Vec<Event>,
+    ) -> Result<Halt, EngineError> {
+        let instructions = points.saturating_mul(window.every);
+        self.machine.set_budget(vcpu, 1)?;
+        self.machine.single_step(vcpu, Some(instructions))?;
+        let halt = self.go(vcpu, events);
+        if !self.broken {
+            let done = self.machine.single_step(vcpu, None)?;
+            self.windows[vcpu].points += done / window.every;
+        }
+        halt
+    }
+
+    /// Runs `vcpu` until it halts.
+    fn go(&mut self, vcpu: usize, events: &mut Vec<Event>) -> Result<Halt, EngineError> {
+        let started = Instant::now();
         let halt = loop {
             let stop = self.machine.run_vcpu(vcpu)?;
             self.costs.exits += 1;
@@ -101,6 +144,7 @@ impl KvmEngine {
             match stop {
                 Stop::RingFull { .. } => {}
                 Stop::Point { point, args, .. } => break Halt::Point { point, args },
+                Stop::Stepped { rip, .. } => break Halt::Instruction { rip },
                 Stop::FirstUser { .. } => break Halt::FirstUser,
                 Stop::Report { report, .. } => break Halt::Report(report),
                 Stop::Exited { status } => break Halt::Exited { status },
@@ -154,11 +198,40 @@ impl Engine for KvmEngine {
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
         self.fresh = false;
-        self.step(vcpu, limit, events)
+        let Some(window) = self.window else {
+            return self.step(vcpu, limit, events);
+        };
+        let target = self.points_passed(vcpu).saturating_add(limit.points.max(1));
+        loop {
+            let points = target.saturating_sub(self.points_passed(vcpu)).max(1);
+            let halt = if self.windows[vcpu].open {
+                self.step_through(vcpu, window, points, events)?
+            } else {
+                self.step(vcpu, Limit { points, ..limit }, events)?
+            };
+            self.windows[vcpu].open = match halt {
+                Halt::Point { point, .. } => window.points.has(point),
+                Halt::Instruction { .. } => self.points_passed(vcpu) >= target,
+                _ => false,
+            };
+            // It has left the kernel, and with it the window, before its points were used up.
+            if matches!(halt, Halt::Instruction { .. }) && !self.windows[vcpu].open {
+                continue;
+            }
+            return Ok(halt);
+        }
+    }
+
+    fn set_window(&mut self, window: Window) -> Result<(), EngineError> {
+        self.window = Some(Window {
+            every: window.every.max(1),
+            ..window
+        });
+        Ok(())
     }
     fn points_passed(&self, vcpu: usize) -> u64 {
         let now = self.machine.points_passed(vcpu);
-        now.wrapping_sub(self.passed[vcpu])
+        now.wrapping_sub(self.passed[vcpu]) + self.windows[vcpu].points
     }
 
     fn in_flight(&self, vcpu: usize) -> bool {
@@ -191,6 +264,7 @@ impl Engine for KvmEngine {
             self.costs.pages += self.machine.reset()?.pages;
         }
         self.stops.clone_from(&self.saved_stops);
+        self.windows.fill(InWindow::default());
         self.costs.reset += started.elapsed();
         self.costs.resets += 1;
         self.fresh = true;

@@ -3,10 +3,10 @@
 use super::KvmEngine;
 use crate::engine::model::tests::{TESTS, driver, litmus};
 use crate::engine::{Engine, EngineKind};
-use crate::explore::campaign::{Plan, Worker, failure_id};
+use crate::explore::campaign::{self, Plan, Strategy, Worker, failure_id};
 use crate::explore::strategy::Random;
 use crate::explore::{Driver, Execution, Limits, Source, compare};
-
+use crate::scenario::values;
 use crate::snapshot::{SavedMachine, SnapshotError};
 
 fn on_vcpus(test: &str, bug: Option<&str>) -> Worker<KvmEngine> {
@@ -33,6 +33,44 @@ fn both_engines_tell_the_same_story() {
         let second = kvm.replay(&first.schedule).unwrap();
         assert_same(&first, &second, &format!("{test}: model here, kvm there"));
     }
+}
+
+/// What no point separates: the load and the store of a lost increment.
+#[test]
+fn instructions_of_a_window_are_scheduling_points() {
+    let window = values::window("flush-issue:1").unwrap();
+    let explore = |bug: Option<&str>, kind, window, executions| {
+        let source = Source::new(kind, litmus("apart", bug)).with_window(window);
+        let plan = Plan {
+            strategy: Strategy::Pct { depth: 3 },
+            executions,
+            verify_every: 10,
+            ..Plan::replay()
+        };
+        let (counts, stop) = Default::default();
+        let summary = campaign::run(|| source.driver(), &plan, &counts, &stop);
+        (source, summary)
+    };
+    let bug = Some("tlb-gen-plain-add");
+    let (source, summary) = explore(bug, EngineKind::Kvm, Some(window), 1_000);
+    let summary = summary.expect("this test needs /dev/kvm");
+    let found = &summary
+        .found
+        .first()
+        .expect("found by instructions")
+        .execution;
+    let mut worker = Worker::new(source.driver().unwrap(), &Plan::replay()).unwrap();
+    for _ in 0..10 {
+        assert_same(found, &worker.replay(&found.schedule).unwrap(), "replay");
+    }
+    // Not by points alone, and not without the bug.
+    let (_, summary) = explore(bug, EngineKind::Model, None, 3_000);
+    assert!(summary.unwrap().found.is_empty());
+    let (_, summary) = explore(None, EngineKind::Kvm, Some(window), 100);
+    assert!(summary.unwrap().found.is_empty());
+    let (_, summary) = explore(None, EngineKind::Model, Some(window), 1);
+    let error = summary.unwrap_err().to_string();
+    assert!(error.contains("--engine kvm"), "{error}");
 }
 
 /// All of guest memory, and where each vCPU stands.

@@ -23,7 +23,7 @@ use abi::layout::{BOOT_INFO_GPA, CHANNEL_GPA, CHANNEL_STRIDE, PAGE_SIZE};
 use guest_kernel::Kernel;
 use guest_kernel::arch::model::{Model, Pause, always_dirty};
 
-use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit};
+use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit, Window};
 use crate::boot::{self, BootSpec};
 use crate::control::{KernelImage, MachineError, ProgramSpec, channel};
 use crate::inspect::{Stop, VcpuFacts};
@@ -194,6 +194,11 @@ impl Engine for ModelEngine {
         Ok(halt)
     }
 
+    fn set_window(&mut self, _: Window) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported(
+            "the model engine has no instructions to stop between: use --engine kvm".into(),
+        ))
+    }
     fn points_passed(&self, vcpu: usize) -> u64 {
         let now = control(&self.ram, vcpu).points_passed.load(Relaxed);
         now.wrapping_sub(self.passed[vcpu])

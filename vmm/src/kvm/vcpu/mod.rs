@@ -79,6 +79,11 @@ pub(crate) enum Event {
     Doorbell(u32),
     /// The guest ends the run with this status.
     Exit(u32),
+    /// It was single-stepped for as long as it was to be.
+    Stepped {
+        /// Address of the next instruction.
+        rip: u64,
+    },
     /// It cannot go on.
     Fault(Fault),
     /// The thread itself panicked: a bug of the host side.
@@ -112,20 +117,28 @@ enum Command {
     Resume,
     Pause,
     Snapshot,
-    Save { msrs: Arc<[u32]> },
+    Save {
+        msrs: Arc<[u32]>,
+    },
     Restore(Arc<VcpuImage>),
+    /// Stop after this many instructions at CPL 0, or at the first that is not; none: no longer.
+    SingleStep(Option<u64>),
     Stop,
 }
 
 /// Its replies, one per command and one to start with.
 #[derive(Debug)]
 enum Reply {
-    Started { pinned: Option<usize> },
+    Started {
+        pinned: Option<usize>,
+    },
     Running,
     Paused,
     Snapshot(Box<VcpuSnapshot>),
     Saved(Box<VcpuImage>),
     Restored,
+    /// Single-stepping is set; so many instructions it took since it was set last.
+    Stepping(u64),
     Stopped,
     Failed(KvmError),
 }
@@ -272,7 +285,7 @@ impl Vcpu {
             Step::Pause => Command::Pause,
             Step::Stop => Command::Stop,
             Step::Inspect => Command::Snapshot,
-            Step::Start | Step::Park | Step::Save | Step::Restore => {
+            Step::Start | Step::Park | Step::Save | Step::Restore | Step::Debug => {
                 unreachable!("{step} is no request")
             }
         };
@@ -342,6 +355,19 @@ impl Vcpu {
         self.commands
             .send(Command::Restore(image))
             .map_err(|_| self.died())
+    }
+
+    /// Makes a paused vCPU stop ([`Event::Stepped`]) after `instructions` at CPL 0, or no longer; says how
+    /// many it has executed since it was told so last.
+    pub(crate) fn single_step(&mut self, instructions: Option<u64>) -> Result<u64, VcpuError> {
+        self.check(Step::Debug)?;
+        self.commands
+            .send(Command::SingleStep(instructions))
+            .map_err(|_| self.died())?;
+        match self.reply(Step::Debug)? {
+            Reply::Stepping(instructions) => Ok(instructions),
+            reply => Err(self.unexpected(Step::Debug, reply)),
+        }
     }
 
     /// Its state, as far as its replies and notices tell.

@@ -40,6 +40,8 @@ pub enum Step {
     Save,
     /// It becomes what was saved.
     Restore,
+    /// Single-stepping is switched on or off.
+    Debug,
     /// It ends.
     Stop,
 }
@@ -63,7 +65,9 @@ impl State {
         match (self, step) {
             (Self::Created, Step::Start)
             | (Self::Paused | Self::Running, Step::Pause | Step::Park)
-            | (Self::Paused, Step::Inspect | Step::Save | Step::Restore) => Ok(Self::Paused),
+            | (Self::Paused, Step::Inspect | Step::Save | Step::Restore | Step::Debug) => {
+                Ok(Self::Paused)
+            }
             (Self::Paused, Step::Resume) => Ok(Self::Running),
             (Self::Paused | Self::Running | Self::Stopped, Step::Stop) => Ok(Self::Stopped),
             (state, step) => Err(IllegalStep { state, step }),
@@ -92,6 +96,7 @@ impl fmt::Display for Step {
             Self::Inspect => "inspect",
             Self::Save => "save",
             Self::Restore => "restore",
+            Self::Debug => "single-step",
             Self::Stop => "stop",
         })
     }
@@ -107,7 +112,7 @@ mod tests {
         State::Running,
         State::Stopped,
     ];
-    const STEPS: [Step; 8] = [
+    const STEPS: [Step; 9] = [
         Step::Start,
         Step::Resume,
         Step::Pause,
@@ -115,6 +120,7 @@ mod tests {
         Step::Inspect,
         Step::Save,
         Step::Restore,
+        Step::Debug,
         Step::Stop,
     ];
 
@@ -128,6 +134,7 @@ mod tests {
             (State::Paused, Step::Inspect, State::Paused),
             (State::Paused, Step::Save, State::Paused),
             (State::Paused, Step::Restore, State::Paused),
+            (State::Paused, Step::Debug, State::Paused),
             (State::Paused, Step::Stop, State::Stopped),
             (State::Running, Step::Pause, State::Paused),
             (State::Running, Step::Park, State::Paused),

@@ -224,3 +224,59 @@ fn what_cannot_fail_is_refused_with_the_names() {
     let inspect = ["inspect", path, "--at", "pte-install"];
     says(2, &inspect, &["slab-alloc@0:1", "stalemate explore"]);
 }
+
+/// Records of a trace with this `ph`.
+fn records<'a>(trace: &'a Value, ph: &str) -> Vec<&'a Value> {
+    let all = trace["traceEvents"].as_array().expect("a list");
+    all.iter().filter(|record| record["ph"] == ph).collect()
+}
+
+#[test]
+fn an_execution_is_drawn_for_perfetto() {
+    let (out, name) = directory();
+    let file = |name: &str| out.path().join(name).to_str().expect("UTF-8").to_owned();
+    let read = |path: &str| -> Value {
+        let text = std::fs::read_to_string(path).expect("written");
+        serde_json::from_str(&text).expect("JSON")
+    };
+    let (failing, again, clean) = (file("failing.json"), file("again.json"), file("clean.json"));
+    let words = ["explore", "litmus-unmap", "--seed", "1", "--trace"];
+    let bug = ["--bug", "shootdown-skip-remote", "--out", &name];
+    let found = json(1, &[&words[..], &[&failing], &bug].concat());
+    assert_eq!(found["trace"], failing.as_str());
+    let drawn = read(&failing);
+    assert_eq!(records(&drawn, "B").len(), records(&drawn, "E").len());
+    let failure = records(&drawn, "i")
+        .into_iter()
+        .find(|record| record["s"] == "g");
+    assert!(
+        failure.expect("it failed")["name"]
+            .to_string()
+            .contains("T-01")
+    );
+
+    // The reproducer's execution is the same, to the last record.
+    let reproducer = reproducers(out.path()).remove(0);
+    let reproducer = reproducer.to_str().expect("UTF-8");
+    says(1, &["replay", reproducer, "--trace", &again], &["perfetto"]);
+    assert_eq!(read(&again), drawn);
+
+    let turns = ["--schedules", "3", "--strategy", "round-robin"];
+    says(0, &[&words[..], &[&clean], &turns].concat(), &["perfetto"]);
+    let arrows = records(&read(&clean), "f").len();
+    assert!(arrows > 0, "a clean schedule has shootdowns");
+
+    let before = std::fs::read_to_string(reproducer).expect("still there");
+    let swallowed = ["replay", "--trace", reproducer, reproducer];
+    says(2, &swallowed, &["--trace", "would overwrite a reproducer"]);
+    let explore = [&words[..], &[reproducer]].concat();
+    says(2, &explore, &["would overwrite a reproducer"]);
+    assert_eq!(
+        std::fs::read_to_string(reproducer).expect("still there"),
+        before
+    );
+    let two = ["replay", reproducer, reproducer, "--trace", &again];
+    says(2, &two, &["one execution"]);
+    let nowhere = ["replay", reproducer, "--trace", "/absent/x.json"];
+    says(2, &nowhere, &["/absent/x.json"]);
+}

@@ -180,6 +180,9 @@ pub struct Explore {
         help_heading = "Output"
     )]
     pub out: PathBuf,
+    /// Write the execution as a timeline for Perfetto or chrome://tracing: the first failure, minimised, or one that is well
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub trace: Option<PathBuf>,
     /// Overrides.
     #[command(flatten)]
     pub machine: MachineOptions,
@@ -227,6 +230,9 @@ pub struct Replay {
     /// Without the story
     #[arg(long)]
     pub brief: bool,
+    /// Write the execution as a timeline for Perfetto or chrome://tracing; of one reproducer
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub trace: Option<PathBuf>,
     /// `--json`.
     #[command(flatten)]
     pub json: Json,

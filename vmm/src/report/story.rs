@@ -201,7 +201,7 @@ fn waits_for(wait: &crate::explore::WaitsFor) -> String {
 }
 
 /// One event in the words of the field; none where it says nothing to a person.
-fn line(seen: &Seen) -> Option<String> {
+pub(super) fn line(seen: &Seen) -> Option<String> {
     let args = seen.event.args;
     let task = seen.event.task;
     Some(match EventKind::from_id(seen.event.kind)? {

@@ -1,7 +1,9 @@
 //! `stalemate explore`; `replay` and `snapshot` beside it.
 
+mod aftermath;
 mod both;
 mod replay;
+mod trace;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,22 +19,21 @@ use super::output::Output;
 use super::{interrupt, run};
 use crate::boot;
 use crate::engine::EngineKind;
-use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, Worker, failure_id};
-use crate::explore::{Ending, Execution, Source, compare, switches};
+use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, failure_id};
+use crate::explore::{Ending, Source};
 use crate::report::story;
-use crate::reproducer::Reproducer;
 use crate::scenario::{Fail, Scenario, fail};
 use crate::snapshot::{SavedMachine, SnapshotError};
 
-use both::{Clean, DEFAULT_CONFIRM, Second};
+use aftermath::Aftermath;
+use both::{DEFAULT_CONFIRM, Second};
 pub(super) use replay::replay;
 
 /// The program whose tests begin and end at points of their own.
 const EXPLORABLE: &str = "litmus";
-/// Runs that the search for a smaller schedule may take.
-const MINIMISE_RUNS: usize = 2_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
+    trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
     let source = source(name, options)?.with_window(options.window);
     let scenario = source.scenario();
     let both = options.engine == Some(Engines::Both);
@@ -43,7 +44,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         });
     }
     output.check_json()?;
-    let mut second = both.then(|| Second::new(scenario)).transpose()?;
+    let second = both.then(|| Second::new(scenario)).transpose()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
     let plan = Plan {
         strategy: match options.strategy {
@@ -63,7 +64,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         sample: match options.confirm {
             Some(confirm) => confirm,
             None if both => DEFAULT_CONFIRM,
-            None => 0,
+            None => usize::from(options.trace.is_some()),
         },
         fails: scenario.fails.clone(),
         fail_any: options.fail_any.clone(),
@@ -74,46 +75,9 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         campaign::run(|| source.driver(), &plan, &counts, &stop)
     })?;
     let stopped = stop.load(Ordering::Relaxed);
-    let mut text = headline(&source, &plan, &summary, both, stopped);
     let sample = std::mem::take(&mut summary.sample).take();
-    let mut written = Vec::new();
-    let mut violations = Vec::new();
-    let mut clean = None;
-    let mut engines_agree = true;
-    if !summary.found.is_empty() || second.is_some() {
-        let mut worker = Worker::new(source.driver()?, &plan)?;
-        if let Some(second) = &mut second {
-            let compared = Clean::run(&sample, plan.sample, &mut worker, second)?;
-            engines_agree &= compared.holds();
-            text.push_str(&compared.text());
-            clean = Some(compared.json());
-        }
-        let mut told: Vec<String> = Vec::new();
-        for found in &summary.found {
-            let id = failure_id(&found.execution.ending).expect("it was found");
-            if told.contains(&id) {
-                continue;
-            }
-            told.push(id.clone());
-            let small = worker.minimise(&found.execution, MINIMISE_RUNS)?;
-            let reproducer = reproducer(&source, &plan, found, &small, &id);
-            let stem = format!("{}-{}", scenario.name, id.to_lowercase());
-            let path = reproducer.write(&options.out, &stem)?;
-            text.push_str(&chapter(scenario, found, &small, &path));
-            written.push(path.display().to_string());
-            if let Some(second) = &mut second {
-                let confirmation = second.confirm(&small)?;
-                engines_agree &= confirmation.holds();
-                text.push_str(&format!("  {confirmation}\n"));
-                violations.push(json!({
-                    "failure": id,
-                    "reproducer": path,
-                    "confirmation": confirmation,
-                }));
-            }
-        }
-    }
-    let confirmed = clean.map(|clean| json!({ "clean": clean, "violations": violations }));
+    let found = Aftermath::of(&source, options, &plan, &summary.found, &sample, second)?;
+    let text = headline(&source, &plan, &summary, both, stopped) + &found.text;
     output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
@@ -136,11 +100,12 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             "fails": names(&found.execution.fails),
             "text": story::ending(&found.execution.ending),
         })).collect::<Vec<_>>(),
-        "reproducers": written,
-        "confirmed": confirmed,
+        "reproducers": found.reproducers,
+        "confirmed": found.confirmed,
+        "trace": found.traced,
     }))?;
     output.say(&text);
-    if !engines_agree {
+    if !found.engines_agree {
         // What a testbed says that contradicts itself is not to be believed.
         return Ok(Exit::Internal);
     }
@@ -400,41 +365,4 @@ fn bugs(scenario: &Scenario) -> String {
     } else {
         format!(", with the seeded bug {}", names.join(", "))
     }
-}
-
-fn reproducer(
-    source: &Source,
-    plan: &Plan,
-    found: &Found,
-    small: &Execution,
-    id: &str,
-) -> Reproducer {
-    let found_by = format!(
-        "{:?} seed {} execution {} on {}",
-        plan.strategy,
-        plan.seed,
-        found.index,
-        source.kind()
-    );
-    let stream = (small.events.len() as u64, compare::digest(&small.events));
-    let mut scenario = source.scenario().clone();
-    scenario.fails.clone_from(&small.fails);
-    Reproducer::new(&scenario, &small.schedule, found_by, id.into(), stream)
-        .with_window(source.window())
-}
-
-fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -> String {
-    let before = &found.execution.schedule;
-    let failing = match names(&small.fails).join(", ") {
-        fails if fails.is_empty() => fails,
-        fails => format!(", with {fails} failing"),
-    };
-    format!(
-        "\nexecution {}, minimised from {} context switches to {}{failing}:\n\n{}\n  replay with: stalemate replay {}\n",
-        found.index,
-        switches(before),
-        switches(&small.schedule),
-        story::tell(small, scenario.vcpus as usize),
-        path.display()
-    )
 }

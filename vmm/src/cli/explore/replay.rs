@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::both::Second;
-use super::{check_fails, engine_of};
+use super::{check_fails, engine_of, trace};
 use crate::boot;
 use crate::cli::args::{Engines, Replay};
 use crate::cli::exit::Exit;
@@ -17,12 +17,11 @@ use crate::report::story;
 use crate::reproducer::Reproducer;
 
 pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
-    // `replay --json a.repro` would take the reproducer for the file to write.
-    let json = options.json.json.as_deref();
-    if let Some(path) = json.filter(|path| path.extension().is_some_and(|e| e == "repro")) {
+    trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
+    if options.trace.is_some() && options.files.len() > 1 {
         return Err(Failure::Usage {
-            problem: format!("--json {}: would overwrite a reproducer", path.display()),
-            help: "put --json last, or name a file as in --json=result.json".into(),
+            problem: "--trace is of one execution".into(),
+            help: "give one reproducer".into(),
         });
     }
     output.check_json()?;
@@ -66,6 +65,9 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
             output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
         }
         output.say(&format!("{}: {}\n", file.display(), again.text(reproducer)));
+        if let Some(path) = &options.trace {
+            output.say(&trace::write(path, last, scenario)?);
+        }
         exit = worse(exit, again.exit(reproducer, options.expect));
         results.push(json!({
             "file": file,
@@ -75,6 +77,7 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
             "runs": again.runs,
             "text": story::ending(&last.ending),
             "confirmation": again.confirmation,
+            "trace": options.trace,
         }));
     }
     output.json(&json!({

@@ -261,8 +261,12 @@ fn an_execution_is_drawn_for_perfetto() {
     says(1, &["replay", reproducer, "--trace", &again], &["perfetto"]);
     assert_eq!(read(&again), drawn);
 
-    let turns = ["--schedules", "3", "--strategy", "round-robin"];
-    says(0, &[&words[..], &[&clean], &turns].concat(), &["perfetto"]);
+    let fork = ["explore", "litmus-fork", "--schedules", "20", "--seed", "1"];
+    says(
+        0,
+        &[&fork[..], &["--trace", &clean]].concat(),
+        &["perfetto"],
+    );
     let arrows = records(&read(&clean), "f").len();
     assert!(arrows > 0, "a clean schedule has shootdowns");
 

@@ -284,3 +284,36 @@ fn an_execution_is_drawn_for_perfetto() {
     let nowhere = ["replay", reproducer, "--trace", "/absent/x.json"];
     says(2, &nowhere, &["/absent/x.json"]);
 }
+
+/// With the processor's own TLB, a replay lets the program go on and says what the hardware shows.
+#[test]
+fn a_replay_on_vcpus_asks_the_hardware() {
+    let (out, name) = directory();
+    let words = [
+        "explore",
+        "litmus-unmap",
+        "--engine",
+        "kvm",
+        "--param",
+        "tlb=hw",
+    ];
+    let bug = [
+        "--bug",
+        "shootdown-skip-remote",
+        "--seed",
+        "1",
+        "--out",
+        &name,
+    ];
+    says(1, &[&words[..], &bug].concat(), &["T-01"]);
+    let file = reproducers(out.path()).remove(0);
+    let file = file.to_str().expect("UTF-8");
+    let replay = ["replay", file, "--engine", "kvm", "--expect", "--brief"];
+    let hardware = &json(0, &replay)["replays"][0]["hardware"];
+    let said = hardware["text"].as_str().expect("a text");
+    let expected = match hardware["shows_it"].as_bool().expect("a flag") {
+        true => "confirmed by hardware: vCPU 1",
+        false => "its absence proves nothing",
+    };
+    assert!(said.contains(expected), "{said}");
+}

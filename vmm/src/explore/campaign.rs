@@ -9,10 +9,11 @@ use abi::failpoint::Failpoint;
 use rustc_hash::FxHashSet;
 
 use super::failing::{self, Passages};
+use super::probe::Shown;
 use super::strategy::{Pct, Random, Replay, RoundRobin, Tolerant};
 use super::{Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise};
 use crate::check::stream::{self, Monitor, Seen};
-use crate::check::{self, Context, Moment};
+use crate::check::{self, Context, Moment, Violation};
 use crate::engine::{Costs, Engine};
 use crate::inspect::Snapshot;
 use crate::scenario::Fail;
@@ -323,6 +324,14 @@ impl<E: Engine> Worker<E> {
     /// As [`Worker::execute`].
     pub fn replay(&mut self, schedule: &Schedule) -> Result<Execution, DriverError> {
         self.execute(&mut Replay::new(schedule.clone()), true)
+    }
+
+    /// Goes on where the last execution ended with `violation`: what the program finds then.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn go_on(&mut self, violation: &Violation) -> Result<Vec<Shown>, DriverError> {
+        self.driver.go_on(violation.finding.where_.vcpu)
     }
 
     /// The cheapest schedule that is found to fail as `failing` does, and its execution.

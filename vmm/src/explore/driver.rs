@@ -6,6 +6,7 @@ use abi::channel::{Event, EventKind, ReportKind};
 use abi::point::{Point, Wait};
 use abi::syscall::Errno;
 
+use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
 use crate::check::Violation;
 use crate::check::stream::{Monitor, Seen};
@@ -162,6 +163,8 @@ pub struct Driver<E> {
     /// Failpoints to arm for each execution, and those that may still be armed from the last one.
     fails: Vec<Fail>,
     armed: Vec<Fail>,
+    /// Where the step came to in which a monitor found something.
+    cut_short: Option<(usize, Halt)>,
 }
 
 impl<E: Engine> Driver<E> {
@@ -200,6 +203,7 @@ impl<E: Engine> Driver<E> {
             checks: Duration::ZERO,
             fails: Vec::new(),
             armed: Vec::new(),
+            cut_short: None,
         }
     }
 
@@ -339,6 +343,7 @@ impl<E: Engine> Driver<E> {
         }
         self.engine.reset()?;
         self.arm_failpoints();
+        self.cut_short = None;
         self.standing.clone_from(&self.at_start);
         self.stopped_in.fill(0);
         self.steps = 0;
@@ -354,6 +359,35 @@ impl<E: Engine> Driver<E> {
         run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
         scheduler.end(&run.schedule);
         Ok(Some(run))
+    }
+
+    /// Goes on after [`Driver::execute`] has ended with a violation, judged by nobody: `favoured` runs
+    /// whenever it can. Returns the wrong values that the program finds until its test is over.
+    ///
+    /// # Errors
+    /// The host failed. A vCPU that no longer reaches a point has nothing more to tell.
+    pub fn go_on(&mut self, favoured: Option<usize>) -> Result<Vec<Shown>, DriverError> {
+        let mut shown = Vec::new();
+        match self.cut_short.take() {
+            Some((vcpu, Halt::Report(report))) => shown.push(Shown { vcpu, report }),
+            Some((_, Halt::Point { point, .. })) if point != Point::TestEnd => {}
+            // The machine or its test is over.
+            _ => return Ok(shown),
+        }
+        while shown.len() < MAX_REPORTS {
+            let mut rest = Execution {
+                schedule: Schedule::default(),
+                fails: Vec::new(),
+                ending: Ending::ScheduleOver,
+                events: Vec::new(),
+            };
+            match self.steps_to_end(&mut Favour(favoured), &mut [], &mut rest) {
+                Ok(Ending::Report { vcpu, report }) => shown.push(Shown { vcpu, report }),
+                Ok(_) | Err(DriverError::Engine(EngineError::NoPoint { .. })) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(shown)
     }
 
     fn steps_to_end(
@@ -433,6 +467,14 @@ impl<E: Engine> Driver<E> {
             }
             self.checks += started.elapsed();
             if !found.is_empty() {
+                if let Halt::Point { point, args } = halt {
+                    self.standing[vcpu] = Standing {
+                        point: Some(point),
+                        args,
+                    };
+                    self.stopped_in[vcpu] = self.steps;
+                }
+                self.cut_short = Some((vcpu, halt));
                 return Ok(Ending::Violation(Box::new(found.swap_remove(0))));
             }
             match halt {

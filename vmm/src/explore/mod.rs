@@ -11,6 +11,7 @@ mod failing;
 #[cfg(test)]
 mod failing_tests;
 mod minimise;
+pub mod probe;
 mod rng;
 mod sample;
 mod schedule;

@@ -108,6 +108,8 @@ pub enum ExploreStrategy {
     Pct,
     /// Everybody in turn, with a growing quantum
     RoundRobin,
+    /// All with few preemptions, but for those that differ in the order of independent steps only
+    Exhaustive,
 }
 
 /// What executes the kernel.
@@ -140,9 +142,17 @@ pub struct Explore {
     /// PCT: ordering constraints that a bug may need
     #[arg(long, value_name = "D", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=10), help_heading = "Exploration")]
     pub depth: u64,
-    /// Schedules to try
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Exploration")]
-    pub schedules: u64,
+    /// Exhaustive: preemptions that a schedule may have
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 2,
+        help_heading = "Exploration"
+    )]
+    pub preemptions: u32,
+    /// Schedules to try [default: 10000, and all for exhaustive]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Exploration")]
+    pub schedules: Option<u64>,
     /// Stop after this time: 30s, 10m
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Exploration")]
     pub time_limit: Option<Duration>,

@@ -4,15 +4,19 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use abi::channel::EventKind;
 use abi::failpoint::Failpoint;
 use rustc_hash::FxHashSet;
 
+use super::compare::{self, Masks};
 use super::failing::{self, Passages};
 use super::probe::Shown;
-use super::strategy::{Pct, Random, Replay, RoundRobin, Tolerant};
-use super::{Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise};
-use crate::check::stream::{self, Monitor, Seen};
+use super::strategy::{
+    Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant,
+};
+use super::{
+    Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
+};
+use crate::check::stream::{self, Monitor};
 use crate::check::{self, Context, Moment, Violation};
 use crate::engine::{Costs, Engine};
 use crate::inspect::Snapshot;
@@ -33,6 +37,12 @@ pub enum Strategy {
     },
     /// Everybody in turn; execution `i` with a quantum of `i + 1` points.
     RoundRobin,
+    /// Every execution with at most so many preemptions, up to the order of independent steps. One
+    /// engine: each execution depends on those before.
+    Exhaustive {
+        /// Preemptions; none: any number.
+        preemptions: Option<u32>,
+    },
 }
 
 /// What a campaign does.
@@ -82,6 +92,16 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Engines that it needs.
+    fn engines(&self) -> usize {
+        match self.strategy {
+            Strategy::Exhaustive { .. } => 1,
+            _ => self.jobs.max(1),
+        }
+    }
+}
+
 /// An execution that does not end as it should.
 #[derive(Debug)]
 pub struct Found {
@@ -118,6 +138,8 @@ pub struct Summary {
     pub checks: Duration,
     /// Time in executions, of all jobs.
     pub worked: Duration,
+    /// What an exhaustive search came to.
+    pub explored: Option<Explored>,
 }
 
 /// What a campaign counts while it runs.
@@ -146,6 +168,8 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
 
 /// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.
 ///
+/// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first.
+///
 /// # Errors
 /// An engine failed, or two runs of one schedule differ.
 pub fn run<E: Engine>(
@@ -158,7 +182,7 @@ pub fn run<E: Engine>(
     let pairs = Mutex::new(FxHashSet::default());
     let next = AtomicU64::new(0);
     let over = AtomicBool::new(false);
-    let job = || -> Result<Summary, DriverError> {
+    let work = || -> Result<Summary, DriverError> {
         let mut worker = Worker::new(make()?, plan)?;
         let mut summary = Summary {
             sample: Sample::new(plan.sample),
@@ -178,7 +202,9 @@ pub fn run<E: Engine>(
             if index >= plan.executions {
                 break;
             }
-            worker.one(index, plan, &pairs, &mut summary)?;
+            if !worker.one(index, plan, &pairs, &mut summary)? {
+                break;
+            }
             counts.executions.fetch_add(1, Ordering::Relaxed);
             if summary
                 .found
@@ -198,13 +224,16 @@ pub fn run<E: Engine>(
         summary.worked = begun.elapsed();
         summary.costs = worker.driver.engine().costs().since(&before);
         summary.checks = worker.checks + worker.driver.checks();
+        summary.explored = worker.search.as_ref().map(Exhaustive::explored);
         Ok(summary)
     };
-    let parts: Vec<Result<Summary, DriverError>> = if plan.jobs <= 1 {
+    // One that fails ends all.
+    let job = || work().inspect_err(|_| over.store(true, Ordering::Relaxed));
+    let parts: Vec<Result<Summary, DriverError>> = if plan.engines() == 1 {
         vec![job()]
     } else {
         std::thread::scope(|scope| {
-            let jobs: Vec<_> = (0..plan.jobs).map(|_| scope.spawn(job)).collect();
+            let jobs: Vec<_> = (0..plan.engines()).map(|_| scope.spawn(job)).collect();
             jobs.into_iter()
                 .map(|job| job.join().expect("a job does not panic"))
                 .collect()
@@ -223,8 +252,13 @@ pub fn run<E: Engine>(
         whole.checks += part.checks;
         whole.worked += part.worked;
         whole.costs = whole.costs.plus(&part.costs);
+        whole.explored = whole.explored.or(part.explored);
     }
     whole.found.sort_by_key(|found| found.index);
+    if plan.first {
+        // Executions are begun in order, so every one before this was run.
+        whole.found.truncate(1);
+    }
     whole.pairs = pairs.into_inner().expect("no job panics").len();
     whole.elapsed = started.elapsed();
     Ok(whole)
@@ -238,7 +272,9 @@ pub struct Worker<E> {
     monitors: Vec<Box<dyn Monitor>>,
     /// Points of one execution in turns: what PCT spreads its changes over.
     length: u64,
-    known: FxHashSet<u64>,
+    search: Option<Exhaustive>,
+    coverage: Coverage,
+    new_pairs: Vec<u64>,
     /// Time in checks at the ends of executions.
     checks: Duration,
     /// What [`Plan::fail_any`] is drawn from.
@@ -255,7 +291,9 @@ impl<E: Engine> Worker<E> {
             driver,
             monitors: stream::all(),
             length: 1,
-            known: FxHashSet::default(),
+            search: None,
+            coverage: Coverage::default(),
+            new_pairs: Vec::new(),
             checks: Duration::ZERO,
             passages: Passages::default(),
         };
@@ -271,6 +309,13 @@ impl<E: Engine> Worker<E> {
         if let Strategy::Pct { .. } = plan.strategy {
             let run = worker.execute(&mut RoundRobin::new(8), false)?;
             worker.length = run.schedule.points().max(1);
+        }
+        if let Strategy::Exhaustive { preemptions } = plan.strategy {
+            let bounds = Bounds {
+                preemptions,
+                ..Bounds::default()
+            };
+            worker.search = Some(Exhaustive::new(bounds, Reduction::Traces));
         }
         Ok(worker)
     }
@@ -289,8 +334,19 @@ impl<E: Engine> Worker<E> {
         scheduler: &mut dyn Scheduler,
         state: bool,
     ) -> Result<Execution, DriverError> {
-        let run = self.driver.execute(scheduler, &mut self.monitors)?;
-        let mut run = run.expect("a fresh scheduler has one execution");
+        let run = self.next(scheduler, state)?;
+        Ok(run.expect("a fresh scheduler has one execution"))
+    }
+
+    /// As [`Worker::execute`]; none where the scheduler has no more.
+    fn next(
+        &mut self,
+        scheduler: &mut dyn Scheduler,
+        state: bool,
+    ) -> Result<Option<Execution>, DriverError> {
+        let Some(mut run) = self.driver.execute(scheduler, &mut self.monitors)? else {
+            return Ok(None);
+        };
         if let Ending::Finished { status } = run.ending {
             let started = Instant::now();
             let engine = self.driver.engine();
@@ -315,7 +371,7 @@ impl<E: Engine> Worker<E> {
             }
             self.checks += started.elapsed();
         }
-        Ok(run)
+        Ok(Some(run))
     }
 
     /// Replays `schedule` exactly.
@@ -372,15 +428,8 @@ impl<E: Engine> Worker<E> {
         plan: &Plan,
         pairs: &Pairs,
         summary: &mut Summary,
-    ) -> Result<(), DriverError> {
+    ) -> Result<bool, DriverError> {
         let is_due = |every: u64| every != 0 && index.is_multiple_of(every);
-        let mut scheduler: Box<dyn Scheduler> = match plan.strategy {
-            Strategy::Random { mean } => Box::new(Random::new(plan.seed, index, mean)),
-            Strategy::Pct { depth } => {
-                Box::new(Pct::new(plan.seed, index, depth, Some(self.length)))
-            }
-            Strategy::RoundRobin => Box::new(RoundRobin::new(index + 1)),
-        };
         if let Some(drawn) = self.passages.draw(plan.seed, index) {
             let mut fails = plan.fails.clone();
             fails.push(drawn);
@@ -389,16 +438,38 @@ impl<E: Engine> Worker<E> {
         // What a failure leaves behind is seen at the end only.
         let fails = !plan.fails.is_empty() || !plan.fail_any.is_empty();
         let state = fails || is_due(plan.state_every);
-        let run = self.execute(scheduler.as_mut(), state)?;
+        let (seed, quantum) = (plan.seed, index + 1);
+        let run = match plan.strategy {
+            Strategy::Random { mean } => self.next(&mut Random::new(seed, index, mean), state)?,
+            Strategy::Pct { depth } => {
+                let mut pct = Pct::new(seed, index, depth, Some(self.length));
+                self.next(&mut pct, state)?
+            }
+            Strategy::RoundRobin => self.next(&mut RoundRobin::new(quantum), state)?,
+            Strategy::Exhaustive { .. } => {
+                let mut search = self.search.take().expect("made with the worker");
+                let run = self.next(&mut search, state);
+                self.search = Some(search);
+                run?
+            }
+        };
+        let Some(run) = run else {
+            return Ok(false);
+        };
         summary.executions += 1;
         summary.points += run.schedule.points();
         summary.events += run.events.len() as u64;
         summary.states += u64::from(state);
-        self.cover(&run.events, pairs);
+        self.coverage.take(&run.events, &mut self.new_pairs);
+        if !self.new_pairs.is_empty() {
+            let mut pairs = pairs.lock().expect("no job panics");
+            pairs.extend(self.new_pairs.drain(..));
+        }
         if is_due(plan.verify_every) {
-            let again = self.replay(&run.schedule)?;
+            let mut replay = Replay::new(run.schedule.clone());
+            let again = self.execute(&mut replay, state)?;
             summary.verified += 1;
-            if let Some(difference) = super::compare::first_difference(&run.events, &again.events) {
+            if let Some(difference) = difference(&run, &again) {
                 return Err(DriverError::Nondeterminism { index, difference });
             }
         }
@@ -411,39 +482,16 @@ impl<E: Engine> Worker<E> {
             summary.sample.offer(index, &run);
             self.driver.recycle(run);
         }
-        Ok(())
+        Ok(true)
     }
+}
 
-    /// Notes which conflicting events followed each other on different vCPUs.
-    fn cover(&mut self, events: &[Seen], pairs: &Pairs) {
-        let mut last: rustc_hash::FxHashMap<(u32, u64), (usize, u32)> = Default::default();
-        let mut new = Vec::new();
-        for seen in events {
-            let event = &seen.event;
-            let resource = match EventKind::from_id(event.kind) {
-                Some(EventKind::LockAcquire | EventKind::LockRelease) => (0, event.args[0]),
-                Some(EventKind::PteChange) => (1, event.args[1]),
-                Some(EventKind::FrameAlloc | EventKind::FrameFree) => (2, event.args[0]),
-                Some(EventKind::TlbGen | EventKind::CpumaskSet | EventKind::CpumaskClear) => {
-                    (3, event.args[0])
-                }
-                Some(EventKind::Access) => (4, event.args[1]),
-                _ => continue,
-            };
-            let before = last.insert(resource, (seen.vcpu, event.kind));
-            if let Some((vcpu, kind)) = before
-                && vcpu != seen.vcpu
-            {
-                use std::hash::{Hash as _, Hasher as _};
-                let mut hash = rustc_hash::FxHasher::default();
-                (vcpu, kind, seen.vcpu, event.kind, resource).hash(&mut hash);
-                if self.known.insert(hash.finish()) {
-                    new.push(hash.finish());
-                }
-            }
-        }
-        if !new.is_empty() {
-            pairs.lock().expect("no job panics").extend(new);
-        }
+/// Where two runs of one schedule on one engine differ.
+fn difference(run: &Execution, again: &Execution) -> Option<String> {
+    if let Some(difference) = compare::difference(&run.events, &again.events, Masks::Nothing) {
+        return Some(difference.to_string());
     }
+    let (first, second) = (failure_id(&run.ending), failure_id(&again.ending));
+    let name = |ending: Option<String>| ending.unwrap_or_else(|| "nothing wrong".into());
+    (first != second).then(|| format!("it ends with {}, then with {}", name(first), name(second)))
 }

@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use abi::channel::{Event, EventKind, ReportKind};
+use abi::lock::LockClass;
 use abi::point::{Point, Wait};
-use abi::syscall::Errno;
+use abi::syscall::{Errno, nr};
 
 use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
@@ -102,7 +103,7 @@ pub struct Execution {
 pub struct Limits {
     /// Scheduling points.
     pub points: u64,
-    /// Turns in a row in which whoever can run only waits for anyone.
+    /// Times that anybody waited for anyone while nobody did anything else.
     pub idle_turns: u64,
 }
 
@@ -155,11 +156,16 @@ pub struct Driver<E> {
     steps: u64,
     stopped_in: Vec<u64>,
     enabled: Vec<Actor>,
+    /// Who would be enabled too, had it not been the last to run and only wait for anyone.
+    relaxing: Vec<Actor>,
+    /// Times that somebody waited for anyone since anybody did anything else.
+    idle_turns: u64,
     slice: Vec<Event>,
     /// Memory of executions that nobody needs any more.
     spare: Vec<Seen>,
     /// Time in monitors since the first execution.
     checks: Duration,
+    spare_schedule: Schedule,
     /// Failpoints to arm for each execution, and those that may still be armed from the last one.
     fails: Vec<Fail>,
     armed: Vec<Fail>,
@@ -198,8 +204,11 @@ impl<E: Engine> Driver<E> {
             steps: 0,
             stopped_in: vec![0; vcpus],
             enabled: Vec::new(),
+            relaxing: Vec::new(),
+            idle_turns: 0,
             slice: Vec::new(),
             spare: Vec::new(),
+            spare_schedule: Schedule::default(),
             checks: Duration::ZERO,
             fails: Vec::new(),
             armed: Vec::new(),
@@ -246,6 +255,8 @@ impl<E: Engine> Driver<E> {
     pub fn recycle(&mut self, mut run: Execution) {
         run.events.clear();
         self.spare = run.events;
+        run.schedule.segments.clear();
+        self.spare_schedule = run.schedule;
     }
 
     /// Time in monitors so far.
@@ -347,11 +358,12 @@ impl<E: Engine> Driver<E> {
         self.standing.clone_from(&self.at_start);
         self.stopped_in.fill(0);
         self.steps = 0;
+        self.idle_turns = 0;
         for monitor in monitors.iter_mut() {
             monitor.reset();
         }
         let mut run = Execution {
-            schedule: Schedule::default(),
+            schedule: std::mem::take(&mut self.spare_schedule),
             fails: self.fails.clone(),
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
@@ -398,8 +410,7 @@ impl<E: Engine> Driver<E> {
     ) -> Result<Ending, DriverError> {
         let mut found = Vec::new();
         let mut last = None;
-        let mut points = 0;
-        let mut idle_turns = 0;
+        let mut points = 0u64;
         self.slice.clear();
         loop {
             self.steps += 1;
@@ -407,12 +418,7 @@ impl<E: Engine> Driver<E> {
             if self.enabled.is_empty() {
                 return Ok(Ending::Deadlock(self.who_waits()));
             }
-            idle_turns = if self.only_relaxing() {
-                idle_turns + 1
-            } else {
-                0
-            };
-            if points > self.limits.points || idle_turns > self.limits.idle_turns {
+            if points > self.limits.points || self.idle_turns > self.limits.idle_turns {
                 return Ok(Ending::Livelock(self.standing.clone()));
             }
             let view = View {
@@ -432,6 +438,7 @@ impl<E: Engine> Driver<E> {
             let vcpu = match choice.actor {
                 Actor::Wire(vcpu) => {
                     self.engine.deliver(usize::from(vcpu));
+                    self.idle_turns = 0;
                     run.schedule.push(choice.actor, 1);
                     last = Some((choice.actor, 1));
                     continue;
@@ -439,15 +446,20 @@ impl<E: Engine> Driver<E> {
                 Actor::Vcpu(vcpu) => usize::from(vcpu),
             };
             let before = self.engine.points_passed(vcpu);
+            // A guest that passes points for ever without a wait must come back too.
+            let left = self.limits.points.saturating_sub(points).saturating_add(1);
             let limit = Limit {
-                points: choice.points.max(1),
+                points: choice.points.clamp(1, left),
                 traps: ALWAYS.and(self.awaited()),
             };
             let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
-            let passed = self.engine.points_passed(vcpu).saturating_sub(before);
-            // A step that does not reach a point counts too: a replay must take it.
-            let at_point = matches!(halt, Halt::Point { .. } | Halt::Instruction { .. });
-            let passed = passed + u64::from(!at_point);
+            // The count lies in guest memory: what cannot be is not believed. A step that does not reach
+            // a point counts too: a replay must take it.
+            let told = self.engine.points_passed(vcpu).saturating_sub(before);
+            let passed = match halt {
+                Halt::Point { .. } | Halt::Instruction { .. } => told.clamp(1, limit.points),
+                _ => told.min(limit.points - 1) + 1,
+            };
             points += passed;
             run.schedule.push(choice.actor, passed);
             last = Some((choice.actor, passed));
@@ -484,6 +496,7 @@ impl<E: Engine> Driver<E> {
                         args,
                     };
                     self.stopped_in[vcpu] = self.steps;
+                    self.note_idle(point);
                     if point == Point::TestEnd && self.fails.is_empty() {
                         return Ok(Ending::Finished { status: None });
                     }
@@ -491,6 +504,7 @@ impl<E: Engine> Driver<E> {
                 Halt::Instruction { .. } => {
                     self.standing[vcpu].point = None;
                     self.stopped_in[vcpu] = self.steps;
+                    self.idle_turns = 0;
                 }
                 Halt::FirstUser => {}
                 Halt::Report(report) if self.is_asked_for(&report, run) => {}
@@ -526,9 +540,27 @@ impl<E: Engine> Driver<E> {
         })
     }
 
+    /// Counts a turn in which nothing was done but to wait for anyone.
+    fn note_idle(&mut self, point: Point) {
+        let on_the_way = matches!(
+            point,
+            Point::UserRelax
+                | Point::SyscallEnter
+                | Point::SyscallExit
+                | Point::LockAcquire
+                | Point::LockRelease
+        );
+        if !on_the_way || !self.slice.iter().all(is_of_relax) {
+            self.idle_turns = 0;
+        }
+        if point == Point::UserRelax {
+            self.idle_turns += 1;
+        }
+    }
+
     fn find_enabled(&mut self) {
         self.enabled.clear();
-        let mut relaxing = Vec::new();
+        self.relaxing.clear();
         for vcpu in 0..self.standing.len() {
             let actor = Actor::Vcpu(vcpu as u8);
             let ready = match self.standing[vcpu].wait() {
@@ -540,7 +572,7 @@ impl<E: Engine> Driver<E> {
                 Some(Wait::Anyone) => {
                     let nobody_since = self.stopped_in[vcpu] + 1 == self.steps;
                     if nobody_since {
-                        relaxing.push(actor);
+                        self.relaxing.push(actor);
                     }
                     !nobody_since
                 }
@@ -555,18 +587,31 @@ impl<E: Engine> Driver<E> {
             }
         }
         if self.enabled.is_empty() {
-            self.enabled = relaxing;
+            std::mem::swap(&mut self.enabled, &mut self.relaxing);
+        } else if self.idle_turns > 2 * self.standing.len() as u64 {
+            self.take_turns();
         }
     }
 
-    fn only_relaxing(&self) -> bool {
-        self.enabled.iter().all(|actor| match actor {
+    /// Nobody gets anywhere, for those who run only wait for others: from here on each has its turn,
+    /// whomever the scheduler likes best, so that the one who could is not passed by for ever.
+    fn take_turns(&mut self) {
+        let Self {
+            enabled,
+            standing,
+            stopped_in,
+            ..
+        } = self;
+        let free = |actor: &Actor| match actor {
             Actor::Vcpu(vcpu) => {
-                self.standing[usize::from(*vcpu)].wait() == Some(Wait::Anyone)
-                    && !self.engine.pending(usize::from(*vcpu))
+                let wait = standing[usize::from(*vcpu)].wait();
+                matches!(wait, None | Some(Wait::Anyone)).then(|| stopped_in[usize::from(*vcpu)])
             }
-            Actor::Wire(_) => false,
-        })
+            Actor::Wire(_) => None,
+        };
+        if let Some(turn) = enabled.iter().filter_map(free).min() {
+            enabled.retain(|actor| free(actor).is_none_or(|since| since == turn));
+        }
     }
 
     /// A word of guest memory; one outside lets nobody in.
@@ -602,6 +647,15 @@ impl<E: Engine> Driver<E> {
         };
         DriverError::Impossible { actor, points, why }
     }
+}
+
+/// True where the event belongs to waiting for anyone itself.
+fn is_of_relax(event: &Event) -> bool {
+    let kind = EventKind::from_id(event.kind);
+    matches!(kind, Some(EventKind::SyscallEnter | EventKind::SyscallExit))
+        && matches!(event.args[0], nr::SCHED_YIELD | nr::TESTBED_RELAX)
+        || matches!(kind, Some(EventKind::LockAcquire | EventKind::LockRelease))
+            && event.args[1] == LockClass::Sched as u64
 }
 
 fn is_wait(halt: &Halt) -> bool {

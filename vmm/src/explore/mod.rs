@@ -6,10 +6,12 @@
 pub mod campaign;
 pub mod compare;
 pub mod confirm;
+mod coverage;
 mod driver;
 mod failing;
 #[cfg(test)]
 mod failing_tests;
+mod footprint;
 mod minimise;
 pub mod probe;
 mod rng;
@@ -18,7 +20,13 @@ mod schedule;
 mod scheduler;
 mod source;
 pub mod strategy;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+mod trace;
 
+pub use coverage::Coverage;
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
 pub use sample::{Kept, Sample};

@@ -31,6 +31,8 @@ pub(super) use replay::replay;
 
 /// The program whose tests begin and end at points of their own.
 const EXPLORABLE: &str = "litmus";
+/// Schedules that are tried where nobody says how many.
+const DEFAULT_SCHEDULES: u64 = 10_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
     trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
@@ -43,6 +45,22 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             help: "add --engine both".into(),
         });
     }
+    if options.jobs > 1 && options.strategy == ExploreStrategy::Exhaustive {
+        return Err(Failure::Usage {
+            problem:
+                "--jobs: an exhaustive search is one job, for each schedule depends on those before"
+                    .into(),
+            help: "leave --jobs out".into(),
+        });
+    }
+    if !options.fail_any.is_empty() && options.strategy == ExploreStrategy::Exhaustive {
+        return Err(Failure::Usage {
+            problem:
+                "--fail-any: an exhaustive search is of one program, not of another one each time"
+                    .into(),
+            help: "give the passage: --fail NAME@VCPU:N".into(),
+        });
+    }
     output.check_json()?;
     let second = both.then(|| Second::new(scenario)).transpose()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
@@ -53,8 +71,14 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
                 depth: options.depth,
             },
             ExploreStrategy::RoundRobin => Strategy::RoundRobin,
+            ExploreStrategy::Exhaustive => Strategy::Exhaustive {
+                preemptions: Some(options.preemptions),
+            },
         },
-        executions: options.schedules,
+        executions: options.schedules.unwrap_or(match options.strategy {
+            ExploreStrategy::Exhaustive => u64::MAX,
+            _ => DEFAULT_SCHEDULES,
+        }),
         seed,
         time_limit: options.time_limit,
         state_every: options.state_every,
@@ -87,6 +111,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "executions": summary.executions,
         "points": summary.points,
         "events": summary.events,
+        "search": summary.explored,
         "conflicting_pairs": summary.pairs,
         "replayed_and_compared": summary.verified,
         "states_checked": summary.states,
@@ -284,6 +309,10 @@ fn headline(
         Strategy::Random { mean } => format!("random walk, runs of {mean} points on average"),
         Strategy::Pct { depth } => format!("PCT, depth {depth}"),
         Strategy::RoundRobin => "round robin".into(),
+        Strategy::Exhaustive { preemptions } => preemptions.map_or_else(
+            || "exhaustive".into(),
+            |most| format!("exhaustive, at most {most} preemptions"),
+        ),
     };
     let rate = summary.executions as f64 / summary.elapsed.as_secs_f64().max(1e-9);
     let verdict = match summary.found.len() {
@@ -294,7 +323,7 @@ fn headline(
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
         "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}{}\n  \
-         explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n  \
+         explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n{}  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
          checked    every event by the TLB model and the rules for locks and lifetimes; {} ends by all invariants; {} schedules replayed and compared\n  \
          time       {}\n",
@@ -309,10 +338,40 @@ fn headline(
         summary.elapsed.as_secs_f64(),
         average(summary.points),
         average(summary.events),
+        searched(plan, summary),
         summary.pairs,
         summary.states,
         summary.verified,
         split(summary),
+    )
+}
+
+/// What an exhaustive search came to, in a line.
+fn searched(plan: &Plan, summary: &Summary) -> String {
+    let (Strategy::Exhaustive { preemptions }, Some(explored)) = (plan.strategy, summary.explored)
+    else {
+        return String::new();
+    };
+    let within = preemptions.map_or_else(String::new, |most| {
+        format!(" with at most {most} preemptions")
+    });
+    let whole = explored.executions - explored.pruned;
+    let verdict = match (
+        explored.exhausted,
+        explored.too_long,
+        summary.found.is_empty(),
+    ) {
+        (true, 0, _) => format!("complete: every schedule{within}"),
+        (true, long, _) => {
+            format!("not complete: {long} executions were too long to vary to their ends")
+        }
+        (false, _, true) => format!("not complete: not every schedule{within} was tried"),
+        (false, _, false) => "ended by what was found".into(),
+    };
+    format!(
+        "  search     {verdict}; {whole} run to their ends stand for all, {} were given up as equivalent to \
+         one of these, {} were known to be without a run\n",
+        explored.pruned, explored.asleep,
     )
 }
 

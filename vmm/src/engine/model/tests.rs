@@ -83,7 +83,7 @@ fn a_replay_is_identical_every_time() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-const SHOWN_BY: [(&str, &str); 11] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 11] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -114,6 +114,42 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
         )
         .unwrap();
         assert!(!summary.found.is_empty(), "{name} by {test}");
+    }
+}
+
+/// One preemption is enough for every bug that points can show, and all schedules with one are clean
+/// without the bug.
+#[test]
+fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
+    let search = |test: &str, bug: Option<&str>| {
+        let scenario = litmus(test, bug);
+        // With three vCPUs one preemption makes 26,000 schedules: too many for a debug build.
+        let preemptions = u32::from(bug.is_some() || scenario.vcpus < 3);
+        let plan = Plan {
+            strategy: Strategy::Exhaustive {
+                preemptions: Some(preemptions),
+            },
+            executions: u64::MAX,
+            ..plan(0, true)
+        };
+        let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
+        campaign::run(make, &plan, &Counts::default(), &AtomicBool::new(false)).unwrap()
+    };
+    for (bug, test) in SHOWN_BY {
+        assert!(!search(test, Some(bug)).found.is_empty(), "{bug} by {test}");
+    }
+    for test in TESTS {
+        let summary = search(test, None);
+        let found = summary
+            .found
+            .first()
+            .map(|f| story::ending(&f.execution.ending));
+        assert_eq!(found, None, "{test}");
+        let explored = summary.explored.unwrap();
+        assert!(
+            explored.exhausted && explored.executions > 1,
+            "{test}: {explored:?}"
+        );
     }
 }
 

@@ -170,9 +170,11 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         // Before the schedule begins, so that whoever runs first does not have to wait.
         shared.go.store(GO, Ordering::Release);
         sys.begin();
-        lead(sys, &shared);
-        shared.done.store(1, Ordering::Release);
-        after(sys, &shared);
+        if lead(sys, &shared) {
+            shared.done.store(1, Ordering::Release);
+            after(sys, &shared);
+        }
+        wake(sys, &shared);
         if let Some(pid) = child.flatten() {
             findings.reap(sys, pid);
         }
@@ -210,8 +212,8 @@ fn write<S: Sys>(sys: &S, findings: &Findings, gva: u64, tag: Tag) {
     }
 }
 
-/// The call that is raced with.
-fn lead<S: Sys>(sys: &S, shared: &Shared) {
+/// The call that is raced with. False where it was refused, so that nothing has changed.
+fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = match shared.test {
@@ -220,12 +222,15 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
         }
         Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
         Test::Dontneed => return drop_and_look(sys, shared),
-        Test::Apart => return drop_one_look_at_both(sys, shared, 0),
+        Test::Apart => {
+            drop_one_look_at_both(sys, shared, 0);
+            return true;
+        }
         Test::Cow => {
             for page in 0..shared.pages {
                 write(sys, findings, subject(page), tag(Region::Subject, 1, page));
             }
-            return;
+            return true;
         }
         Test::Fork => {
             let (pages, passes) = (shared.pages, shared.passes);
@@ -235,10 +240,18 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
                     must(sys, findings, 0, 0, Err(errno));
                 }
             }
-            return;
+            return true;
         }
     };
-    must(sys, findings, SUBJECT_GVA, 0, result);
+    must(sys, findings, SUBJECT_GVA, 0, result)
+}
+
+/// Wakes the other thread where it sleeps until the leader is done.
+fn wake<S: Sys>(sys: &S, shared: &Shared) {
+    if shared.test.sleeps() && shared.ready.load(Ordering::Acquire) != 2 {
+        shared.ready.store(2, Ordering::Release);
+        sys.futex_wake(&shared.ready);
+    }
 }
 
 /// What the leader does once its call has returned: memory that takes the frames of A shows a write
@@ -259,10 +272,7 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
         let gva = address(base, page, 0);
         write(sys, findings, gva, tag(Region::Reuse, 0, page));
     }
-    if shared.test.sleeps() {
-        shared.ready.store(2, Ordering::Release);
-        sys.futex_wake(&shared.ready);
-    }
+    wake(sys, shared);
     for page in 0..shared.pages {
         let gva = address(base, page, 0);
         let expected = tag(Region::Reuse, 0, page).encode();
@@ -274,12 +284,14 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
     }
 }
 
-/// madvise(DONTNEED), after which no read may give what was there before.
-fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) {
+/// madvise(DONTNEED), after which no read may give what was there before. False where it was refused.
+fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = sys.madvise(SUBJECT_GVA, bytes, advice::DONTNEED);
-    must(sys, findings, SUBJECT_GVA, 0, result);
+    if !must(sys, findings, SUBJECT_GVA, 0, result) {
+        return false;
+    }
     for page in 0..shared.pages {
         match sys.read(subject(page)) {
             Ok(0) => {}
@@ -287,14 +299,16 @@ fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) {
             Err(_) => findings.report(sys, WrongPermission, subject(page), 0, 0),
         }
     }
+    true
 }
 
 /// Drops page `mine` of the first two; what of either is gone must not be seen any more.
 fn drop_one_look_at_both<S: Sys>(sys: &S, shared: &Shared, mine: usize) {
     let findings = &shared.findings;
     let result = sys.madvise(subject(mine as u64), PAGE_SIZE, advice::DONTNEED);
-    must(sys, findings, subject(mine as u64), 0, result);
-    shared.dropped[mine].store(1, Ordering::Release);
+    if must(sys, findings, subject(mine as u64), 0, result) {
+        shared.dropped[mine].store(1, Ordering::Release);
+    }
     for _ in 0..shared.passes {
         for (page, dropped) in shared.dropped.iter().enumerate() {
             let gone = dropped.load(Ordering::Acquire) != 0;
@@ -354,7 +368,9 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
         }
     }
     match shared.test {
-        Test::Dontneed => drop_and_look(sys, shared),
+        Test::Dontneed => {
+            drop_and_look(sys, shared);
+        }
         Test::Apart => drop_one_look_at_both(sys, shared, 1),
         Test::Remap => remap(sys, shared),
         Test::Cow => watch(sys, shared),

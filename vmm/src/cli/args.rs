@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use abi::boot::InterruptMode;
 use abi::bug::Bug;
+use abi::failpoint::Failpoint;
 use abi::point::Point;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::engine::Window;
-use crate::scenario::{CheckWhen, values};
+use crate::scenario::{CheckWhen, Fail, values};
 
 const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
 
@@ -82,7 +83,7 @@ pub enum Command {
     /// Record the memory calls of a real program (needs strace)
     #[command(after_help = RECORD_EXAMPLES)]
     Record(Record),
-    /// List what can be named: programs, params, bugs, points, invariants, scenarios
+    /// List what can be named: programs, params, bugs, points, failpoints, invariants, scenarios
     List(List),
 }
 
@@ -92,6 +93,7 @@ Examples:
   stalemate explore litmus-unmap --bug shootdown-skip-remote     finds it, writes a reproducer
   stalemate explore litmus-cow --engine kvm --schedules 200      the same kernel on real vCPUs
   stalemate explore litmus-cow --engine both --confirm 50        in process, then confirmed on vCPUs
+  stalemate explore litmus-fork --fail-any frame-alloc           one allocation of each schedule fails
   stalemate replay out/litmus-unmap-t-01.repro --times 1000      bit for bit, 1000 times
 
 A schedule says who runs for how many scheduling points. On the model engine the kernel runs inside this
@@ -168,6 +170,12 @@ pub struct Explore {
     /// Go on after a failure
     #[arg(long, help_heading = "Exploration")]
     pub keep_going: bool,
+    /// This passage of a failpoint fails in every schedule; repeatable (`list failpoints`)
+    #[arg(long = "fail", value_name = "NAME@VCPU:N", value_parser = fail, help_heading = "Failures")]
+    pub fails: Vec<Fail>,
+    /// In each schedule one passage of this failpoint fails, drawn from the seed; repeatable
+    #[arg(long = "fail-any", value_name = "NAME", value_parser = failpoint, help_heading = "Failures")]
+    pub fail_any: Vec<Failpoint>,
     /// Replay every Nth schedule and compare all events (0: none)
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
     pub verify: u64,
@@ -182,6 +190,9 @@ pub struct Explore {
         help_heading = "Output"
     )]
     pub out: PathBuf,
+    /// Write the execution as a timeline for Perfetto or chrome://tracing: the first failure, minimised, or one that is well
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub trace: Option<PathBuf>,
     /// Overrides.
     #[command(flatten)]
     pub machine: MachineOptions,
@@ -229,6 +240,9 @@ pub struct Replay {
     /// Without the story
     #[arg(long)]
     pub brief: bool,
+    /// Write the execution as a timeline for Perfetto or chrome://tracing; of one reproducer
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub trace: Option<PathBuf>,
     /// `--json`.
     #[command(flatten)]
     pub json: Json,
@@ -434,6 +448,8 @@ pub enum Listed {
     Bugs,
     /// Scheduling points
     Points,
+    /// Failpoints: operations of the kernel that can be made to fail
+    Failpoints,
     /// Invariants that are checked
     Invariants,
     /// Scenario files
@@ -492,6 +508,15 @@ fn address(text: &str) -> Result<u64, String> {
 
 fn bug(text: &str) -> Result<Bug, String> {
     values::bug(text).map_err(|refused| refused.to_string())
+}
+
+fn fail(text: &str) -> Result<Fail, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn failpoint(text: &str) -> Result<Failpoint, String> {
+    values::failpoint(text).map_err(|refused| refused.to_string())
 }
 
 fn param(text: &str) -> Result<(String, String), String> {

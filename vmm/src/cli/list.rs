@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use abi::bug::Bug;
+use abi::failpoint::Failpoint;
 use abi::param::PARAMS;
 use abi::point::Point;
 use serde::Serialize;
@@ -59,6 +60,10 @@ fn entries(what: Listed) -> Vec<Entry> {
         Listed::Points => Point::ALL
             .iter()
             .map(|point| entry(point.name(), String::new(), point.help()))
+            .collect(),
+        Listed::Failpoints => Failpoint::ALL
+            .iter()
+            .map(|failpoint| entry(failpoint.name(), String::new(), failpoint.help()))
             .collect(),
         Listed::Invariants => crate::check::all()
             .map(|invariant| (invariant.id, invariant.predicate))

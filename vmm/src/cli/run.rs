@@ -23,6 +23,7 @@ const SEED: &str = "seed";
 pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, Failure> {
     let mut scenario = Scenario::load(name)?;
     override_with(&mut scenario, &options.machine);
+    refuse_fails(&scenario)?;
     scenario.check = options.check.unwrap_or(scenario.check);
     let out = prepare(&options.out, output)?;
     let host = session::host()?;
@@ -62,6 +63,17 @@ pub(super) fn override_with(scenario: &mut Scenario, options: &MachineOptions) {
     scenario.params.extend(options.params.iter().cloned());
     for bug in &options.bugs {
         scenario.add_bug(*bug);
+    }
+}
+
+/// A passage of a failpoint is counted from the start of a schedule, which only `explore` has.
+pub(super) fn refuse_fails(scenario: &Scenario) -> Result<(), Failure> {
+    match scenario.fails.first() {
+        None => Ok(()),
+        Some(fail) => Err(Failure::Usage {
+            problem: format!("the scenario lets {fail} fail, which only explore can do"),
+            help: format!("stalemate explore {}", scenario.path.display()),
+        }),
     }
 }
 

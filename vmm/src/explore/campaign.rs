@@ -4,9 +4,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use abi::failpoint::Failpoint;
 use rustc_hash::FxHashSet;
 
 use super::compare::{self, Masks};
+use super::failing::{self, Passages};
+use super::probe::Shown;
 use super::strategy::{
     Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant,
 };
@@ -14,9 +17,10 @@ use super::{
     Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
 };
 use crate::check::stream::{self, Monitor};
-use crate::check::{self, Context, Moment};
+use crate::check::{self, Context, Moment, Violation};
 use crate::engine::{Costs, Engine};
 use crate::inspect::Snapshot;
+use crate::scenario::Fail;
 
 /// How schedules are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +46,7 @@ pub enum Strategy {
 }
 
 /// What a campaign does.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// How schedules are chosen.
     pub strategy: Strategy,
@@ -62,12 +66,16 @@ pub struct Plan {
     pub first: bool,
     /// Schedules of executions that are well to keep, spread over the campaign.
     pub sample: usize,
+    /// Passages of failpoints that fail in every execution.
+    pub fails: Vec<Fail>,
+    /// Failpoints of which one more passage, drawn from the seed, fails in each execution.
+    pub fail_any: Vec<Failpoint>,
 }
 
 impl Plan {
     /// Of a worker that only runs what it is given.
     #[must_use]
-    pub fn replay() -> Self {
+    pub const fn replay() -> Self {
         Self {
             strategy: Strategy::RoundRobin,
             executions: 0,
@@ -78,6 +86,8 @@ impl Plan {
             jobs: 1,
             first: true,
             sample: 0,
+            fails: Vec::new(),
+            fail_any: Vec::new(),
         }
     }
 }
@@ -267,6 +277,8 @@ pub struct Worker<E> {
     new_pairs: Vec<u64>,
     /// Time in checks at the ends of executions.
     checks: Duration,
+    /// What [`Plan::fail_any`] is drawn from.
+    passages: Passages,
 }
 
 impl<E: Engine> Worker<E> {
@@ -283,8 +295,17 @@ impl<E: Engine> Worker<E> {
             coverage: Coverage::default(),
             new_pairs: Vec::new(),
             checks: Duration::ZERO,
+            passages: Passages::default(),
         };
         worker.driver.start(&mut worker.monitors)?;
+        if !plan.fail_any.is_empty() {
+            let vcpus = worker.driver.engine().nr_vcpus();
+            let counting = failing::counting(&plan.fail_any, vcpus, &plan.fails);
+            worker.arm(&counting);
+            worker.execute(&mut RoundRobin::new(8), false)?;
+            worker.passages = Passages::read(worker.driver.engine().memory(), &counting);
+        }
+        worker.arm(&plan.fails);
         if let Strategy::Pct { .. } = plan.strategy {
             let run = worker.execute(&mut RoundRobin::new(8), false)?;
             worker.length = run.schedule.points().max(1);
@@ -297,6 +318,11 @@ impl<E: Engine> Worker<E> {
             worker.search = Some(Exhaustive::new(bounds, Reduction::Traces));
         }
         Ok(worker)
+    }
+
+    /// Lets `fails` fail in every execution from now on.
+    pub fn arm(&mut self, fails: &[Fail]) {
+        self.driver.arm(fails);
     }
 
     /// Runs one schedule with all monitors; `state`: all invariants look at the state at its end.
@@ -356,13 +382,34 @@ impl<E: Engine> Worker<E> {
         self.execute(&mut Replay::new(schedule.clone()), true)
     }
 
+    /// Goes on where the last execution ended with `violation`: what the program finds then.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn go_on(&mut self, violation: &Violation) -> Result<Vec<Shown>, DriverError> {
+        self.driver.go_on(violation.finding.where_.vcpu)
+    }
+
     /// The cheapest schedule that is found to fail as `failing` does, and its execution.
     ///
     /// # Errors
     /// The engine failed.
     pub fn minimise(&mut self, failing: &Execution, runs: usize) -> Result<Execution, DriverError> {
         let id = failure_id(&failing.ending);
-        let start = failing.schedule.clone();
+        let mut start = failing.schedule.clone();
+        let mut fails = failing.fails.clone();
+        for index in (0..fails.len()).rev() {
+            // What has nothing to do with the failure need not fail.
+            let left_out = fails.remove(index);
+            self.arm(&fails);
+            let run = self.execute(&mut Tolerant::new(start.clone()), true)?;
+            if failure_id(&run.ending) == id {
+                start = run.schedule;
+            } else {
+                fails.insert(index, left_out);
+            }
+        }
+        self.arm(&fails);
         let small = minimise::minimise(start, runs, |candidate| {
             let run = self.execute(&mut Tolerant::new(candidate.clone()), true)?;
             Ok::<_, DriverError>((failure_id(&run.ending) == id).then_some(run.schedule))
@@ -383,7 +430,14 @@ impl<E: Engine> Worker<E> {
         summary: &mut Summary,
     ) -> Result<bool, DriverError> {
         let is_due = |every: u64| every != 0 && index.is_multiple_of(every);
-        let state = is_due(plan.state_every);
+        if let Some(drawn) = self.passages.draw(plan.seed, index) {
+            let mut fails = plan.fails.clone();
+            fails.push(drawn);
+            self.arm(&fails);
+        }
+        // What a failure leaves behind is seen at the end only.
+        let fails = !plan.fails.is_empty() || !plan.fail_any.is_empty();
+        let state = fails || is_due(plan.state_every);
         let (seed, quantum) = (plan.seed, index + 1);
         let run = match plan.strategy {
             Strategy::Random { mean } => self.next(&mut Random::new(seed, index, mean), state)?,
@@ -425,7 +479,7 @@ impl<E: Engine> Worker<E> {
                 execution: run,
             });
         } else {
-            summary.sample.offer(index, &run.schedule);
+            summary.sample.offer(index, &run);
             self.driver.recycle(run);
         }
         Ok(true)

@@ -56,6 +56,7 @@ pub fn confirm<E: Engine>(
     first: &Execution,
     second: &mut Worker<E>,
 ) -> Result<Confirmation, DriverError> {
+    second.arm(&first.fails);
     let why_not = match second.replay(&first.schedule) {
         Ok(run) => return Ok(judge(first, &run)),
         Err(error @ DriverError::Impossible { .. }) => error.to_string(),
@@ -129,6 +130,7 @@ mod tests {
         schedule.push(Actor::Vcpu(0), 3);
         Execution {
             schedule,
+            fails: Vec::new(),
             ending,
             events: kinds.iter().map(seen).collect(),
         }

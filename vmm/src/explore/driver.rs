@@ -2,16 +2,18 @@
 
 use std::time::{Duration, Instant};
 
-use abi::channel::{Event, EventKind};
+use abi::channel::{Event, EventKind, ReportKind};
 use abi::lock::LockClass;
 use abi::point::{Point, Wait};
-use abi::syscall::nr;
+use abi::syscall::{Errno, nr};
 
+use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
 use crate::check::Violation;
 use crate::check::stream::{Monitor, Seen};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
+use crate::scenario::Fail;
 
 /// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
 const ALWAYS: PointSet = PointSet::of(&[
@@ -88,6 +90,8 @@ pub enum Ending {
 pub struct Execution {
     /// What was run.
     pub schedule: Schedule,
+    /// Passages of failpoints that were to fail.
+    pub fails: Vec<Fail>,
     /// How it ended.
     pub ending: Ending,
     /// Everything that was recorded, in order.
@@ -162,6 +166,11 @@ pub struct Driver<E> {
     /// Time in monitors since the first execution.
     checks: Duration,
     spare_schedule: Schedule,
+    /// Failpoints to arm for each execution, and those that may still be armed from the last one.
+    fails: Vec<Fail>,
+    armed: Vec<Fail>,
+    /// Where the step came to in which a monitor found something.
+    cut_short: Option<(usize, Halt)>,
 }
 
 impl<E: Engine> Driver<E> {
@@ -201,7 +210,27 @@ impl<E: Engine> Driver<E> {
             spare: Vec::new(),
             spare_schedule: Schedule::default(),
             checks: Duration::ZERO,
+            fails: Vec::new(),
+            armed: Vec::new(),
+            cut_short: None,
         }
+    }
+
+    /// Lets `fails` fail in every execution from now on. Those executions go on to the exit of the machine,
+    /// for only there it shows whether an operation that failed has left something behind.
+    pub fn arm(&mut self, fails: &[Fail]) {
+        self.fails.clear();
+        self.fails.extend_from_slice(fails);
+    }
+
+    fn arm_failpoints(&mut self) {
+        for fail in self.armed.drain(..) {
+            self.engine.arm(fail.vcpu, fail.failpoint, 0);
+        }
+        for fail in &self.fails {
+            self.engine.arm(fail.vcpu, fail.failpoint, fail.passage);
+        }
+        self.armed.clone_from(&self.fails);
     }
 
     /// Where each vCPU stands at the start of every schedule.
@@ -324,6 +353,8 @@ impl<E: Engine> Driver<E> {
             return Ok(None);
         }
         self.engine.reset()?;
+        self.arm_failpoints();
+        self.cut_short = None;
         self.standing.clone_from(&self.at_start);
         self.stopped_in.fill(0);
         self.steps = 0;
@@ -333,12 +364,42 @@ impl<E: Engine> Driver<E> {
         }
         let mut run = Execution {
             schedule: std::mem::take(&mut self.spare_schedule),
+            fails: self.fails.clone(),
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };
         run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
         scheduler.end(&run.schedule);
         Ok(Some(run))
+    }
+
+    /// Goes on after [`Driver::execute`] has ended with a violation, judged by nobody: `favoured` runs
+    /// whenever it can. Returns the wrong values that the program finds until its test is over.
+    ///
+    /// # Errors
+    /// The host failed. A vCPU that no longer reaches a point has nothing more to tell.
+    pub fn go_on(&mut self, favoured: Option<usize>) -> Result<Vec<Shown>, DriverError> {
+        let mut shown = Vec::new();
+        match self.cut_short.take() {
+            Some((vcpu, Halt::Report(report))) => shown.push(Shown { vcpu, report }),
+            Some((_, Halt::Point { point, .. })) if point != Point::TestEnd => {}
+            // The machine or its test is over.
+            _ => return Ok(shown),
+        }
+        while shown.len() < MAX_REPORTS {
+            let mut rest = Execution {
+                schedule: Schedule::default(),
+                fails: Vec::new(),
+                ending: Ending::ScheduleOver,
+                events: Vec::new(),
+            };
+            match self.steps_to_end(&mut Favour(favoured), &mut [], &mut rest) {
+                Ok(Ending::Report { vcpu, report }) => shown.push(Shown { vcpu, report }),
+                Ok(_) | Err(DriverError::Engine(EngineError::NoPoint { .. })) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(shown)
     }
 
     fn steps_to_end(
@@ -418,6 +479,14 @@ impl<E: Engine> Driver<E> {
             }
             self.checks += started.elapsed();
             if !found.is_empty() {
+                if let Halt::Point { point, args } = halt {
+                    self.standing[vcpu] = Standing {
+                        point: Some(point),
+                        args,
+                    };
+                    self.stopped_in[vcpu] = self.steps;
+                }
+                self.cut_short = Some((vcpu, halt));
                 return Ok(Ending::Violation(Box::new(found.swap_remove(0))));
             }
             match halt {
@@ -428,7 +497,7 @@ impl<E: Engine> Driver<E> {
                     };
                     self.stopped_in[vcpu] = self.steps;
                     self.note_idle(point);
-                    if point == Point::TestEnd {
+                    if point == Point::TestEnd && self.fails.is_empty() {
                         return Ok(Ending::Finished { status: None });
                     }
                 }
@@ -438,6 +507,7 @@ impl<E: Engine> Driver<E> {
                     self.idle_turns = 0;
                 }
                 Halt::FirstUser => {}
+                Halt::Report(report) if self.is_asked_for(&report, run) => {}
                 Halt::Report(report) => return Ok(Ending::Report { vcpu, report }),
                 Halt::Exited { status } => {
                     return Ok(Ending::Finished {
@@ -447,6 +517,15 @@ impl<E: Engine> Driver<E> {
                 Halt::Crashed(crash) => return Ok(Ending::Crashed { vcpu, crash }),
             }
         }
+    }
+
+    /// True for a call that failed, or a child that was killed, for want of memory in an execution in
+    /// which a failpoint took it.
+    fn is_asked_for(&self, report: &ProbeReport, run: &Execution) -> bool {
+        let killed = abi::syscall::signal::SIGKILL;
+        let is_want = [abi::syscall::encode(Err(Errno::ENOMEM)), killed].contains(&report.found);
+        let is_hit = |seen: &Seen| seen.event.kind == EventKind::FailpointHit as u32;
+        report.kind == ReportKind::WrongResult && is_want && run.events.iter().any(is_hit)
     }
 
     /// Points after which somebody who waits may be able to go on: the scheduler is asked there.

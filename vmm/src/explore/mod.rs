@@ -8,8 +8,12 @@ pub mod compare;
 pub mod confirm;
 mod coverage;
 mod driver;
+mod failing;
+#[cfg(test)]
+mod failing_tests;
 mod footprint;
 mod minimise;
+pub mod probe;
 mod rng;
 mod sample;
 mod schedule;

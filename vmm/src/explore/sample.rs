@@ -1,6 +1,7 @@
 //! Some schedules of a campaign, spread evenly over however many it turns out to have.
 
-use super::Schedule;
+use super::{Execution, Schedule};
+use crate::scenario::Fail;
 
 /// An execution that was well.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -9,6 +10,8 @@ pub struct Kept {
     pub index: u64,
     /// What was run.
     pub schedule: Schedule,
+    /// Passages of failpoints that were to fail.
+    pub fails: Vec<Fail>,
 }
 
 /// Keeps every `stride`-th execution and doubles the stride when they become too many, so memory is bounded
@@ -38,11 +41,12 @@ impl Sample {
     }
 
     /// Takes execution `index` where it is one to be kept.
-    pub(super) fn offer(&mut self, index: u64, schedule: &Schedule) {
+    pub(super) fn offer(&mut self, index: u64, run: &Execution) {
         if self.wanted > 0 && index.is_multiple_of(self.stride) {
             self.kept.push(Kept {
                 index,
-                schedule: schedule.clone(),
+                schedule: run.schedule.clone(),
+                fails: run.fails.clone(),
             });
             self.thin();
         }
@@ -90,6 +94,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::explore::Ending;
+
+    fn run() -> Execution {
+        Execution {
+            schedule: Schedule::default(),
+            fails: Vec::new(),
+            ending: Ending::ScheduleOver,
+            events: Vec::new(),
+        }
+    }
 
     proptest! {
         #[test]
@@ -98,12 +112,12 @@ mod tests {
             wanted in 1usize..40,
             jobs in 1usize..5,
         ) {
-            let schedule = Schedule::default();
+            let run = run();
             let mut one = Sample::new(wanted);
             let mut parts = vec![Sample::new(wanted); jobs];
             for index in 0..executions {
-                one.offer(index, &schedule);
-                parts[index as usize % jobs].offer(index, &schedule);
+                one.offer(index, &run);
+                parts[index as usize % jobs].offer(index, &run);
                 prop_assert!(one.kept.len() <= 2 * wanted);
             }
             let mut joined = Sample::default();
@@ -123,7 +137,7 @@ mod tests {
         fn nothing_is_kept_where_nothing_is_wanted(executions in 0u64..100) {
             let mut sample = Sample::new(0);
             for index in 0..executions {
-                sample.offer(index, &Schedule::default());
+                sample.offer(index, &run());
             }
             prop_assert_eq!(sample.take(), Vec::new());
         }

@@ -7,6 +7,7 @@ pub mod crash;
 pub mod json;
 pub mod story;
 pub mod symbols;
+pub mod timeline;
 pub mod verdict;
 
 use std::collections::BTreeMap;

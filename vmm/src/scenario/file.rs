@@ -78,6 +78,8 @@ struct Kernel {
     params: BTreeMap<Spanned<String>, Spanned<Scalar>>,
     #[serde(default)]
     bugs: Vec<Spanned<String>>,
+    #[serde(default)]
+    fail: Vec<Spanned<String>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -156,6 +158,12 @@ impl Reader<'_> {
                 .bugs
                 .iter()
                 .map(|name| self.at(name.span(), values::bug(name.as_ref())))
+                .collect::<Result<_, _>>()?,
+            fails: file
+                .kernel
+                .fail
+                .iter()
+                .map(|fail| self.at(fail.span(), fail.as_ref().parse()))
                 .collect::<Result<_, _>>()?,
             check: match file.check.when {
                 When::End => CheckWhen::End,

@@ -6,6 +6,7 @@
 pub mod catalog;
 mod error;
 mod excerpt;
+pub mod fail;
 mod file;
 pub mod record;
 mod source;
@@ -19,6 +20,7 @@ use abi::boot::InterruptMode;
 use abi::bug::Bug;
 
 pub use error::{Located, ScenarioError};
+pub use fail::Fail;
 pub use file::parse;
 
 /// vCPUs where neither the scenario nor the command line says.
@@ -63,6 +65,8 @@ pub struct Scenario {
     pub params: Vec<(String, String)>,
     /// Seeded bugs that are switched on.
     pub bugs: Vec<Bug>,
+    /// Passages of failpoints that fail, in every schedule that is explored.
+    pub fails: Vec<Fail>,
     /// When the invariants are checked.
     pub check: CheckWhen,
     /// Longest wall time of one run.
@@ -159,6 +163,11 @@ impl Scenario {
             table(&self.params),
             bugs.join(", ")
         );
+        if !self.fails.is_empty() {
+            let fails = self.fails.iter().map(|fail| quoted(&fail.to_string()));
+            let fails: Vec<String> = fails.collect();
+            let _ = writeln!(text, "fail = [{}]", fails.join(", "));
+        }
         text
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::engine::{PointSet, Window};
 use abi::bug::Bug;
+use abi::failpoint::Failpoint;
 use abi::layout::{MAX_CPUS, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
 use abi::param::{Config, PARAMS, ParamError};
 use abi::point::Point;
@@ -205,6 +206,18 @@ pub fn point(name: &str) -> Result<Point, Refused> {
             name,
             Point::ALL.iter().map(|point| point.name()),
         ))
+    })
+}
+
+/// The failpoint of this name.
+///
+/// # Errors
+/// There is none.
+pub fn failpoint(name: &str) -> Result<Failpoint, Refused> {
+    name.parse().map_err(|()| {
+        let names: Vec<&str> = Failpoint::ALL.iter().map(|it| it.name()).collect();
+        Refused::new(format!("no failpoint '{name}'"))
+            .with_help(format!("one of: {}", names.join(", ")))
     })
 }
 

@@ -60,6 +60,7 @@ impl Clean {
             if stop.requested() {
                 break;
             }
+            model.arm(&kept.fails);
             let first = model.replay(&kept.schedule)?;
             let confirmation = second.confirm(&first)?;
             clean.compared += 1;

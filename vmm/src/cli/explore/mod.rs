@@ -1,7 +1,9 @@
 //! `stalemate explore`; `replay` and `snapshot` beside it.
 
+mod aftermath;
 mod both;
 mod replay;
+mod trace;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,24 +19,23 @@ use super::output::Output;
 use super::{interrupt, run};
 use crate::boot;
 use crate::engine::EngineKind;
-use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, Worker, failure_id};
-use crate::explore::{Ending, Execution, Source, compare, switches};
+use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, failure_id};
+use crate::explore::{Ending, Source};
 use crate::report::story;
-use crate::reproducer::Reproducer;
-use crate::scenario::Scenario;
+use crate::scenario::{Fail, Scenario, fail};
 use crate::snapshot::{SavedMachine, SnapshotError};
 
-use both::{Clean, DEFAULT_CONFIRM, Second};
+use aftermath::Aftermath;
+use both::{DEFAULT_CONFIRM, Second};
 pub(super) use replay::replay;
 
 /// The program whose tests begin and end at points of their own.
 const EXPLORABLE: &str = "litmus";
 /// Schedules that are tried where nobody says how many.
 const DEFAULT_SCHEDULES: u64 = 10_000;
-/// Runs that the search for a smaller schedule may take.
-const MINIMISE_RUNS: usize = 2_000;
 
 pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
+    trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
     let source = source(name, options)?.with_window(options.window);
     let scenario = source.scenario();
     let both = options.engine == Some(Engines::Both);
@@ -52,8 +53,16 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             help: "leave --jobs out".into(),
         });
     }
+    if !options.fail_any.is_empty() && options.strategy == ExploreStrategy::Exhaustive {
+        return Err(Failure::Usage {
+            problem:
+                "--fail-any: an exhaustive search is of one program, not of another one each time"
+                    .into(),
+            help: "give the passage: --fail NAME@VCPU:N".into(),
+        });
+    }
     output.check_json()?;
-    let mut second = both.then(|| Second::new(scenario)).transpose()?;
+    let second = both.then(|| Second::new(scenario)).transpose()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
     let plan = Plan {
         strategy: match options.strategy {
@@ -79,8 +88,10 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         sample: match options.confirm {
             Some(confirm) => confirm,
             None if both => DEFAULT_CONFIRM,
-            None => 0,
+            None => usize::from(options.trace.is_some()),
         },
+        fails: scenario.fails.clone(),
+        fail_any: options.fail_any.clone(),
     };
     let counts = Counts::default();
     let stop = AtomicBool::new(false);
@@ -88,46 +99,9 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         campaign::run(|| source.driver(), &plan, &counts, &stop)
     })?;
     let stopped = stop.load(Ordering::Relaxed);
-    let mut text = headline(&source, &plan, &summary, both, stopped);
     let sample = std::mem::take(&mut summary.sample).take();
-    let mut written = Vec::new();
-    let mut violations = Vec::new();
-    let mut clean = None;
-    let mut engines_agree = true;
-    if !summary.found.is_empty() || second.is_some() {
-        let mut worker = Worker::new(source.driver()?, &plan)?;
-        if let Some(second) = &mut second {
-            let compared = Clean::run(&sample, plan.sample, &mut worker, second)?;
-            engines_agree &= compared.holds();
-            text.push_str(&compared.text());
-            clean = Some(compared.json());
-        }
-        let mut told: Vec<String> = Vec::new();
-        for found in &summary.found {
-            let id = failure_id(&found.execution.ending).expect("it was found");
-            if told.contains(&id) {
-                continue;
-            }
-            told.push(id.clone());
-            let small = worker.minimise(&found.execution, MINIMISE_RUNS)?;
-            let reproducer = reproducer(&source, &plan, found, &small, &id);
-            let stem = format!("{}-{}", scenario.name, id.to_lowercase());
-            let path = reproducer.write(&options.out, &stem)?;
-            text.push_str(&chapter(scenario, found, &small, &path));
-            written.push(path.display().to_string());
-            if let Some(second) = &mut second {
-                let confirmation = second.confirm(&small)?;
-                engines_agree &= confirmation.holds();
-                text.push_str(&format!("  {confirmation}\n"));
-                violations.push(json!({
-                    "failure": id,
-                    "reproducer": path,
-                    "confirmation": confirmation,
-                }));
-            }
-        }
-    }
-    let confirmed = clean.map(|clean| json!({ "clean": clean, "violations": violations }));
+    let found = Aftermath::of(&source, options, &plan, &summary.found, &sample, second)?;
+    let text = headline(&source, &plan, &summary, both, stopped) + &found.text;
     output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
@@ -148,13 +122,15 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "failures": summary.found.iter().map(|found| json!({
             "execution": found.index,
             "failure": failure_id(&found.execution.ending),
+            "fails": names(&found.execution.fails),
             "text": story::ending(&found.execution.ending),
         })).collect::<Vec<_>>(),
-        "reproducers": written,
-        "confirmed": confirmed,
+        "reproducers": found.reproducers,
+        "confirmed": found.confirmed,
+        "trace": found.traced,
     }))?;
     output.say(&text);
-    if !engines_agree {
+    if !found.engines_agree {
         // What a testbed says that contradicts itself is not to be believed.
         return Ok(Exit::Internal);
     }
@@ -176,7 +152,7 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
                 help: "leave --engine out, or explore the scenario that it was taken of".into(),
             });
         }
-        let saved = SavedMachine::read(name)?;
+        let mut saved = SavedMachine::read(name)?;
         let mut changed = saved.scenario.clone();
         run::override_with(&mut changed, &options.machine);
         if changed.to_toml() != saved.scenario.to_toml() {
@@ -185,12 +161,16 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
                 help: "give options of the machine to `stalemate snapshot`".into(),
             });
         }
+        saved.scenario.fails.extend(&options.fails);
+        check_fails(&saved.scenario)?;
         return Ok(Source::of_saved(saved));
     }
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
     check_explorable(&scenario)?;
     make_explorable(&mut scenario);
+    scenario.fails.extend(&options.fails);
+    check_fails(&scenario)?;
     Ok(Source::new(
         engine_of(options.engine.unwrap_or(Engines::Model)),
         scenario,
@@ -234,6 +214,14 @@ pub(super) fn snapshot(
         options.out.display(),
     ));
     Ok(Exit::Held)
+}
+
+/// All failpoints of `scenario` can be armed at once.
+pub(super) fn check_fails(scenario: &Scenario) -> Result<(), Failure> {
+    fail::check(&scenario.fails, scenario.vcpus).map_err(|refused| Failure::Usage {
+        problem: refused.problem,
+        help: refused.help.unwrap_or_default(),
+    })
 }
 
 fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
@@ -334,7 +322,7 @@ fn headline(
     };
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
-        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}\n  \
+        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}{}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n{}  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
          checked    every event by the TLB model and the rules for locks, lifetimes, folios and walks; {} ends by all invariants; {} schedules replayed and compared\n  \
@@ -345,6 +333,7 @@ fn headline(
         if both { ", confirmed on kvm" } else { "" },
         boot::kernel_hash(),
         plan.seed,
+        failing(plan),
         summary.executions,
         summary.elapsed.as_secs_f64(),
         average(summary.points),
@@ -404,6 +393,30 @@ fn split(summary: &Summary) -> String {
     )
 }
 
+/// What is made to fail, as a line of the headline.
+fn failing(plan: &Plan) -> String {
+    let any = plan.fail_any.iter().map(|failpoint| failpoint.name());
+    let any: Vec<&str> = any.collect();
+    let mut parts = names(&plan.fails);
+    if !any.is_empty() {
+        parts.push(format!(
+            "one passage of {} in each schedule",
+            any.join(" or ")
+        ));
+    }
+    if parts.is_empty() {
+        return String::new();
+    }
+    format!(
+        "\n  failing    {}; schedules go on to the exit",
+        parts.join(", ")
+    )
+}
+
+fn names(fails: &[Fail]) -> Vec<String> {
+    fails.iter().map(ToString::to_string).collect()
+}
+
 fn bugs(scenario: &Scenario) -> String {
     let names: Vec<&str> = scenario.bugs.iter().map(|bug| bug.name()).collect();
     if names.is_empty() {
@@ -411,41 +424,4 @@ fn bugs(scenario: &Scenario) -> String {
     } else {
         format!(", with the seeded bug {}", names.join(", "))
     }
-}
-
-fn reproducer(
-    source: &Source,
-    plan: &Plan,
-    found: &Found,
-    small: &Execution,
-    id: &str,
-) -> Reproducer {
-    let found_by = format!(
-        "{:?} seed {} execution {} on {}",
-        plan.strategy,
-        plan.seed,
-        found.index,
-        source.kind()
-    );
-    let stream = (small.events.len() as u64, compare::digest(&small.events));
-    Reproducer::new(
-        source.scenario(),
-        &small.schedule,
-        found_by,
-        id.into(),
-        stream,
-    )
-    .with_window(source.window())
-}
-
-fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -> String {
-    let before = &found.execution.schedule;
-    format!(
-        "\nexecution {}, minimised from {} context switches to {}:\n\n{}\n  replay with: stalemate replay {}\n",
-        found.index,
-        switches(before),
-        switches(&small.schedule),
-        story::tell(small, scenario.vcpus as usize),
-        path.display()
-    )
 }

@@ -1,28 +1,31 @@
 //! `stalemate replay`: what a reproducer says, again.
 
+use abi::param::TlbBackEnd;
 use serde_json::json;
 
 use super::both::Second;
-use super::engine_of;
+use super::{check_fails, engine_of, trace};
 use crate::boot;
 use crate::cli::args::{Engines, Replay};
 use crate::cli::exit::Exit;
 use crate::cli::failure::Failure;
 use crate::cli::interrupt;
 use crate::cli::output::Output;
+use crate::engine::Engine;
 use crate::explore::campaign::{Plan, Worker, failure_id};
 use crate::explore::confirm::Confirmation;
-use crate::explore::{Execution, Source, compare};
+use crate::explore::probe::{Shown, belongs};
+use crate::explore::{Ending, Execution, Source, compare};
 use crate::report::story;
 use crate::reproducer::Reproducer;
+use crate::scenario::Scenario;
 
 pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
-    // `replay --json a.repro` would take the reproducer for the file to write.
-    let json = options.json.json.as_deref();
-    if let Some(path) = json.filter(|path| path.extension().is_some_and(|e| e == "repro")) {
+    trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
+    if options.trace.is_some() && options.files.len() > 1 {
         return Err(Failure::Usage {
-            problem: format!("--json {}: would overwrite a reproducer", path.display()),
-            help: "put --json last, or name a file as in --json=result.json".into(),
+            problem: "--trace is of one execution".into(),
+            help: "give one reproducer".into(),
         });
     }
     output.check_json()?;
@@ -32,6 +35,9 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         .iter()
         .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
+    for (_, (_, scenario, _)) in &all {
+        check_fails(scenario)?;
+    }
     let stop = interrupt::on_ctrl_c();
     let mut results = Vec::new();
     let mut exit = Exit::Held;
@@ -43,6 +49,7 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         });
         let source = Source::new(engine_of(engines), scenario.clone()).with_window(window);
         let mut worker = Worker::new(source.driver()?, &Plan::replay())?;
+        worker.arm(&scenario.fails);
         let mut second = match engines {
             Engines::Both => Some(Second::new(scenario)?),
             Engines::Model | Engines::Kvm => None,
@@ -50,6 +57,9 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         let mut again = Again::default();
         while again.runs < options.times && !stop.requested() {
             let run = worker.replay(schedule)?;
+            if engines == Engines::Kvm {
+                again.probed(hardware(&mut worker, &run, scenario)?);
+            }
             if let Some(second) = &mut second {
                 again.confirmed(second.confirm(&run)?);
             }
@@ -62,6 +72,9 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
             output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
         }
         output.say(&format!("{}: {}\n", file.display(), again.text(reproducer)));
+        if let Some(path) = &options.trace {
+            output.say(&trace::write(path, last, scenario)?);
+        }
         exit = worse(exit, again.exit(reproducer, options.expect));
         results.push(json!({
             "file": file,
@@ -71,6 +84,11 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
             "runs": again.runs,
             "text": story::ending(&last.ending),
             "confirmation": again.confirmation,
+            "hardware": again.hardware.as_ref().map(|hardware| json!({
+                "shows_it": matches!(hardware, Hardware::Shows(_)),
+                "text": hardware.text(),
+            })),
+            "trace": options.trace,
         }));
     }
     output.json(&json!({
@@ -100,6 +118,42 @@ struct Again {
     last: Option<Execution>,
     /// `--engine both`: what it is on vCPUs; the first that differs, where one does.
     confirmation: Option<Confirmation>,
+    /// On vCPUs whose own TLBs are used: what the hardware shows of the violation.
+    hardware: Option<Hardware>,
+}
+
+/// What the processor shows of a violation.
+#[derive(Debug)]
+enum Hardware {
+    Shows(Shown),
+    Nothing,
+}
+
+impl Hardware {
+    fn text(&self) -> String {
+        match self {
+            Self::Shows(shown) => shown.to_string(),
+            Self::Nothing => "the hardware did not show it (its absence proves nothing)".into(),
+        }
+    }
+}
+
+/// Lets a program that uses the processor's TLB go on after a violation. None where there is nothing to see.
+fn hardware<E: Engine>(
+    worker: &mut Worker<E>,
+    run: &Execution,
+    scenario: &Scenario,
+) -> Result<Option<Hardware>, Failure> {
+    let config = abi::param::Config::parse(&scenario.cmdline()).expect("scenarios are checked");
+    let Ending::Violation(violation) = &run.ending else {
+        return Ok(None);
+    };
+    if config.tlb == TlbBackEnd::Soft {
+        return Ok(None);
+    }
+    let shown = worker.go_on(violation)?;
+    let shown = belongs(violation, &shown, config.tlb).cloned();
+    Ok(Some(shown.map_or(Hardware::Nothing, Hardware::Shows)))
 }
 
 impl Again {
@@ -116,6 +170,13 @@ impl Again {
         self.identical += u64::from(same && self.reproduced(reproducer));
     }
 
+    /// What was shown once is shown.
+    fn probed(&mut self, hardware: Option<Hardware>) {
+        if !matches!(self.hardware, Some(Hardware::Shows(_))) {
+            self.hardware = hardware;
+        }
+    }
+
     fn ending(&self) -> String {
         let failure = self.last.as_ref().and_then(|run| failure_id(&run.ending));
         failure.unwrap_or_else(|| "nothing wrong".into())
@@ -126,11 +187,14 @@ impl Again {
     }
 
     fn text(&self, reproducer: &Reproducer) -> String {
-        let text = self.reproduction(reproducer);
-        match &self.confirmation {
-            Some(confirmation) => format!("{text}\n  {confirmation}"),
-            None => text,
+        let mut text = self.reproduction(reproducer);
+        if let Some(confirmation) = &self.confirmation {
+            text.push_str(&format!("\n  {confirmation}"));
         }
+        if let Some(hardware) = &self.hardware {
+            text.push_str(&format!("\n  {}", hardware.text()));
+        }
+        text
     }
 
     fn reproduction(&self, reproducer: &Reproducer) -> String {

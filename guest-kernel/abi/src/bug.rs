@@ -63,6 +63,10 @@ bugs! {
     /// munmap and madvise count a mapping less only after they have dropped the page-table lock under which
     /// they cleared its entry: an rmap walk in between counts fewer entries than mappings.
     MapcountAfterUnlock = 12, "mapcount-after-unlock";
+    /// Page-table pages are freed as soon as they are flushed, without a grace period (class C8; B12 ii,
+    /// Linux 2ba99c5e0881): a walker on a CPU that does not have the mm loaded, which no flush reaches, may be inside
+    /// them.
+    TablesFreeWithoutGracePeriod = 13, "tables-free-without-grace-period";
 }
 
 /// A set of seeded bugs.

@@ -247,4 +247,28 @@ events! {
     MmUsers = 39, "mm-users", ["mm", "users"];
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
+    RcuEnter = 48, "rcu-enter", ["nesting"];
+    RcuExit = 49, "rcu-exit", ["nesting"];
+    RcuRetire = 50, "rcu-retire", ["object", "kind"];
+    RcuGpStart = 51, "rcu-gp-start", ["grace", "cpus"];
+    RcuGpWait = 52, "rcu-gp-wait", ["grace", "cpus"];
+    RcuGpEnd = 53, "rcu-gp-end", ["grace"];
+    RcuFree = 54, "rcu-free", ["object", "kind"];
+}
+
+/// What the arguments `kind` of [`EventKind::RcuRetire`] and [`EventKind::RcuFree`] say.
+pub mod rcu_object {
+    /// A page-table page, by its GPA.
+    pub const TABLE: u64 = 1;
+    /// An [`crate::objects::Mm`] and its level-4 table, by the GPA of the object.
+    pub const MM: u64 = 2;
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(kind: u64) -> &'static str {
+        match kind {
+            TABLE => "page-table page",
+            MM => "mm",
+            _ => "object",
+        }
+    }
 }

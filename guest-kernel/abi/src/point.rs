@@ -82,11 +82,7 @@ impl Point {
     pub const fn is_wait(self) -> bool {
         matches!(
             self,
-            Self::LockWait
-                | Self::FlushWait
-                | Self::IdleEnter
-                | Self::UserRelax
-                | Self::RcuWait
+            Self::LockWait | Self::FlushWait | Self::IdleEnter | Self::UserRelax | Self::RcuWait
         )
     }
 

@@ -174,10 +174,7 @@ impl<A: Arch> Kernel<A> {
     /// One turn of waiting for this CPU's grace period.
     pub(crate) fn rcu_wait(&self) {
         let first = Pa::<CpuRcu>::new(self.gpa_of(&self.root().cpus[0].rcu));
-        self.spin(
-            Point::RcuWait,
-            [first.0, self.this_cpu().rcu.pending.get()],
-        );
+        self.spin(Point::RcuWait, [first.0, self.this_cpu().rcu.pending.get()]);
     }
 
     /// Frees what all CPUs have retired, after a grace period. False where there is nothing, or where this CPU is
@@ -187,7 +184,10 @@ impl<A: Arch> Kernel<A> {
             return false;
         }
         let cpus = &self.root().cpus[..self.arch.nr_cpus()];
-        let lists = || cpus.iter().flat_map(|cpu| [&cpu.rcu.retired, &cpu.rcu.waiting]);
+        let lists = || {
+            cpus.iter()
+                .flat_map(|cpu| [&cpu.rcu.retired, &cpu.rcu.waiting])
+        };
         if lists().all(|list| list.load(Relaxed) == 0) {
             return false;
         }

@@ -7,8 +7,8 @@
 //! Ordering, with Linux's letters:
 //! - *B* (reader: counts its entry, full fence, then its reads) with *A* (updater: full fence before it sums the
 //!   entries): either the sum has the entry, or the reader sees what the updater did before.
-//! - *C* (reader: its reads, then counts its exit with Release) with the updater's sum of exits (Acquire): what the
-//!   reader read is read before the grace period ends.
+//! - *C* (reader: its reads, then counts its exit with Release) with *A* again (updater: sums the exits, then the full
+//!   fence): what the reader read is read before the grace period ends.
 //! - Exits are summed before entries, so that an exit is never counted without its entry: a sum that is
 //!   equal was balanced at some moment.
 //! - *E* (full fence before the index turns) and *D* (after): a reader that still takes the old index had counted
@@ -17,7 +17,7 @@
 //!   the set that it then uses; it can miss one turn, not two.
 
 use core::sync::atomic::AtomicU64;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use core::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
 
 use super::{Word, spin};
 
@@ -96,7 +96,7 @@ impl<const CPUS: usize, W: Word> Srcu<CPUS, W> {
     fn is_balanced(&self, set: usize) -> bool {
         let sum = |counter: fn(&Counters<W>) -> &[W; 2]| {
             let all = self.cpus.iter().map(|cpu| &counter(cpu)[set]);
-            all.fold(0u64, |sum, word| sum.wrapping_add(word.load(Acquire)))
+            all.fold(0u64, |sum, word| sum.wrapping_add(word.load(Relaxed)))
         };
         let exits = sum(|cpu| &cpu.exits);
         W::fence(SeqCst); // A

@@ -250,7 +250,7 @@ events! {
     RcuEnter = 48, "rcu-enter", ["nesting"];
     RcuExit = 49, "rcu-exit", ["nesting"];
     RcuRetire = 50, "rcu-retire", ["object", "kind"];
-    RcuGpStart = 51, "rcu-gp-start", ["grace", "cpus"];
+    RcuGpStart = 51, "rcu-gp-start", ["grace"];
     RcuGpWait = 52, "rcu-gp-wait", ["grace", "cpus"];
     RcuGpEnd = 53, "rcu-gp-end", ["grace"];
     RcuFree = 54, "rcu-free", ["object", "kind"];

@@ -216,6 +216,8 @@ impl<A: Arch> Kernel<A> {
         rcu.waiting.store(rcu.retired.swap(0, AcqRel), Relaxed);
         let grace = rcu.grace.get() + 1;
         rcu.grace.set(grace);
+        // Told first: sections that begin after it need not be waited for.
+        self.event(EventKind::RcuGpStart, [grace / 2, 0, 0, 0, 0]);
         grace::begin::<core::sync::atomic::AtomicU64>();
         let mut pending: CpuMask = 0;
         for cpu in 0..self.arch.nr_cpus() {
@@ -227,7 +229,6 @@ impl<A: Arch> Kernel<A> {
             }
         }
         rcu.pending.set(pending);
-        self.event(EventKind::RcuGpStart, [grace / 2, pending, 0, 0, 0]);
         self.point(Point::RcuGpStart, [grace / 2, pending]);
     }
 

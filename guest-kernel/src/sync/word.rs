@@ -2,7 +2,7 @@
 //! host, one of [loom](https://docs.rs/loom)'s, which tries every value that the memory model allows.
 //!
 //! The algorithms of this directory are generic over it, so what is tested is what runs
-//! (`guest-kernel/tests/sync.rs`).
+//! (`guest-kernel/tests/sync`).
 
 use core::sync::atomic::{AtomicU64, Ordering};
 

@@ -6,6 +6,7 @@
 pub mod folio;
 pub mod lifetime;
 pub mod locks;
+pub mod rcu;
 pub mod tlb;
 pub mod walk;
 
@@ -34,6 +35,7 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
         lifetime::INVARIANTS,
         folio::INVARIANTS,
         walk::INVARIANTS,
+        rcu::INVARIANTS,
     ];
     families.into_iter().flatten()
 }
@@ -57,6 +59,7 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
         Box::new(lifetime::Lifetime::default()),
         Box::new(folio::Folios::default()),
         Box::new(walk::Walks::default()),
+        Box::new(rcu::Rcu::default()),
     ]
 }
 
@@ -81,6 +84,7 @@ mod tests {
         let documents = [
             include_str!("../../../../docs/explore.md"),
             include_str!("../../../../docs/tlb-model.md"),
+            include_str!("../../../../docs/rcu.md"),
         ];
         let mut ids = std::collections::BTreeSet::new();
         for (id, predicate) in rules() {

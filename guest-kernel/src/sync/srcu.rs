@@ -66,7 +66,8 @@ impl<const CPUS: usize, W: Word> Srcu<CPUS, W> {
 
     /// Ends a section, on `cpu`, the one that this runs on now.
     pub fn read_end(&self, cpu: usize, section: SrcuSection) {
-        count(&self.cpus[cpu].exits[section.0]); // C
+        let SrcuSection(set) = section;
+        count(&self.cpus[cpu].exits[set]); // C
     }
 
     /// Waits until every section that is open now has ended; `relax` is called while it waits.

@@ -2,6 +2,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use abi::bug::Bug;
+use abi::channel::EventKind;
 
 use super::ModelEngine;
 use crate::explore::campaign::{self, Counts, Plan, Strategy, Worker, failure_id};
@@ -81,6 +82,27 @@ fn a_replay_is_identical_every_time() {
         assert_eq!(again.schedule, first.schedule);
         assert_eq!(again.events, first.events);
     }
+}
+
+/// A clean `peek` shows little if no grace period ever has to wait for its reader.
+#[test]
+fn grace_periods_wait_for_readers_and_end() {
+    let mut driver = driver("peek", None);
+    let mut waited = 0;
+    for index in 0..200 {
+        let run = once(&mut driver, &mut Pct::new(1, index, 3, Some(400)));
+        assert!(
+            matches!(run.ending, Ending::Finished { .. }),
+            "{:?}",
+            run.ending
+        );
+        let first = |kind: EventKind| run.events.iter().position(|s| s.event.kind == kind as u32);
+        if let Some(wait) = first(EventKind::RcuGpWait) {
+            let mut later = run.events[wait..].iter();
+            waited += usize::from(later.any(|s| s.event.kind == EventKind::RcuFree as u32));
+        }
+    }
+    assert!(waited > 0, "no grace period waited and ended");
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.

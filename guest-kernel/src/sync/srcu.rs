@@ -65,9 +65,9 @@ impl<const CPUS: usize, W: Word> Srcu<CPUS, W> {
     }
 
     /// Ends a section, on `cpu`, the one that this runs on now.
+    #[allow(clippy::needless_pass_by_value, reason = "it ends once")]
     pub fn read_end(&self, cpu: usize, section: SrcuSection) {
-        let SrcuSection(set) = section;
-        count(&self.cpus[cpu].exits[set]); // C
+        count(&self.cpus[cpu].exits[section.0]); // C
     }
 
     /// Waits until every section that is open now has ended; `relax` is called while it waits.

@@ -66,7 +66,18 @@ impl<A: Arch> Kernel<A> {
         grace::enter(&self.this_cpu().rcu.watching);
     }
 
-    /// This CPU leaves the kernel, for user mode or to idle.
+    /// This CPU returns to user mode.
+    #[inline]
+    pub(crate) fn rcu_return_to_user(&self) {
+        self.assert_no_section();
+        let rcu = &self.this_cpu().rcu;
+        if has_work(rcu) {
+            self.rcu_poll();
+        }
+        grace::leave(&rcu.watching);
+    }
+
+    /// This CPU leaves the kernel to idle.
     #[inline]
     pub(crate) fn rcu_leave_kernel(&self) {
         self.assert_no_section();
@@ -124,8 +135,7 @@ impl<A: Arch> Kernel<A> {
     /// True where this CPU has retired what is not yet free.
     #[inline]
     pub(crate) fn rcu_has_work(&self) -> bool {
-        let rcu = &self.this_cpu().rcu;
-        rcu.retired.get() != 0 || rcu.grace.get() % 2 == 1
+        has_work(&self.this_cpu().rcu)
     }
 
     /// Looks whether grace periods are over, begins the next one, and frees what is due. Waits for nobody.
@@ -301,4 +311,9 @@ impl<A: Arch> Kernel<A> {
             [table, rcu_object::TABLE]
         }
     }
+}
+
+#[inline]
+fn has_work(rcu: &CpuRcu) -> bool {
+    rcu.retired.get() != 0 || rcu.grace.get() % 2 == 1
 }

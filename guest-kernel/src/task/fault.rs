@@ -114,10 +114,7 @@ impl<A: Arch> Kernel<A> {
     /// that comes later is followed by an interrupt of CPL 3.
     pub fn return_to_user(&self, _frame: &mut UserFrame) {
         self.honour_requests();
-        if self.rcu_has_work() {
-            self.rcu_poll();
-        }
-        self.rcu_leave_kernel();
+        self.rcu_return_to_user();
     }
 
     /// Continues at the fixup that the program has set for where it is, or kills it.

@@ -38,7 +38,7 @@ enum Holder {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Locks {
     held: Vec<(Holder, u64, LockClass)>,
     /// Locks whose history is known: those taken at least once since the start.
@@ -114,6 +114,9 @@ impl Locks {
 }
 
 impl Monitor for Locks {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
         self.reset();
     }

@@ -10,7 +10,7 @@ use crate::explore::{Driver, Ending, Execution, Limits, Scheduler, switches};
 use crate::report::story;
 use crate::scenario::{self, Scenario};
 
-pub(crate) const TESTS: [&str; 10] = [
+pub(crate) const TESTS: [&str; 11] = [
     "unmap",
     "protect",
     "dontneed",
@@ -21,6 +21,7 @@ pub(crate) const TESTS: [&str; 10] = [
     "fork",
     "remap",
     "apart",
+    "wake",
 ];
 
 /// vCPUs that a test needs to show all that it can.
@@ -83,7 +84,7 @@ fn a_replay_is_identical_every_time() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 12] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 13] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -96,6 +97,7 @@ pub(crate) const SHOWN_BY: [(&str, &str); 12] = [
     ("lazy-reuse-no-flush", "lazy"),
     ("cow-free-before-flush", "cow"),
     ("mapcount-after-unlock", "unmap"),
+    ("switch-clears-lazy-late", "wake"),
 ];
 
 /// What no scheduling point separates: only schedules of instructions show it (`engine::kvm::tests`).

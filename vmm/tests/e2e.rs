@@ -367,3 +367,37 @@ fn explore_finds_a_bug_on_vcpus_and_nothing_without_it() {
     assert_eq!(found.status.code(), Some(1), "{}", text(&found));
     assert!(text(&found).contains("T-01"), "{}", text(&found));
 }
+
+/// On a host that cannot show a stale translation too: the merged streams are judged by the TLB model.
+#[test]
+fn a_missing_shootdown_is_seen_in_a_parallel_run_by_its_events() {
+    doctor();
+    let clean = stalemate(&["run", "unmap-race", "--monitor"]);
+    assert_eq!(clean.status.code(), Some(0), "{}", text(&clean));
+    assert!(
+        text(&clean).contains("judged as one stream"),
+        "{}",
+        text(&clean)
+    );
+    let bug = ["--bug", "shootdown-skip-remote"];
+    let found = stalemate(&[&["run", "unmap-race", "--monitor"], &bug[..]].concat());
+    assert_eq!(found.status.code(), Some(1), "{}", text(&found));
+    assert!(text(&found).contains("T-01"), "{}", text(&found));
+}
+
+/// IPIs that come twice, late or out of order, and CPUs that are slow, are no excuse for a kernel.
+#[test]
+fn the_kernel_survives_delays_and_disorder_and_a_lost_ipi_is_told() {
+    doctor();
+    let words = "run unmap-race --monitor --interrupts controlled --delay flush-issue=0..300us \
+                 --delay pte-clear@0/4=until:fault-enter@1,1ms --ipi dup/3 --ipi reorder/5 --ipi delay/7=100us";
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let clean = stalemate(&words);
+    assert_eq!(clean.status.code(), Some(0), "{}", text(&clean));
+    assert!(text(&clean).contains("injected: "), "{}", text(&clean));
+    let words = "run unmap-race --interrupts controlled --ipi drop --timeout 8s";
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let lost = stalemate(&words);
+    assert_eq!(lost.status.code(), Some(4), "{}", text(&lost));
+    assert!(text(&lost).contains("did not finish"), "{}", text(&lost));
+}

@@ -10,6 +10,7 @@ use abi::point::Point;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::engine::Window;
+use crate::inject::{Delay, IpiFault};
 use crate::scenario::{CheckWhen, Fail, values};
 
 const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
@@ -176,6 +177,15 @@ pub struct Explore {
     /// In each schedule one passage of this failpoint fails, drawn from the seed; repeatable
     #[arg(long = "fail-any", value_name = "NAME", value_parser = failpoint, help_heading = "Failures")]
     pub fail_any: Vec<Failpoint>,
+    /// When all invariants look at the state: at the end of every --state-every-th schedule, or at every point
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        default_value = "end",
+        help_heading = "Checks"
+    )]
+    pub check: CheckWhen,
     /// Replay every Nth schedule and compare all events (0: none)
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
     pub verify: u64,
@@ -350,6 +360,15 @@ pub struct Run {
     /// When to check the invariants
     #[arg(long, value_enum, value_name = "WHEN")]
     pub check: Option<CheckWhen>,
+    /// Record all events and judge them by the TLB model and the other monitors of `explore`
+    #[arg(long, help_heading = "Parallel runs")]
+    pub monitor: bool,
+    /// Make a vCPU wait at a point: pte-clear=50us, flush-issue@0/3=0..200us, pte-clear=until:flush-sync@1
+    #[arg(long = "delay", value_name = "POINT=HOW", value_parser = delay, help_heading = "Parallel runs")]
+    pub delays: Vec<Delay>,
+    /// Lose, repeat, reorder or delay IPIs: drop/100, dup, reorder@1, delay/2=100us (controlled interrupts)
+    #[arg(long = "ipi", value_name = "FAULT", value_parser = ipi_fault, help_heading = "Parallel runs")]
+    pub ipis: Vec<IpiFault>,
     /// Repeat until a run is not clean, at most N times
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
@@ -492,6 +511,16 @@ fn vcpus(text: &str) -> Result<u32, String> {
 
 fn memory(text: &str) -> Result<u64, String> {
     values::memory(text).map_err(|refused| refused.to_string())
+}
+
+fn delay(text: &str) -> Result<Delay, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn ipi_fault(text: &str) -> Result<IpiFault, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
 }
 
 fn window(text: &str) -> Result<Window, String> {

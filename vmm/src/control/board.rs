@@ -1,10 +1,13 @@
 //! The board: devices on their buses, and the ways between the vCPUs.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use abi::boot::InterruptMode;
+use abi::channel::Doorbell;
 use abi::layout::{LAPIC_GPA, PAGE_SIZE};
 use abi::port;
 use devices::channel::DoorbellPort;
@@ -15,6 +18,7 @@ use devices::{Bus, Effect};
 
 use super::channel::Channel;
 use super::console::Console;
+use crate::inject::{Courier, Injector, IpiFaultKind};
 use crate::kvm::vcpu::{Access, Event, Fault, Kick, Notice, Platform};
 use crate::memory::GuestRam;
 
@@ -52,7 +56,17 @@ pub(super) struct Board {
     kicks: Vec<Arc<Kick>>,
     /// In serialised runs: IPIs that were sent and not delivered, by target, and guest memory.
     held: Option<(Mutex<Vec<BTreeSet<u8>>>, GuestRam)>,
+    injection: Option<Injection>,
     messages: Sender<Message>,
+}
+
+/// What is done to a parallel run.
+struct Injection {
+    injector: Arc<Injector>,
+    courier: Option<Courier>,
+    ram: GuestRam,
+    /// Points that are stops for the controller too.
+    stops: AtomicU64,
 }
 
 impl Board {
@@ -91,7 +105,75 @@ impl Board {
             apics,
             kicks: (0..vcpus).map(|_| Arc::default()).collect(),
             held: hold.map(|ram| (Mutex::new(vec![BTreeSet::new(); vcpus]), ram)),
+            injection: None,
             messages,
+        }
+    }
+
+    /// From now on `injector` has its say.
+    pub(super) fn inject(
+        &mut self,
+        injector: Arc<Injector>,
+        ram: &GuestRam,
+    ) -> std::io::Result<()> {
+        let courier = self.apics.clone().map(|apics| {
+            let kicks = self.kicks.clone();
+            Courier::start(move |cpu, vector| {
+                apics.deliver(cpu, vector);
+                kicks[cpu].kick();
+            })
+        });
+        self.injection = Some(Injection {
+            injector,
+            courier: courier.transpose()?,
+            ram: ram.clone(),
+            stops: AtomicU64::new(0),
+        });
+        Ok(())
+    }
+
+    /// Which points stop the machine; the others that are trapped are the injector's.
+    pub(super) fn set_stops(&self, points: u64) {
+        if let Some(injection) = &self.injection {
+            injection.stops.store(points, Relaxed);
+        }
+    }
+
+    /// A vCPU rang at a point. False: that was for the injector alone.
+    fn at_point(&self, cpu: usize) -> bool {
+        let Some(injection) = &self.injection else {
+            return true;
+        };
+        let channel = Channel::new(&injection.ram, cpu);
+        let Ok((point, _)) = channel.point() else {
+            return true;
+        };
+        injection.injector.at(cpu, point);
+        injection.stops.load(Relaxed) & 1 << point as u64 != 0 || channel.budget() == 0
+    }
+
+    /// Delivers an IPI to `cpu` as the rules say.
+    fn deliver_one(&self, from: usize, cpu: usize, vector: u8, apics: &LocalApics) {
+        let injection = self.injection.as_ref();
+        let fate = injection.and_then(|it| Some((it.injector.ipi(cpu)?, it.courier.as_ref()?)));
+        match fate {
+            Some((IpiFaultKind::Drop, _)) => return,
+            Some((IpiFaultKind::Delay(time), courier)) => {
+                return courier.later(time, cpu, vector);
+            }
+            Some((IpiFaultKind::Reorder, courier)) => {
+                return courier.after_the_next(cpu, vector);
+            }
+            Some((IpiFaultKind::Duplicate, courier)) => courier.again(cpu, vector),
+            None => {}
+        }
+        apics.deliver(cpu, vector);
+        // The sender looks at its own local APIC before it enters the guest again.
+        if cpu != from {
+            self.kicks[cpu].kick();
+        }
+        if let Some(courier) = injection.and_then(|injection| injection.courier.as_ref()) {
+            courier.sent();
         }
     }
 
@@ -172,13 +254,9 @@ impl Board {
             Channel::new(ram, request.from).set_budget(1);
             return Ok(());
         }
-        for (cpu, kick) in self.kicks.iter().enumerate() {
+        for cpu in 0..self.kicks.len() {
             if request.targets & 1 << cpu != 0 {
-                apics.deliver(cpu, vector);
-                // The sender looks at its own local APIC before it enters the guest again.
-                if cpu != request.from {
-                    kick.kick();
-                }
+                self.deliver_one(request.from, cpu, vector, apics);
             }
         }
         Ok(())
@@ -200,6 +278,9 @@ impl Platform for Board {
             .map_err(|_| nothing_there("write", access, data.len()))?;
         match effect {
             Effect::None => Ok(()),
+            Effect::Doorbell(value) if value == Doorbell::Point as u32 && !self.at_point(cpu) => {
+                Ok(())
+            }
             Effect::Doorbell(value) => Err(Event::Doorbell(value)),
             Effect::Exit(status) => Err(Event::Exit(status)),
             Effect::Ipi(request) => self.deliver(request),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use abi::channel::EventKind;
 
 use crate::boot::{KernelImage, ProgramSpec};
+use crate::inject::Rules;
 
 pub use abi::boot::InterruptMode as Interrupts;
 
@@ -53,6 +54,8 @@ pub struct MachineConfig {
     /// until they are delivered, the first user instruction is a stop, and no event is lost. Needs
     /// controlled interrupts.
     pub serialised: bool,
+    /// What is done to a parallel run.
+    pub inject: Rules,
     /// Whether each vCPU thread is pinned to a host CPU, best effort: a migration flushes the TLB.
     pub pin: bool,
     /// How long the guest may show no sign of life before it counts as hung.
@@ -72,6 +75,7 @@ impl Default for MachineConfig {
             program: ProgramSpec::default(),
             kernel: KernelImage::Embedded,
             serialised: false,
+            inject: Rules::default(),
             pin: true,
             watchdog: Duration::from_secs(10),
             events: !NOISY_EVENTS,

@@ -29,6 +29,7 @@ mod trace;
 pub use coverage::Coverage;
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
+pub(crate) use rng::Rng;
 pub use sample::{Kept, Sample};
 pub use schedule::{Actor, Schedule, Segment};
 pub use scheduler::{Choice, Scheduler, View};

@@ -14,6 +14,7 @@ use super::source;
 use super::trace;
 use super::values::{self, Refused};
 use super::{CheckWhen, Program, Scenario};
+use crate::inject::Rules;
 
 /// Checks the `text` of the scenario file at `path`. Traces are read relative to its directory.
 ///
@@ -165,6 +166,7 @@ impl Reader<'_> {
                 .iter()
                 .map(|fail| self.at(fail.span(), fail.as_ref().parse()))
                 .collect::<Result<_, _>>()?,
+            inject: Rules::default(),
             check: match file.check.when {
                 When::End => CheckWhen::End,
                 When::EveryPoint => CheckWhen::EveryPoint,

@@ -19,6 +19,8 @@ use std::time::Duration;
 use abi::boot::InterruptMode;
 use abi::bug::Bug;
 
+use crate::inject::Rules;
+
 pub use error::{Located, ScenarioError};
 pub use fail::Fail;
 pub use file::parse;
@@ -67,6 +69,8 @@ pub struct Scenario {
     pub bugs: Vec<Bug>,
     /// Passages of failpoints that fail, in every schedule that is explored.
     pub fails: Vec<Fail>,
+    /// What is done to a parallel run.
+    pub inject: Rules,
     /// When the invariants are checked.
     pub check: CheckWhen,
     /// Longest wall time of one run.
@@ -109,6 +113,13 @@ impl Scenario {
             source,
         })?;
         parse(&path, &text)
+    }
+
+    /// True where events carry tickets, so that the streams of all vCPUs can be judged as one.
+    #[must_use]
+    pub fn is_streamed(&self) -> bool {
+        let stamp = self.params.iter().rfind(|(key, _)| key == "stamp");
+        stamp.is_some_and(|(_, value)| value == "ticket")
     }
 
     /// The kernel's command line.

@@ -65,7 +65,7 @@ impl Section {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Folios {
     start: FxHashMap<u64, Frame>,
     frames: FxHashMap<u64, Frame>,
@@ -168,6 +168,9 @@ impl Folios {
 }
 
 impl Monitor for Folios {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
         self.start.clear();
         for gpa in tlb::leaf_frames(memory, kernel_root) {

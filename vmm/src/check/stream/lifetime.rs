@@ -42,7 +42,7 @@ enum Vma {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Lifetime {
     vmas: FxHashMap<u64, Vma>,
     freed_mms: FxHashSet<u64>,
@@ -116,6 +116,9 @@ impl Lifetime {
 }
 
 impl Monitor for Lifetime {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
         self.reset();
     }

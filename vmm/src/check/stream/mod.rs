@@ -6,6 +6,7 @@
 pub mod folio;
 pub mod lifetime;
 pub mod locks;
+pub mod merge;
 pub mod rcu;
 pub mod tlb;
 pub mod walk;
@@ -67,6 +68,8 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
 pub trait Monitor {
     /// Starts over from this state of the machine, in which no vCPU runs. Expensive: once a campaign.
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize);
+    /// A copy that goes on from here by itself.
+    fn fork(&self) -> Box<dyn Monitor>;
     /// Goes back to the state of the last [`Monitor::start`]. Cheap: once a schedule.
     fn reset(&mut self);
     /// Takes the next event; appends what it shows to be wrong to `found`.

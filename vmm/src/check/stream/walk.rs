@@ -41,7 +41,7 @@ struct Unlinked {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Walks {
     walks: Vec<Walk>,
     unlinked: FxHashMap<u64, Unlinked>,
@@ -104,6 +104,9 @@ impl Walks {
 }
 
 impl Monitor for Walks {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
         self.reset();
     }

@@ -80,7 +80,7 @@ struct Begun {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct TlbModel {
     start: State,
     now: State,
@@ -347,6 +347,9 @@ impl TlbModel {
 }
 
 impl Monitor for TlbModel {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
         self.start = read(memory, kernel_root, nr_vcpus);
         self.reset();

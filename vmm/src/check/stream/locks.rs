@@ -32,7 +32,7 @@ const KEPT: &str = "K-03";
 /// Who holds a lock: spin locks belong to a CPU (the scheduler's is handed over with it at a context
 /// switch), mmap_locks to a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Holder {
+pub(super) enum Holder {
     Cpu(usize),
     Task(u32),
 }
@@ -137,7 +137,7 @@ impl Monitor for Locks {
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
 }
 
-fn holder(seen: &Seen, class: LockClass) -> Holder {
+pub(super) fn holder(seen: &Seen, class: LockClass) -> Holder {
     match rank(class) {
         0 => Holder::Task(seen.event.task),
         _ => Holder::Cpu(seen.vcpu),

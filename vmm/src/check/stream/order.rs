@@ -284,6 +284,11 @@ mod tests {
         let mut order = LockOrder::default();
         assert!(run(&mut order, &nest(1, a, b)).is_empty());
         assert_eq!(run(&mut order, &nest(2, b, a))[0].id, "K-04");
+        let (c, d) = ((0x130, MmapWrite), (0x140, MmapRead));
+        run(&mut order, &nest(1, b, c));
+        run(&mut order, &nest(2, c, d));
+        let circle = run(&mut order, &nest(1, d, a));
+        assert_eq!(circle[0].finding.details.len(), 4, "{circle:?}");
         // Another schedule has its own locks.
         order.reset();
         assert!(run(&mut order, &nest(2, b, a)).is_empty());

@@ -55,7 +55,7 @@ impl<A: Arch> Kernel<A> {
             // Release: pairs with the Acquire in `mm_by_id`.
             root.mms.store(mm, Release);
         }
-        self.event(EventKind::MmCreate, [id, pgd, 0, 0, 0]);
+        self.event(EventKind::MmCreate, [id, pgd, mm.0, 0, 0]);
         Ok(mm)
     }
 

@@ -6,7 +6,7 @@
 //! (Linux's pte_offset_map_lock, whose tables may go by pte_free_defer). No flush waits for this walk: its CPU need not have the
 //! mm loaded.
 
-use abi::channel::EventKind;
+use abi::channel::Walker;
 use abi::objects::Mm;
 use abi::point::Point;
 use abi::syscall::Errno;
@@ -25,10 +25,10 @@ impl<A: Arch> Kernel<A> {
     pub(crate) fn peek(&self, id: u64, gva: u64) -> Result<u64, Errno> {
         let section = self.rcu_read();
         let mm = self.mm_by_id(&section, id).ok_or(Errno::ESRCH)?;
-        let walk = [id, gva, 0, 0, 0];
-        self.event(EventKind::WalkBegin, walk);
-        let word = self.peek_in(&section, self.obj(mm), gva);
-        self.event(EventKind::WalkEnd, walk);
+        let mm = self.obj(mm);
+        self.walk_begins(mm, gva, Walker::Peek);
+        let word = self.peek_in(&section, mm, gva);
+        self.walk_ends(mm, gva, Walker::Peek);
         word.ok_or(Errno::EFAULT)
     }
 

@@ -45,7 +45,7 @@ struct Section {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Rcu {
     /// By vCPU.
     sections: FxHashMap<usize, Section>,
@@ -168,6 +168,9 @@ impl Rcu {
 }
 
 impl Monitor for Rcu {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
         self.reset();
     }

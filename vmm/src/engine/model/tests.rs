@@ -107,7 +107,7 @@ fn grace_periods_wait_for_readers_and_end() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 13] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 14] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),

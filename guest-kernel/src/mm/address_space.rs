@@ -5,7 +5,9 @@
 //! one for every CPU that has it loaded, lazy or not; the last one frees the level-4 table and the
 //! object. So a CPU never has a freed table in CR3.
 
-use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+#[cfg(feature = "testbed")]
+use core::sync::atomic::Ordering::Acquire;
+use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 
 use abi::boot::Segment;
 use abi::channel::EventKind;

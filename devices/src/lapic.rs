@@ -9,6 +9,8 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::{Device, Effect};
 
 /// An IPI that a vCPU has asked for.
@@ -59,7 +61,7 @@ const SVR_ENABLE: u32 = 1 << 8;
 const LVT_MASKED: u32 = 1 << 16;
 
 /// A set of vectors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Vectors([u32; 8]);
 
 impl Vectors {
@@ -79,9 +81,9 @@ impl Vectors {
     }
 }
 
-/// State of one local APIC after reset.
-#[derive(Clone, Debug)]
-struct LocalApic {
+/// One local APIC.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalApic {
     tpr: u32,
     ldr: u32,
     dfr: u32,
@@ -140,6 +142,21 @@ impl LocalApics {
     pub fn new(cpus: usize) -> Self {
         Self {
             apics: (0..cpus).map(|_| Mutex::new(LocalApic::new())).collect(),
+        }
+    }
+
+    /// Every CPU's local APIC as it is now.
+    #[must_use]
+    pub fn state(&self) -> Vec<LocalApic> {
+        (0..self.apics.len())
+            .map(|cpu| self.lock(cpu).clone())
+            .collect()
+    }
+
+    /// Puts every CPU's local APIC back; those that `state` leaves out stay as they are.
+    pub fn set_state(&self, state: &[LocalApic]) {
+        for (cpu, apic) in state.iter().take(self.apics.len()).enumerate() {
+            self.lock(cpu).clone_from(apic);
         }
     }
 

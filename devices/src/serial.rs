@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::io::Write;
 use std::sync::{Mutex, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use crate::bus::{Device, Effect};
@@ -21,6 +21,11 @@ impl Trigger for NoInterrupt {
 
 type Port = Serial<NoInterrupt, NoEvents, Box<dyn Write + Send>>;
 
+/// The registers of a [`SerialPort`], in the order of vm-superio's `SerialState`. Nothing is ever put
+/// into its receive buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SerialRegisters([u8; 9]);
+
 /// A serial port that writes what the guest sends to a sink.
 pub struct SerialPort {
     port: Mutex<Port>,
@@ -32,6 +37,65 @@ impl SerialPort {
     pub fn new(sink: Box<dyn Write + Send>) -> Self {
         Self {
             port: Mutex::new(Serial::new(NoInterrupt, sink)),
+        }
+    }
+
+    /// Its registers now.
+    #[must_use]
+    pub fn registers(&self) -> SerialRegisters {
+        let state = self.with(|port| port.state());
+        SerialRegisters([
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ])
+    }
+
+    /// A port with these registers whose output goes to `sink`.
+    #[must_use]
+    pub fn with_registers(registers: SerialRegisters, sink: Box<dyn Write + Send>) -> Self {
+        let [
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ] = registers.0;
+        let state = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: Vec::new(),
+        };
+        let port = Serial::from_state(&state, NoInterrupt, NoEvents, sink)
+            .expect("an empty receive buffer is not too long");
+        Self {
+            port: Mutex::new(port),
+        }
+    }
+
+    /// Puts the registers back.
+    pub fn set_registers(&self, registers: SerialRegisters, sink: Box<dyn Write + Send>) {
+        if self.registers() != registers {
+            let Self { port } = Self::with_registers(registers, sink);
+            let port = port.into_inner().unwrap_or_else(PoisonError::into_inner);
+            self.with(|old| *old = port);
         }
     }
 

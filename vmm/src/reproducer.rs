@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::boot;
+use crate::engine::Window;
 use crate::explore::{Actor, Schedule};
-use crate::scenario::{self, Scenario, ScenarioError};
+use crate::scenario::{self, Scenario, ScenarioError, values};
 
 /// Version of the format.
 const FORMAT: u32 = 1;
@@ -32,6 +33,12 @@ pub struct Reproducer {
     pub digest: String,
     /// `0:12 1:5 i1`: vCPU 0 for 12 points, vCPU 1 for 5, then what is in flight to vCPU 1 arrives.
     schedule: String,
+    /// Where instructions were scheduling points: `flush-issue:1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    window: Option<String>,
+    /// All invariants looked at every point.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub check_every_point: bool,
     /// The scenario, as a scenario file.
     scenario: String,
 }
@@ -104,8 +111,36 @@ impl Reproducer {
             events,
             digest,
             schedule: schedule_text(schedule),
+            window: None,
+            check_every_point: false,
             scenario: scenario.to_toml(),
         }
+    }
+
+    /// One that is checked at every point, or not.
+    #[must_use]
+    pub fn with_check(self, check_every_point: bool) -> Self {
+        Self {
+            check_every_point,
+            ..self
+        }
+    }
+
+    /// One whose schedule counts instructions too.
+    #[must_use]
+    pub fn with_window(self, window: Option<Window>) -> Self {
+        Self {
+            window: window.map(|window| window.to_string()),
+            ..self
+        }
+    }
+
+    /// Where instructions are scheduling points.
+    #[must_use]
+    pub fn window(&self) -> Option<Window> {
+        self.window
+            .as_deref()
+            .and_then(|text| values::window(text).ok())
     }
 
     /// Reads the file at `path`. `any_kernel`: also where it belongs to another kernel.
@@ -145,6 +180,9 @@ impl Reproducer {
                 theirs: this.kernel,
                 ours: boot::kernel_hash().into(),
             });
+        }
+        if let Some(Err(error)) = this.window.as_deref().map(values::window) {
+            return Err(malformed(format!("its window: {error}")));
         }
         let schedule = parse_schedule(&this.schedule)
             .map_err(|word| malformed(format!("`{word}` in its schedule is no step (0:12, i1)")))?;

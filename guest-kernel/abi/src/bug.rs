@@ -56,6 +56,17 @@ bugs! {
     /// A copy-on-write fault puts the new page in place, drops the page-table lock and gives the old
     /// frame back before it flushes (class C1): other CPUs still read the old frame.
     CowFreeBeforeFlush = 10, "cow-free-before-flush";
+    /// Flushes are numbered with a load and a store where a locked add belongs: two flushers of one mm can
+    /// get one number, and who has flushed for the first takes the second for done. No scheduling
+    /// point lies between the two: only instruction-granular schedules find it.
+    TlbGenPlainAdd = 11, "tlb-gen-plain-add";
+    /// munmap and madvise count a mapping less only after they have dropped the page-table lock under which
+    /// they cleared its entry: an rmap walk in between counts fewer entries than mappings.
+    MapcountAfterUnlock = 12, "mapcount-after-unlock";
+    /// A CPU that was lazy in one mm and switches to another still counts as lazy when it has loaded the new
+    /// CR3: who changes entries of the new mm in that window passes it by (class C5). This kernel had it, until
+    /// exploration found it in its 60,306th schedule of `litmus-fork`.
+    SwitchClearsLazyLate = 13, "switch-clears-lazy-late";
 }
 
 /// A set of seeded bugs.

@@ -238,14 +238,13 @@ events! {
     CpumaskSet = 30, "cpumask-set", ["mm"];
     CpumaskClear = 31, "cpumask-clear", ["mm"];
     TlbGen = 32, "tlb-gen", ["mm", "gen"];
-    MmCount = 33, "mm-count", ["mm", "count", "users"];
+    MmCount = 33, "mm-count", ["mm", "count"];
     VmaAlloc = 34, "vma-alloc", ["vma", "generation"];
     VmaFree = 35, "vma-free", ["vma", "generation"];
     VmaFound = 36, "vma-found", ["mm", "vma", "gva"];
     WalkBegin = 37, "walk-begin", ["mm", "gva"];
     WalkEnd = 38, "walk-end", ["mm", "gva"];
-    FolioMapped = 39, "folio-mapped", ["frame", "mm", "gva"];
-    FolioUnmapped = 40, "folio-unmapped", ["frame", "mm", "gva"];
+    MmUsers = 39, "mm-users", ["mm", "users"];
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
 }

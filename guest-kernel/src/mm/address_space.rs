@@ -58,16 +58,22 @@ impl<A: Arch> Kernel<A> {
 
     /// Adds a user: a thread that shares the address space.
     pub fn mm_get(&self, mm: Pa<Mm>) {
-        let before = self.obj(mm).users.fetch_add(1, Relaxed);
+        let space = self.obj(mm);
+        let before = space.users.fetch_add(1, Relaxed);
         assert!(before > 0, "mm {mm:?} used after its end");
+        let users = u64::from(before) + 1;
+        self.event(EventKind::MmUsers, [space.id.get(), users, 0, 0, 0]);
     }
 
     /// Removes a user; the last one unmaps everything.
     pub fn mm_put(&self, mm: Pa<Mm>) {
         let space = self.obj(mm);
+        // Read first: whoever is not the last user must not touch it after this.
+        let id = space.id.get();
         // AcqRel: the last user sees what all others did.
         let before = space.users.fetch_sub(1, AcqRel);
         assert!(before > 0, "mm {mm:?} put once too often");
+        self.event(EventKind::MmUsers, [id, u64::from(before) - 1, 0, 0, 0]);
         if before == 1 {
             self.point(Point::MmExit, [space.id.get(), 0]);
             self.exit_mmap(mm);
@@ -77,15 +83,22 @@ impl<A: Arch> Kernel<A> {
 
     /// Takes a reference that keeps the object and its level-4 table, not its mappings.
     pub fn mm_grab(&self, mm: Pa<Mm>) {
-        let before = self.obj(mm).count.fetch_add(1, Relaxed);
+        self.point(Point::RefcountChange, [mm.0, 1]);
+        let space = self.obj(mm);
+        let before = space.count.fetch_add(1, Relaxed);
         assert!(before > 0, "mm {mm:?} grabbed after it was freed");
+        let count = u64::from(before) + 1;
+        self.event(EventKind::MmCount, [space.id.get(), count, 0, 0, 0]);
     }
 
     /// Gives such a reference up; the last one frees the mm.
     pub fn mm_drop(&self, mm: Pa<Mm>) {
         let space = self.obj(mm);
+        self.point(Point::RefcountChange, [mm.0, 0]);
+        let id = space.id.get();
         let before = space.count.fetch_sub(1, AcqRel);
         assert!(before > 0, "mm {mm:?} dropped once too often");
+        self.event(EventKind::MmCount, [id, u64::from(before) - 1, 0, 0, 0]);
         if before > 1 {
             return;
         }

@@ -91,6 +91,21 @@ impl<A: Arch> Kernel<A> {
             return Err(FaultError::Access);
         }
         self.anon_vma_prepare(mm, vma)?;
+        let walk = [self.obj(mm).id.get(), gva, 0, 0, 0];
+        self.event(EventKind::WalkBegin, walk);
+        let result = self.fault_in_table(mm, vma, gva, error);
+        self.event(EventKind::WalkEnd, walk);
+        result
+    }
+
+    /// The same where the VMA permits it.
+    fn fault_in_table(
+        &self,
+        mm: Pa<Mm>,
+        vma: Pa<Vma>,
+        gva: u64,
+        error: u64,
+    ) -> Result<(), FaultError> {
         let table = self.leaf_table_alloc(mm, gva)?;
         let slot = Slot::new(table, 1, gva);
         let fault = Faulting {

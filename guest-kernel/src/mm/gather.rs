@@ -120,7 +120,9 @@ impl<A: Arch> Kernel<A> {
                 return end;
             };
             self.set_pte(mm, found, Slot::new(table, 1, found), entry, Pte::NONE);
-            self.folio_unmap(entry.address());
+            if !self.config.bugs.has(Bug::MapcountAfterUnlock) {
+                self.folio_unmap(entry.address());
+            }
             gather.add_frame(entry.address(), found);
             self.point(Point::PteClear, [mm.id.get(), found]);
             gva = found + PAGE_SIZE;
@@ -158,6 +160,9 @@ impl<A: Arch> Kernel<A> {
 
     fn free_gathered_frames(&self, gather: &mut Gather) {
         for &gpa in &gather.frames[..gather.nr_frames] {
+            if self.config.bugs.has(Bug::MapcountAfterUnlock) {
+                self.folio_unmap(gpa);
+            }
             self.folio_put(gpa);
         }
         gather.nr_frames = 0;

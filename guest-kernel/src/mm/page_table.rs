@@ -136,10 +136,11 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// The code of the fault.
     pub(crate) fn check_access(&self, mm: &Mm, gva: u64, error: u64) -> Result<(), u64> {
-        let Ok(table) = self.leaf_table(mm, gva) else {
-            return Err(error);
-        };
-        let entry = self.read_pte(Slot::new(table, 1, gva));
+        let walk = [mm.id.get(), gva, 0, 0, 0];
+        self.event(EventKind::WalkBegin, walk);
+        let table = self.leaf_table(mm, gva);
+        let entry = table.map_or(Pte::NONE, |table| self.read_pte(Slot::new(table, 1, gva)));
+        self.event(EventKind::WalkEnd, walk);
         if !entry.is_present() {
             return Err(error);
         }
@@ -218,7 +219,11 @@ impl<A: Arch> Kernel<A> {
             let size = level_size(level);
             let next = ((gva & !(size - 1)) + size).min(end);
             if let Some(table) = table {
-                f(table, gva, next)?;
+                let walk = [mm.id.get(), gva, 0, 0, 0];
+                self.event(EventKind::WalkBegin, walk);
+                let result = f(table, gva, next);
+                self.event(EventKind::WalkEnd, walk);
+                result?;
             }
             gva = next;
         }

@@ -7,6 +7,7 @@
 
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
+use abi::channel::EventKind;
 use abi::layout::PAGE_SHIFT;
 use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Vma};
 use abi::pte::Pte;
@@ -203,14 +204,16 @@ impl<A: Arch> Kernel<A> {
             }
             let gva = start + ((index - pgoff) << PAGE_SHIFT);
             let mm = area.mm.get();
-            let Ok(table) = self.leaf_table(self.obj(mm), gva) else {
-                continue;
-            };
-            let _guard = self.lock_table(table);
-            let entry = self.read_pte(Slot::new(table, 1, gva));
-            if entry.is_present() && entry.address() == gpa {
-                f(mm, vma, gva, entry);
+            let walk = [self.obj(mm).id.get(), gva, 0, 0, 0];
+            self.event(EventKind::WalkBegin, walk);
+            if let Ok(table) = self.leaf_table(self.obj(mm), gva) {
+                let _guard = self.lock_table(table);
+                let entry = self.read_pte(Slot::new(table, 1, gva));
+                if entry.is_present() && entry.address() == gpa {
+                    f(mm, vma, gva, entry);
+                }
             }
+            self.event(EventKind::WalkEnd, walk);
         }
     }
 

@@ -117,7 +117,14 @@ impl<A: Arch> Kernel<A> {
     /// `cpumask` and `lazy` that follow.
     fn flush_issue(&self, mm: Pa<Mm>, start: u64, end: u64) -> Flush {
         self.point(Point::FlushIssue, [self.obj(mm).id.get(), start]);
-        let tlb_gen = self.obj(mm).tlb_gen.fetch_add(1, SeqCst) + 1;
+        let counter = &self.obj(mm).tlb_gen;
+        let tlb_gen = if self.config.bugs.has(Bug::TlbGenPlainAdd) {
+            let next = counter.load(SeqCst) + 1;
+            counter.store(next, SeqCst);
+            next
+        } else {
+            counter.fetch_add(1, SeqCst) + 1
+        };
         self.event(EventKind::TlbGen, [self.obj(mm).id.get(), tlb_gen, 0, 0, 0]);
         Flush {
             mm,
@@ -239,6 +246,11 @@ impl<A: Arch> Kernel<A> {
         }
         self.mm_grab(next);
         let (space, bit) = (self.obj(next), 1 << self.arch.cpu());
+        let lazy_late = self.config.bugs.has(Bug::SwitchClearsLazyLate);
+        if !lazy_late {
+            // SeqCst, before it is in the cpumask: a flusher that finds it there must not pass it by as lazy.
+            cpu.lazy.store(0, SeqCst);
+        }
         let late = self.config.bugs.has(Bug::Cr3BeforeCpumask);
         if !late {
             self.join_cpumask(space, bit);
@@ -251,7 +263,9 @@ impl<A: Arch> Kernel<A> {
         }
         cpu.loaded_mm.set(next);
         cpu.tlb_gen.set(tlb_gen);
-        cpu.lazy.store(0, SeqCst);
+        if lazy_late {
+            cpu.lazy.store(0, SeqCst);
+        }
         self.forget_mm(prev, bit);
     }
 

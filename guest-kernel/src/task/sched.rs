@@ -289,6 +289,7 @@ impl<A: Arch> Kernel<A> {
             self.arch.exit(wait::shell(status));
         }
         loop {
+            self.point(Point::IdleEnter, [self.arch.cpu() as u64, 0]);
             self.arch.wait_for_interrupt();
         }
     }

@@ -11,6 +11,8 @@
 //! | `unmap` | munmaps A, maps B, which takes A's frames, stamps and checks B | reads and writes A | an access to A that works once munmap has returned, a foreign value in A, a change in B |
 //! | `protect` | mprotects A to read-only | writes A | a write that works once mprotect has returned |
 //! | `dontneed` | madvise(DONTNEED) of A, then reads it | the same | the old value after one's own call |
+//! | `apart` | madvise(DONTNEED) of A's first page, then reads both | the same with the second | the old value of a page whose call has returned |
+//! | `wake` | wakes the other, whose CPU idles after another process has exited there, and munmaps A | sleeps, then reads A | as `unmap` |
 //! | `lazy` | munmaps A while the other's CPU idles, maps B, wakes it | sleeps, then reads A | as `unmap` |
 //! | `lazy-tables` | the same, and A's page tables go too | the same | the same, or a walk of a freed table |
 //! | `switch` | munmaps A, maps B | reads A, yields to another process on its CPU, reads A | as `unmap` |
@@ -36,8 +38,8 @@ pub(super) const PROGRAM: Program = Program {
     args: &[
         Arg {
             name: "test",
-            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap",
-            range: 0..=8,
+            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart|wake",
+            range: 0..=10,
             help: "which race",
         },
         Arg {
@@ -67,9 +69,11 @@ enum Test {
     Cow,
     Fork,
     Remap,
+    Apart,
+    Wake,
 }
 
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 11] = [
     Test::Unmap,
     Test::Protect,
     Test::Dontneed,
@@ -79,12 +83,14 @@ const TESTS: [Test; 9] = [
     Test::Cow,
     Test::Fork,
     Test::Remap,
+    Test::Apart,
+    Test::Wake,
 ];
 
 impl Test {
-    /// The other thread sleeps until the leader is done.
+    /// The other thread sleeps until the leader is done, or in `wake` until it begins.
     fn sleeps(self) -> bool {
-        matches!(self, Self::Lazy | Self::LazyTables)
+        matches!(self, Self::Lazy | Self::LazyTables | Self::Wake)
     }
     /// Pages behind the raced ones, which stay: they keep the page tables.
     fn spare_pages(self) -> u64 {
@@ -105,6 +111,8 @@ struct Shared {
     go: AtomicU64,
     /// The leader's call has returned.
     done: AtomicU64,
+    /// In `apart`: the call of the leader, and that of the other thread, has returned.
+    dropped: [AtomicU64; 2],
     findings: Findings,
 }
 
@@ -123,13 +131,16 @@ fn subject(page: u64) -> u64 {
 }
 
 pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
+    let test = TESTS[args.number("test") as usize];
+    let least = if test == Test::Apart { 2 } else { 1 };
     let shared = Shared {
-        test: TESTS[args.number("test") as usize],
-        pages: args.number("pages"),
+        test,
+        pages: args.number("pages").max(least),
         passes: args.number("passes"),
         ready: AtomicU64::new(0),
         go: AtomicU64::new(0),
         done: AtomicU64::new(0),
+        dropped: [AtomicU64::new(0), AtomicU64::new(0)],
         findings: Findings::default(),
     };
     let findings = &shared.findings;
@@ -150,6 +161,13 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         let child = match shared.test {
             Test::Switch => Some(bystander(sys, findings, 1, 4 * shared.passes)),
             Test::Cow => Some(bystander(sys, findings, 2, 1)),
+            Test::Wake => {
+                // Its end leaves the other thread's CPU lazy in an mm that is no longer the team's.
+                if let Some(pid) = bystander(sys, findings, 1, 0) {
+                    findings.reap(sys, pid);
+                }
+                None
+            }
             _ => None,
         };
         if shared.test == Test::Cow {
@@ -162,9 +180,11 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         // Before the schedule begins, so that whoever runs first does not have to wait.
         shared.go.store(GO, Ordering::Release);
         sys.begin();
-        lead(sys, &shared);
-        shared.done.store(1, Ordering::Release);
-        after(sys, &shared);
+        if lead(sys, &shared) {
+            shared.done.store(1, Ordering::Release);
+            after(sys, &shared);
+        }
+        wake(sys, &shared);
         if let Some(pid) = child.flatten() {
             findings.reap(sys, pid);
         }
@@ -202,21 +222,30 @@ fn write<S: Sys>(sys: &S, findings: &Findings, gva: u64, tag: Tag) {
     }
 }
 
-/// The call that is raced with.
-fn lead<S: Sys>(sys: &S, shared: &Shared) {
+/// The call that is raced with. False where it was refused, so that nothing has changed.
+fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = match shared.test {
         Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Remap => {
             sys.munmap(SUBJECT_GVA, bytes)
         }
+        Test::Wake => {
+            shared.ready.store(2, Ordering::Release);
+            sys.futex_wake(&shared.ready);
+            sys.munmap(SUBJECT_GVA, bytes)
+        }
         Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
         Test::Dontneed => return drop_and_look(sys, shared),
+        Test::Apart => {
+            drop_one_look_at_both(sys, shared, 0);
+            return true;
+        }
         Test::Cow => {
             for page in 0..shared.pages {
                 write(sys, findings, subject(page), tag(Region::Subject, 1, page));
             }
-            return;
+            return true;
         }
         Test::Fork => {
             let (pages, passes) = (shared.pages, shared.passes);
@@ -226,10 +255,18 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
                     must(sys, findings, 0, 0, Err(errno));
                 }
             }
-            return;
+            return true;
         }
     };
-    must(sys, findings, SUBJECT_GVA, 0, result);
+    must(sys, findings, SUBJECT_GVA, 0, result)
+}
+
+/// Wakes the other thread where it sleeps until the leader is done.
+fn wake<S: Sys>(sys: &S, shared: &Shared) {
+    if shared.test.sleeps() && shared.ready.load(Ordering::Acquire) != 2 {
+        shared.ready.store(2, Ordering::Release);
+        sys.futex_wake(&shared.ready);
+    }
 }
 
 /// What the leader does once its call has returned: memory that takes the frames of A shows a write
@@ -237,7 +274,7 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) {
 fn after<S: Sys>(sys: &S, shared: &Shared) {
     if !matches!(
         shared.test,
-        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables
+        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Wake
     ) {
         return;
     }
@@ -250,10 +287,7 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
         let gva = address(base, page, 0);
         write(sys, findings, gva, tag(Region::Reuse, 0, page));
     }
-    if shared.test.sleeps() {
-        shared.ready.store(2, Ordering::Release);
-        sys.futex_wake(&shared.ready);
-    }
+    wake(sys, shared);
     for page in 0..shared.pages {
         let gva = address(base, page, 0);
         let expected = tag(Region::Reuse, 0, page).encode();
@@ -265,17 +299,42 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
     }
 }
 
-/// madvise(DONTNEED), after which no read may give what was there before.
-fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) {
+/// madvise(DONTNEED), after which no read may give what was there before. False where it was refused.
+fn drop_and_look<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = sys.madvise(SUBJECT_GVA, bytes, advice::DONTNEED);
-    must(sys, findings, SUBJECT_GVA, 0, result);
+    if !must(sys, findings, SUBJECT_GVA, 0, result) {
+        return false;
+    }
     for page in 0..shared.pages {
         match sys.read(subject(page)) {
             Ok(0) => {}
             Ok(found) => findings.report(sys, ForeignFrame, subject(page), 0, found),
             Err(_) => findings.report(sys, WrongPermission, subject(page), 0, 0),
+        }
+    }
+    true
+}
+
+/// Drops page `mine` of the first two; what of either is gone must not be seen any more.
+fn drop_one_look_at_both<S: Sys>(sys: &S, shared: &Shared, mine: usize) {
+    let findings = &shared.findings;
+    let result = sys.madvise(subject(mine as u64), PAGE_SIZE, advice::DONTNEED);
+    if must(sys, findings, subject(mine as u64), 0, result) {
+        shared.dropped[mine].store(1, Ordering::Release);
+    }
+    for _ in 0..shared.passes {
+        for (page, dropped) in shared.dropped.iter().enumerate() {
+            let gone = dropped.load(Ordering::Acquire) != 0;
+            let gva = subject(page as u64);
+            match sys.read(gva) {
+                Ok(found) if gone && found != 0 => {
+                    findings.report(sys, ForeignFrame, gva, 0, found);
+                }
+                Ok(_) => {}
+                Err(_) => findings.report(sys, WrongPermission, gva, 0, 0),
+            }
         }
     }
 }
@@ -324,7 +383,10 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
         }
     }
     match shared.test {
-        Test::Dontneed => drop_and_look(sys, shared),
+        Test::Dontneed => {
+            drop_and_look(sys, shared);
+        }
+        Test::Apart => drop_one_look_at_both(sys, shared, 1),
         Test::Remap => remap(sys, shared),
         Test::Cow => watch(sys, shared),
         _ => access(sys, shared),
@@ -421,10 +483,12 @@ mod tests {
     use crate::native;
     use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
 
-    const TESTS: [&str; 9] = [
+    const TESTS: [&str; 11] = [
         "unmap",
         "protect",
         "dontneed",
+        "apart",
+        "wake",
         "lazy",
         "lazy-tables",
         "switch",

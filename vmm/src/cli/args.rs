@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use abi::boot::InterruptMode;
 use abi::bug::Bug;
+use abi::failpoint::Failpoint;
 use abi::point::Point;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::scenario::{CheckWhen, values};
+use crate::engine::Window;
+use crate::inject::{Delay, IpiFault};
+use crate::scenario::{CheckWhen, Fail, values};
 
 const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
 
@@ -76,10 +79,12 @@ pub enum Command {
     Explore(Explore),
     /// Run what a reproducer file says again, step by step
     Replay(Replay),
+    /// Save a scenario's machine at the start of its schedules, so that explore need not boot it
+    Snapshot(Snapshot),
     /// Record the memory calls of a real program (needs strace)
     #[command(after_help = RECORD_EXAMPLES)]
     Record(Record),
-    /// List what can be named: programs, params, bugs, points, invariants, scenarios
+    /// List what can be named: programs, params, bugs, points, failpoints, invariants, scenarios
     List(List),
 }
 
@@ -88,6 +93,8 @@ Examples:
   stalemate explore litmus-unmap                                 10,000 schedules in this process
   stalemate explore litmus-unmap --bug shootdown-skip-remote     finds it, writes a reproducer
   stalemate explore litmus-cow --engine kvm --schedules 200      the same kernel on real vCPUs
+  stalemate explore litmus-cow --engine both --confirm 50        in process, then confirmed on vCPUs
+  stalemate explore litmus-fork --fail-any frame-alloc           one allocation of each schedule fails
   stalemate replay out/litmus-unmap-t-01.repro --times 1000      bit for bit, 1000 times
 
 A schedule says who runs for how many scheduling points. On the model engine the kernel runs inside this
@@ -102,35 +109,57 @@ pub enum ExploreStrategy {
     Pct,
     /// Everybody in turn, with a growing quantum
     RoundRobin,
+    /// All with few preemptions, but for those that differ in the order of independent steps only
+    Exhaustive,
+}
+
+/// What executes the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engines {
+    /// The kernel inside this process
+    Model,
+    /// The kernel image on vCPUs
+    Kvm,
+    /// The model, and what it shows is compared with vCPUs
+    Both,
 }
 
 /// `explore`.
 #[derive(Args, Debug)]
 #[command(override_usage = "stalemate explore [OPTIONS] <SCENARIO>")]
 pub struct Explore {
-    /// A scenario file, or the name of one in scenarios/
+    /// A scenario file, the name of one in scenarios/, or a file that `snapshot` wrote
     #[arg(required_unless_present = "json")]
     pub scenario: Option<PathBuf>,
-    /// What executes the kernel
-    #[arg(
-        long,
-        value_enum,
-        default_value = "model",
-        help_heading = "Exploration"
-    )]
-    pub engine: crate::engine::EngineKind,
+    /// What executes the kernel [default: model, and kvm for a snapshot]
+    #[arg(long, value_enum, help_heading = "Exploration")]
+    pub engine: Option<Engines>,
+    /// `--engine both`: clean schedules that are run on vCPUs too, beside all that fail [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Exploration")]
+    pub confirm: Option<usize>,
     /// How schedules are chosen
     #[arg(long, value_enum, default_value = "pct", help_heading = "Exploration")]
     pub strategy: ExploreStrategy,
     /// PCT: ordering constraints that a bug may need
     #[arg(long, value_name = "D", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=10), help_heading = "Exploration")]
     pub depth: u64,
-    /// Schedules to try
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Exploration")]
-    pub schedules: u64,
+    /// Exhaustive: preemptions that a schedule may have
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 2,
+        help_heading = "Exploration"
+    )]
+    pub preemptions: u32,
+    /// Schedules to try [default: 10000, and all for exhaustive]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Exploration")]
+    pub schedules: Option<u64>,
     /// Stop after this time: 30s, 10m
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Exploration")]
     pub time_limit: Option<Duration>,
+    /// Makes every Kth instruction behind these points a scheduling point too (engine kvm)
+    #[arg(long, value_name = "POINT,…:K", value_parser = window, help_heading = "Exploration")]
+    pub window: Option<Window>,
     /// Engines that run at once
     #[arg(
         long,
@@ -142,6 +171,21 @@ pub struct Explore {
     /// Go on after a failure
     #[arg(long, help_heading = "Exploration")]
     pub keep_going: bool,
+    /// This passage of a failpoint fails in every schedule; repeatable (`list failpoints`)
+    #[arg(long = "fail", value_name = "NAME@VCPU:N", value_parser = fail, help_heading = "Failures")]
+    pub fails: Vec<Fail>,
+    /// In each schedule one passage of this failpoint fails, drawn from the seed; repeatable
+    #[arg(long = "fail-any", value_name = "NAME", value_parser = failpoint, help_heading = "Failures")]
+    pub fail_any: Vec<Failpoint>,
+    /// When all invariants look at the state: at the end of every --state-every-th schedule, or at every point
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        default_value = "end",
+        help_heading = "Checks"
+    )]
+    pub check: CheckWhen,
     /// Replay every Nth schedule and compare all events (0: none)
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
     pub verify: u64,
@@ -155,6 +199,27 @@ pub struct Explore {
         default_value = "out",
         help_heading = "Output"
     )]
+    pub out: PathBuf,
+    /// Write the execution as a timeline for Perfetto or chrome://tracing: the first failure, minimised, or one that is well
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub trace: Option<PathBuf>,
+    /// Overrides.
+    #[command(flatten)]
+    pub machine: MachineOptions,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `snapshot`.
+#[derive(Args, Debug)]
+#[command(override_usage = "stalemate snapshot [OPTIONS] --out <FILE> <SCENARIO>")]
+pub struct Snapshot {
+    /// A scenario file, or the name of one in scenarios/
+    #[arg(required_unless_present = "json")]
+    pub scenario: Option<PathBuf>,
+    /// Where it goes; nothing is overwritten
+    #[arg(short, long, value_name = "FILE")]
     pub out: PathBuf,
     /// Overrides.
     #[command(flatten)]
@@ -170,9 +235,9 @@ pub struct Replay {
     /// Reproducers that explore wrote
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// What executes the kernel
-    #[arg(long, value_enum, default_value = "model")]
-    pub engine: crate::engine::EngineKind,
+    /// What executes the kernel [default: model, and kvm where instructions were scheduled]
+    #[arg(long, value_enum)]
+    pub engine: Option<Engines>,
     /// Replay this often and compare
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub times: u64,
@@ -185,6 +250,9 @@ pub struct Replay {
     /// Without the story
     #[arg(long)]
     pub brief: bool,
+    /// Write the execution as a timeline for Perfetto or chrome://tracing; of one reproducer
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub trace: Option<PathBuf>,
     /// `--json`.
     #[command(flatten)]
     pub json: Json,
@@ -292,6 +360,15 @@ pub struct Run {
     /// When to check the invariants
     #[arg(long, value_enum, value_name = "WHEN")]
     pub check: Option<CheckWhen>,
+    /// Record all events and judge them by the TLB model and the other monitors of `explore`
+    #[arg(long, help_heading = "Parallel runs")]
+    pub monitor: bool,
+    /// Make a vCPU wait at a point: pte-clear=50us, flush-issue@0/3=0..200us, pte-clear=until:flush-sync@1
+    #[arg(long = "delay", value_name = "POINT=HOW", value_parser = delay, help_heading = "Parallel runs")]
+    pub delays: Vec<Delay>,
+    /// Lose, repeat, reorder or delay IPIs: drop/100, dup, reorder@1, delay/2=100us (controlled interrupts)
+    #[arg(long = "ipi", value_name = "FAULT", value_parser = ipi_fault, help_heading = "Parallel runs")]
+    pub ipis: Vec<IpiFault>,
     /// Repeat until a run is not clean, at most N times
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
@@ -390,6 +467,8 @@ pub enum Listed {
     Bugs,
     /// Scheduling points
     Points,
+    /// Failpoints: operations of the kernel that can be made to fail
+    Failpoints,
     /// Invariants that are checked
     Invariants,
     /// Scenario files
@@ -434,6 +513,20 @@ fn memory(text: &str) -> Result<u64, String> {
     values::memory(text).map_err(|refused| refused.to_string())
 }
 
+fn delay(text: &str) -> Result<Delay, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn ipi_fault(text: &str) -> Result<IpiFault, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn window(text: &str) -> Result<Window, String> {
+    values::window(text).map_err(|refused| refused.to_string())
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     values::duration(text).map_err(|refused| refused.to_string())
 }
@@ -444,6 +537,15 @@ fn address(text: &str) -> Result<u64, String> {
 
 fn bug(text: &str) -> Result<Bug, String> {
     values::bug(text).map_err(|refused| refused.to_string())
+}
+
+fn fail(text: &str) -> Result<Fail, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn failpoint(text: &str) -> Result<Failpoint, String> {
+    values::failpoint(text).map_err(|refused| refused.to_string())
 }
 
 fn param(text: &str) -> Result<(String, String), String> {

@@ -17,6 +17,7 @@ use crate::reproducer::ReproducerError;
 use crate::scenario::ScenarioError;
 use crate::scenario::record::RecordError;
 use crate::session::MachineError;
+use crate::snapshot::SnapshotError;
 
 /// Why a command ended without a verdict.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,9 @@ pub(super) enum Failure {
     /// The reproducer is refused.
     #[error(transparent)]
     Reproducer(#[from] ReproducerError),
+    /// The snapshot is refused, or not written.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// A result cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -95,6 +99,8 @@ impl Failure {
                 DriverError::Nondeterminism { .. } => Exit::Internal,
             },
             Self::Reproducer(_) => Exit::BadInput,
+            Self::Snapshot(SnapshotError::Memory(_)) => Exit::Internal,
+            Self::Snapshot(_) => Exit::BadInput,
             Self::Inspect(_) => Exit::GuestFailed,
             Self::Record(error) => match error {
                 RecordError::NoCommand
@@ -126,7 +132,7 @@ impl Failure {
             Self::Record(RecordError::Exists(_)) => {
                 let _ = writeln!(text, "  {} --force replaces it", paint.bold("help:"));
             }
-            Self::Machine(_) if self.exit() == Exit::HostCannot => {
+            Self::Machine(_) | Self::Explore(_) if self.exit() == Exit::HostCannot => {
                 let _ = write!(text, "{}", lab::advice(paint));
             }
             _ => {}
@@ -148,6 +154,7 @@ fn of_machine_error(error: &MachineError) -> Exit {
         MachineError::Memory(_)
         | MachineError::Kvm { .. }
         | MachineError::Vcpu(_)
+        | MachineError::NotSaved
         | MachineError::Timeout { .. }
         | MachineError::Io { .. } => Exit::Internal,
     }

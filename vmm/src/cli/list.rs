@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use abi::bug::Bug;
+use abi::failpoint::Failpoint;
 use abi::param::PARAMS;
 use abi::point::Point;
 use serde::Serialize;
@@ -60,8 +61,14 @@ fn entries(what: Listed) -> Vec<Entry> {
             .iter()
             .map(|point| entry(point.name(), String::new(), point.help()))
             .collect(),
+        Listed::Failpoints => Failpoint::ALL
+            .iter()
+            .map(|failpoint| entry(failpoint.name(), String::new(), failpoint.help()))
+            .collect(),
         Listed::Invariants => crate::check::all()
-            .map(|invariant| entry(invariant.id, String::new(), invariant.predicate))
+            .map(|invariant| (invariant.id, invariant.predicate))
+            .chain(crate::check::stream::rules().copied())
+            .map(|(id, predicate)| entry(id, String::new(), predicate))
             .collect(),
         Listed::Scenarios => scenario::available()
             .into_iter()

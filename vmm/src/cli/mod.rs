@@ -123,6 +123,16 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
             let output = output(&replay.json);
             explore::replay(&replay, &output).and_then(|exit| output.finish(exit))
         }
+        Command::Snapshot(mut snapshot) => {
+            let path = |text: &str| Some(text.into());
+            snapshot.scenario = snapshot.json.give_back(snapshot.scenario, path);
+            let scenario = snapshot
+                .scenario
+                .clone()
+                .ok_or_else(|| missing("snapshot", "<SCENARIO>"))?;
+            let output = output(&snapshot.json);
+            explore::snapshot(&scenario, &snapshot, &output).and_then(|exit| output.finish(exit))
+        }
         Command::Record(record) => {
             let output = output(&record.json);
             record::record(&record, &output).and_then(|exit| output.finish(exit))

@@ -11,11 +11,12 @@ use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
 use super::{interrupt, lab};
+use crate::inject::{Injected, Rules};
 use crate::report::json::{OutDirectory, Overwrite};
 use crate::report::verdict::{self, Detail, Paint};
 use crate::report::{HostFacts, RunResult, SCHEMA, ScenarioFacts, Verdict};
 use crate::scenario::{Scenario, catalog};
-use crate::session::{self, Finished};
+use crate::session::{self, Finished, Streamed};
 
 /// The argument of programs that make random choices.
 const SEED: &str = "seed";
@@ -23,7 +24,9 @@ const SEED: &str = "seed";
 pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, Failure> {
     let mut scenario = Scenario::load(name)?;
     override_with(&mut scenario, &options.machine);
+    refuse_fails(&scenario)?;
     scenario.check = options.check.unwrap_or(scenario.check);
+    inject(&mut scenario, options)?;
     let out = prepare(&options.out, output)?;
     let host = session::host()?;
     let kernel = options.machine.kernel.as_deref();
@@ -53,6 +56,37 @@ pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, F
     Ok(Exit::from(result.verdict))
 }
 
+/// What is done to the run, and whether its streams are judged.
+fn inject(scenario: &mut Scenario, options: &Run) -> Result<(), Failure> {
+    let usage = |problem: String, help: String| Failure::Usage { problem, help };
+    if options.monitor {
+        scenario.params.push(("stamp".into(), "ticket".into()));
+    }
+    scenario.inject = Rules {
+        delays: options.delays.clone(),
+        ipis: options.ipis.clone(),
+        seed: options.machine.seed.unwrap_or(1),
+    };
+    if !options.ipis.is_empty() && scenario.interrupts != InterruptMode::Controlled {
+        return Err(usage(
+            "--ipi: with the in-kernel interrupt controller IPIs are out of reach".into(),
+            "add --interrupts controlled".into(),
+        ));
+    }
+    let rules = options.delays.iter().filter_map(|delay| delay.vcpu);
+    let targets = options.ipis.iter().filter_map(|fault| fault.target);
+    match rules
+        .chain(targets)
+        .find(|vcpu| *vcpu >= scenario.vcpus as usize)
+    {
+        Some(vcpu) => Err(usage(
+            format!("this machine has no vCPU {vcpu}"),
+            format!("it has vCPUs 0 to {}", scenario.vcpus - 1),
+        )),
+        None => Ok(()),
+    }
+}
+
 /// What the command line says wins over what the file says.
 pub(super) fn override_with(scenario: &mut Scenario, options: &MachineOptions) {
     scenario.vcpus = options.vcpus.unwrap_or(scenario.vcpus);
@@ -62,6 +96,17 @@ pub(super) fn override_with(scenario: &mut Scenario, options: &MachineOptions) {
     scenario.params.extend(options.params.iter().cloned());
     for bug in &options.bugs {
         scenario.add_bug(*bug);
+    }
+}
+
+/// A passage of a failpoint is counted from the start of a schedule, which only `explore` has.
+pub(super) fn refuse_fails(scenario: &Scenario) -> Result<(), Failure> {
+    match scenario.fails.first() {
+        None => Ok(()),
+        Some(fail) => Err(Failure::Usage {
+            problem: format!("the scenario lets {fail} fail, which only explore can do"),
+            help: format!("stalemate explore {}", scenario.path.display()),
+        }),
     }
 }
 
@@ -110,7 +155,10 @@ fn assemble(
         kind: "run",
         stalemate: env!("CARGO_PKG_VERSION"),
         command: lab::own_command(),
-        notes: notes(scenario, options, &host, observed.verdict),
+        notes: notes(scenario, options, &host, observed.verdict)
+            .into_iter()
+            .chain(remarks(finished.streamed, finished.injected))
+            .collect(),
         host,
         scenario: facts(
             scenario,
@@ -133,6 +181,8 @@ fn assemble(
         timings_ns: finished.timings,
         kvm_stats: finished.kvm_stats,
         points_checked: observed.points_checked,
+        streamed: finished.streamed,
+        injected: finished.injected,
         serial: finished.serial,
     }
 }
@@ -170,7 +220,7 @@ fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict)
     if !matches!(verdict, Verdict::Held | Verdict::Interrupted) {
         return notes;
     }
-    if !host.shows_stale_translations {
+    if !host.shows_stale_translations && !scenario.is_streamed() {
         let bugs: Vec<&str> = scenario.bugs.iter().map(|bug| bug.name()).collect();
         let bugs = match bugs[..] {
             [] => String::new(),
@@ -192,6 +242,35 @@ fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict)
         notes.push("one vCPU: nothing that needs two at once was tried".into());
     }
     notes
+}
+
+/// What was done to the run, and how its streams were judged.
+fn remarks(streamed: Option<Streamed>, injected: Option<Injected>) -> Vec<String> {
+    let mut remarks = Vec::new();
+    if let Some(done) = injected {
+        remarks.push(format!(
+            "injected: {} delays of {:.1} ms together ({} cut short); IPIs: {} late, {} lost, {} twice, {} out of order",
+            done.delays,
+            done.delayed.as_secs_f64() * 1e3,
+            done.cut_short,
+            done.ipis_delayed,
+            done.ipis_dropped,
+            done.ipis_duplicated,
+            done.ipis_reordered,
+        ));
+    }
+    if let Some(Streamed {
+        events,
+        reordered,
+        undecided,
+    }) = streamed
+    {
+        remarks.push(format!(
+            "{events} events of all vCPUs judged as one stream by the TLB model and the other monitors; {reordered} places \
+             were right in another possible order, {undecided} undecided"
+        ));
+    }
+    remarks
 }
 
 /// A bar for many runs, a spinner for a long one; nothing where nobody looks.

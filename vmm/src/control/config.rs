@@ -5,6 +5,7 @@ use std::time::Duration;
 use abi::channel::EventKind;
 
 use crate::boot::{KernelImage, ProgramSpec};
+use crate::inject::Rules;
 
 pub use abi::boot::InterruptMode as Interrupts;
 
@@ -16,8 +17,6 @@ pub const NOISY_EVENTS: u64 = 1 << EventKind::LockAcquire as u32
     | 1 << EventKind::LockWait as u32
     | 1 << EventKind::MapcountChange as u32
     | 1 << EventKind::RefcountChange as u32
-    | 1 << EventKind::FolioMapped as u32
-    | 1 << EventKind::FolioUnmapped as u32
     | 1 << EventKind::VmaAlloc as u32
     | 1 << EventKind::VmaFree as u32
     | 1 << EventKind::VmaFound as u32
@@ -26,7 +25,8 @@ pub const NOISY_EVENTS: u64 = 1 << EventKind::LockAcquire as u32
     | 1 << EventKind::CpumaskSet as u32
     | 1 << EventKind::CpumaskClear as u32
     | 1 << EventKind::TlbGen as u32
-    | 1 << EventKind::MmCount as u32;
+    | 1 << EventKind::MmCount as u32
+    | 1 << EventKind::MmUsers as u32;
 
 /// Description of a machine.
 #[derive(Clone, Debug)]
@@ -47,6 +47,8 @@ pub struct MachineConfig {
     /// until they are delivered, the first user instruction is a stop, and no event is lost. Needs
     /// controlled interrupts.
     pub serialised: bool,
+    /// What is done to a parallel run.
+    pub inject: Rules,
     /// Whether each vCPU thread is pinned to a host CPU, best effort: a migration flushes the TLB.
     pub pin: bool,
     /// How long the guest may show no sign of life before it counts as hung.
@@ -66,6 +68,7 @@ impl Default for MachineConfig {
             program: ProgramSpec::default(),
             kernel: KernelImage::Embedded,
             serialised: false,
+            inject: Rules::default(),
             pin: true,
             watchdog: Duration::from_secs(10),
             events: !NOISY_EVENTS,

@@ -49,6 +49,17 @@ impl Console {
         String::from_utf8_lossy(&self.log().bytes).into_owned()
     }
 
+    /// Makes what was written `text`; what the sink has seen of it is not sent again.
+    pub(super) fn set_text(&self, text: &str) {
+        let mut log = self.log();
+        if log.bytes == text.as_bytes() {
+            return;
+        }
+        log.bytes.clear();
+        log.bytes.extend_from_slice(text.as_bytes());
+        log.streamed = log.streamed.min(log.bytes.len());
+    }
+
     /// From now on `sink` gets what is written, and first what was.
     pub(super) fn stream_to(&self, sink: Box<dyn Write + Send>) {
         *lock(&self.shared.sink) = Some(sink);

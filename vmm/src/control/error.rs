@@ -84,6 +84,9 @@ pub enum MachineError {
         /// What the host said.
         source: std::io::Error,
     },
+    /// A reset of a machine that was never saved: a bug of the caller.
+    #[error("the machine has no state to go back to")]
+    NotSaved,
     /// No such vCPU.
     #[error("there is no vCPU {given}: the machine has {vcpus}")]
     NoSuchVcpu {

@@ -16,9 +16,10 @@ mod io;
 mod machine;
 mod stop;
 
+pub(crate) use board::BoardImage;
 pub use config::{Interrupts, MachineConfig, NOISY_EVENTS};
 pub use error::MachineError;
-pub use machine::{InterruptHandle, Machine, PauseTimings, Timings};
+pub use machine::{InterruptHandle, Machine, PauseTimings, ResetTimings, Timings};
 pub use stop::{Crash, CrashCause, ProbeReport, Stop};
 
 pub use crate::boot::{KernelImage, ProgramSpec};

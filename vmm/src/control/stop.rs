@@ -42,6 +42,13 @@ pub enum Stop {
         /// Which vCPU.
         vcpu: usize,
     },
+    /// A vCPU was single-stepped for as long as it was to be ([`Machine::single_step`](super::Machine::single_step)).
+    Stepped {
+        /// Which vCPU.
+        vcpu: usize,
+        /// Address of its next instruction.
+        rip: u64,
+    },
     /// The time given is over.
     Deadline,
     /// Somebody asked for it through an [`InterruptHandle`](super::InterruptHandle).

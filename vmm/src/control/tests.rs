@@ -637,3 +637,50 @@ fn a_panic_of_the_embedded_kernel_has_a_symbolised_backtrace() {
     assert!(text.contains("panic"), "{text}");
     assert!(text.contains("guest-kernel/src/"), "{text}");
 }
+
+/// In the middle of a shootdown: an IPI is pending somewhere, and its sender waits for the answer.
+#[test]
+fn a_saved_machine_goes_back_and_on_in_both_modes() {
+    let ends = |machine: &mut Machine| {
+        machine.set_traps([0; 4]);
+        let stop = machine.run_until(LONG).unwrap();
+        assert_eq!(stop, Stop::Exited { status: 0 });
+        machine.serial_output()
+    };
+    let bytes = |snapshot: &crate::snapshot::Snapshot| {
+        postcard::to_stdvec(&(&snapshot.vcpus, &snapshot.board)).unwrap()
+    };
+    for interrupts in MODES {
+        let mut machine = real(interrupts, "");
+        machine.trap_point(Point::FlushWait, true);
+        let stop = machine.run_until(LONG).unwrap();
+        assert!(matches!(stop, Stop::Point { .. }), "{stop:?}");
+        let saved = machine.save().unwrap();
+        let console = ends(&mut machine);
+        for logged in [true, false] {
+            if !logged {
+                machine.forget_dirty_log();
+            }
+            let timings = machine.reset().unwrap();
+            assert!(timings.pages > 0);
+            assert_eq!(
+                bytes(&machine.save().unwrap()),
+                bytes(&saved),
+                "{interrupts:?}"
+            );
+            assert_eq!(ends(&mut machine), console);
+        }
+        let config = MachineConfig {
+            interrupts,
+            ..MachineConfig::default()
+        };
+        let mut clone = Machine::clone_of(&saved, config.clone()).unwrap();
+        assert_eq!(ends(&mut clone), console);
+        clone.reset().unwrap();
+        assert_eq!(ends(&mut clone), console);
+        let vcpus = MachineConfig { vcpus: 3, ..config };
+        assert!(Machine::clone_of(&saved, vcpus).is_err());
+    }
+    let mut never_saved = machine(config(&[HLT]));
+    assert!(matches!(never_saved.reset(), Err(MachineError::NotSaved)));
+}

@@ -7,6 +7,9 @@
 pub mod kvm;
 pub mod model;
 
+use std::fmt;
+use std::sync::Arc;
+
 use abi::channel::Event;
 use abi::point::Point;
 
@@ -14,6 +17,7 @@ use crate::control::ProbeReport;
 use crate::inspect::VcpuFacts;
 use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
+use crate::snapshot::Snapshot;
 
 /// Which engine.
 #[derive(
@@ -27,11 +31,22 @@ pub enum EngineKind {
     Model,
 }
 
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Model => "model",
+        })
+    }
+}
+
 /// A set of points, bit `p` for [`Point`] `p`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PointSet(pub u64);
 
 impl PointSet {
+    /// Most points that there can be.
+    pub const MOST: usize = 64;
     /// The set of `points`.
     #[must_use]
     pub const fn of(points: &[Point]) -> Self {
@@ -57,6 +72,27 @@ impl PointSet {
 /// Points of an [`Engine::run`] without a bound.
 pub const UNBOUNDED: u64 = u64::MAX;
 
+/// Where instructions are scheduling points too: after a passage of one of `points`, until the vCPU's next
+/// point or until it leaves the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// What opens it.
+    pub points: PointSet,
+    /// Every how many instructions there is a scheduling point, at least 1.
+    pub every: u64,
+}
+
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let points = Point::ALL.iter().filter(|point| self.points.has(**point));
+        for (index, point) in points.enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{}", point.name())?;
+        }
+        write!(f, ":{}", self.every)
+    }
+}
+
 /// How far a vCPU runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Limit {
@@ -76,6 +112,11 @@ pub enum Halt {
         point: Point,
         /// Its arguments.
         args: [u64; 2],
+    },
+    /// It stands between two instructions of a [`Window`].
+    Instruction {
+        /// Address of the next one.
+        rip: u64,
     },
     /// The kernel is about to enter CPL 3 for the first time.
     FirstUser,
@@ -147,6 +188,11 @@ pub trait Engine {
         limit: Limit,
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError>;
+    /// Makes instructions inside a window scheduling points too; each counts as a point.
+    ///
+    /// # Errors
+    /// This engine cannot.
+    fn set_window(&mut self, window: Window) -> Result<(), EngineError>;
     /// Points that `vcpu` has passed since the machine was made or last [reset](Engine::reset).
     fn points_passed(&self, vcpu: usize) -> u64;
 
@@ -167,6 +213,9 @@ pub trait Engine {
     /// # Errors
     /// The host failed.
     fn reset(&mut self) -> Result<(), EngineError>;
+
+    /// The noted state as a value, where this engine has one and has noted it.
+    fn snapshot(&self) -> Option<Arc<Snapshot>>;
 
     /// Arms (or with 0 disarms) a failpoint on `vcpu`: its `passages`-th passage from here fails.
     fn arm(&mut self, vcpu: usize, failpoint: abi::failpoint::Failpoint, passages: u32);
@@ -203,6 +252,9 @@ impl<E: Engine + ?Sized> Engine for Box<E> {
     ) -> Result<Halt, EngineError> {
         (**self).run(vcpu, limit, events)
     }
+    fn set_window(&mut self, window: Window) -> Result<(), EngineError> {
+        (**self).set_window(window)
+    }
     fn points_passed(&self, vcpu: usize) -> u64 {
         (**self).points_passed(vcpu)
     }
@@ -220,6 +272,9 @@ impl<E: Engine + ?Sized> Engine for Box<E> {
     }
     fn reset(&mut self) -> Result<(), EngineError> {
         (**self).reset()
+    }
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        (**self).snapshot()
     }
     fn arm(&mut self, vcpu: usize, failpoint: abi::failpoint::Failpoint, passages: u32) {
         (**self).arm(vcpu, failpoint, passages);
@@ -257,4 +312,30 @@ pub struct Costs {
     pub resets: u64,
     /// Pages copied by resets.
     pub pages: u64,
+}
+
+impl Costs {
+    /// These and `other`.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            guest: self.guest + other.guest,
+            exits: self.exits + other.exits,
+            reset: self.reset + other.reset,
+            resets: self.resets + other.resets,
+            pages: self.pages + other.pages,
+        }
+    }
+
+    /// What came after `before`, an earlier answer of the same engine.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            guest: self.guest - before.guest,
+            exits: self.exits - before.exits,
+            reset: self.reset - before.reset,
+            resets: self.resets - before.resets,
+            pages: self.pages - before.pages,
+        }
+    }
 }

@@ -4,15 +4,22 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use abi::channel::EventKind;
+use abi::failpoint::Failpoint;
 use rustc_hash::FxHashSet;
 
-use super::strategy::{Pct, Random, Replay, RoundRobin, Tolerant};
-use super::{Driver, DriverError, Ending, Execution, Limits, Schedule, Scheduler, minimise};
-use crate::check::stream::{self, Monitor, Seen};
-use crate::check::{self, Context, Moment};
+use super::compare::{self, Masks};
+use super::failing::{self, Passages};
+use super::probe::Shown;
+use super::strategy::{
+    Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant,
+};
+use super::{
+    Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
+};
+use crate::check::stream::{self, Monitor};
+use crate::check::{Moment, Violation};
 use crate::engine::{Costs, Engine};
-use crate::inspect::Snapshot;
+use crate::scenario::Fail;
 
 /// How schedules are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,10 +36,16 @@ pub enum Strategy {
     },
     /// Everybody in turn; execution `i` with a quantum of `i + 1` points.
     RoundRobin,
+    /// Every execution with at most so many preemptions, up to the order of independent steps. One
+    /// engine: each execution depends on those before.
+    Exhaustive {
+        /// Preemptions; none: any number.
+        preemptions: Option<u32>,
+    },
 }
 
 /// What a campaign does.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// How schedules are chosen.
     pub strategy: Strategy,
@@ -44,12 +57,51 @@ pub struct Plan {
     pub time_limit: Option<Duration>,
     /// Every how many executions the state at the end is checked by all invariants too (0: never).
     pub state_every: u64,
+    /// All invariants look at every point too.
+    pub everywhere: bool,
     /// Every how many executions one is replayed and compared (0: never).
     pub verify_every: u64,
     /// Engines at once.
     pub jobs: usize,
     /// Ends at the first violation.
     pub first: bool,
+    /// Schedules of executions that are well to keep, spread over the campaign.
+    pub sample: usize,
+    /// Passages of failpoints that fail in every execution.
+    pub fails: Vec<Fail>,
+    /// Failpoints of which one more passage, drawn from the seed, fails in each execution.
+    pub fail_any: Vec<Failpoint>,
+}
+
+impl Plan {
+    /// Of a worker that only runs what it is given.
+    #[must_use]
+    pub const fn replay() -> Self {
+        Self {
+            strategy: Strategy::RoundRobin,
+            executions: 0,
+            seed: 0,
+            time_limit: None,
+            state_every: 1,
+            everywhere: false,
+            verify_every: 0,
+            jobs: 1,
+            first: true,
+            sample: 0,
+            fails: Vec::new(),
+            fail_any: Vec::new(),
+        }
+    }
+}
+
+impl Plan {
+    /// Engines that it needs.
+    fn engines(&self) -> usize {
+        match self.strategy {
+            Strategy::Exhaustive { .. } => 1,
+            _ => self.jobs.max(1),
+        }
+    }
 }
 
 /// An execution that does not end as it should.
@@ -78,12 +130,18 @@ pub struct Summary {
     pub states: u64,
     /// What was found, by number of the execution.
     pub found: Vec<Found>,
+    /// Some of those that were well.
+    pub sample: Sample,
     /// Wall time.
     pub elapsed: Duration,
     /// Where the engines' time went.
     pub costs: Costs,
-    /// Time in monitors and invariants.
+    /// Time in monitors and invariants, of all jobs.
     pub checks: Duration,
+    /// Time in executions, of all jobs.
+    pub worked: Duration,
+    /// What an exhaustive search came to.
+    pub explored: Option<Explored>,
 }
 
 /// What a campaign counts while it runs.
@@ -110,12 +168,14 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
     })
 }
 
-/// Runs `plan` on engines that `make` makes, one for each job, until it is done or `stop` is set.
+/// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.
+///
+/// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first.
 ///
 /// # Errors
 /// An engine failed, or two runs of one schedule differ.
 pub fn run<E: Engine>(
-    make: impl Fn() -> Result<E, DriverError> + Sync,
+    make: impl Fn() -> Result<Driver<E>, DriverError> + Sync,
     plan: &Plan,
     counts: &Counts,
     stop: &AtomicBool,
@@ -124,9 +184,15 @@ pub fn run<E: Engine>(
     let pairs = Mutex::new(FxHashSet::default());
     let next = AtomicU64::new(0);
     let over = AtomicBool::new(false);
-    let job = || -> Result<Summary, DriverError> {
+    let work = || -> Result<Summary, DriverError> {
         let mut worker = Worker::new(make()?, plan)?;
-        let mut summary = Summary::default();
+        let mut summary = Summary {
+            sample: Sample::new(plan.sample),
+            ..Summary::default()
+        };
+        let before = worker.driver.engine().costs();
+        worker.checks = Duration::ZERO;
+        let begun = Instant::now();
         loop {
             let late = plan
                 .time_limit
@@ -138,7 +204,9 @@ pub fn run<E: Engine>(
             if index >= plan.executions {
                 break;
             }
-            worker.one(index, plan, &pairs, &mut summary)?;
+            if !worker.one(index, plan, &pairs, &mut summary)? {
+                break;
+            }
             counts.executions.fetch_add(1, Ordering::Relaxed);
             if summary
                 .found
@@ -155,14 +223,19 @@ pub fn run<E: Engine>(
                 counts.pairs.store(known, Ordering::Relaxed);
             }
         }
-        summary.costs = worker.driver.engine().costs();
+        summary.worked = begun.elapsed();
+        summary.costs = worker.driver.engine().costs().since(&before);
+        summary.checks = worker.checks + worker.driver.checks();
+        summary.explored = worker.search.as_ref().map(Exhaustive::explored);
         Ok(summary)
     };
-    let parts: Vec<Result<Summary, DriverError>> = if plan.jobs <= 1 {
+    // One that fails ends all.
+    let job = || work().inspect_err(|_| over.store(true, Ordering::Relaxed));
+    let parts: Vec<Result<Summary, DriverError>> = if plan.engines() == 1 {
         vec![job()]
     } else {
         std::thread::scope(|scope| {
-            let jobs: Vec<_> = (0..plan.jobs).map(|_| scope.spawn(job)).collect();
+            let jobs: Vec<_> = (0..plan.engines()).map(|_| scope.spawn(job)).collect();
             jobs.into_iter()
                 .map(|job| job.join().expect("a job does not panic"))
                 .collect()
@@ -177,14 +250,17 @@ pub fn run<E: Engine>(
         whole.verified += part.verified;
         whole.states += part.states;
         whole.found.extend(part.found);
+        whole.sample.join(part.sample);
         whole.checks += part.checks;
-        whole.costs.guest += part.costs.guest;
-        whole.costs.exits += part.costs.exits;
-        whole.costs.reset += part.costs.reset;
-        whole.costs.resets += part.costs.resets;
-        whole.costs.pages += part.costs.pages;
+        whole.worked += part.worked;
+        whole.costs = whole.costs.plus(&part.costs);
+        whole.explored = whole.explored.or(part.explored);
     }
     whole.found.sort_by_key(|found| found.index);
+    if plan.first {
+        // Executions are begun in order, so every one before this was run.
+        whole.found.truncate(1);
+    }
     whole.pairs = pairs.into_inner().expect("no job panics").len();
     whole.elapsed = started.elapsed();
     Ok(whole)
@@ -198,27 +274,58 @@ pub struct Worker<E> {
     monitors: Vec<Box<dyn Monitor>>,
     /// Points of one execution in turns: what PCT spreads its changes over.
     length: u64,
-    known: FxHashSet<u64>,
+    search: Option<Exhaustive>,
+    coverage: Coverage,
+    new_pairs: Vec<u64>,
+    /// Time in checks at the ends of executions.
+    checks: Duration,
+    /// What [`Plan::fail_any`] is drawn from.
+    passages: Passages,
 }
 
 impl<E: Engine> Worker<E> {
-    /// Sets the engine's program up.
+    /// Looks at the state that `driver`'s schedules start from.
     ///
     /// # Errors
-    /// The engine failed, or the program did not get to the start of the test.
-    pub fn new(engine: E, plan: &Plan) -> Result<Self, DriverError> {
+    /// The engine failed.
+    pub fn new(driver: Driver<E>, plan: &Plan) -> Result<Self, DriverError> {
         let mut worker = Self {
-            driver: Driver::new(engine, Limits::default(), true)?,
+            driver,
             monitors: stream::all(),
             length: 1,
-            known: FxHashSet::default(),
+            search: None,
+            coverage: Coverage::default(),
+            new_pairs: Vec::new(),
+            checks: Duration::ZERO,
+            passages: Passages::default(),
         };
+        worker.driver.look_everywhere(plan.everywhere);
         worker.driver.start(&mut worker.monitors)?;
+        if !plan.fail_any.is_empty() {
+            let vcpus = worker.driver.engine().nr_vcpus();
+            let counting = failing::counting(&plan.fail_any, vcpus, &plan.fails);
+            worker.arm(&counting);
+            worker.execute(&mut RoundRobin::new(8), false)?;
+            worker.passages = Passages::read(worker.driver.engine().memory(), &counting);
+        }
+        worker.arm(&plan.fails);
         if let Strategy::Pct { .. } = plan.strategy {
             let run = worker.execute(&mut RoundRobin::new(8), false)?;
             worker.length = run.schedule.points().max(1);
         }
+        if let Strategy::Exhaustive { preemptions } = plan.strategy {
+            let bounds = Bounds {
+                preemptions,
+                ..Bounds::default()
+            };
+            worker.search = Some(Exhaustive::new(bounds, Reduction::Traces));
+        }
         Ok(worker)
+    }
+
+    /// Lets `fails` fail in every execution from now on.
+    pub fn arm(&mut self, fails: &[Fail]) {
+        self.driver.arm(fails);
     }
 
     /// Runs one schedule with all monitors; `state`: all invariants look at the state at its end.
@@ -230,9 +337,21 @@ impl<E: Engine> Worker<E> {
         scheduler: &mut dyn Scheduler,
         state: bool,
     ) -> Result<Execution, DriverError> {
-        let run = self.driver.execute(scheduler, &mut self.monitors)?;
-        let mut run = run.expect("a fresh scheduler has one execution");
+        let run = self.next(scheduler, state)?;
+        Ok(run.expect("a fresh scheduler has one execution"))
+    }
+
+    /// As [`Worker::execute`]; none where the scheduler has no more.
+    fn next(
+        &mut self,
+        scheduler: &mut dyn Scheduler,
+        state: bool,
+    ) -> Result<Option<Execution>, DriverError> {
+        let Some(mut run) = self.driver.execute(scheduler, &mut self.monitors)? else {
+            return Ok(None);
+        };
         if let Ending::Finished { status } = run.ending {
+            let started = Instant::now();
             let engine = self.driver.engine();
             let root = engine.kernel_root().unwrap_or(0);
             let mut found = Vec::new();
@@ -240,21 +359,18 @@ impl<E: Engine> Worker<E> {
                 monitor.compare(engine.memory(), root, &mut found);
             }
             if state && found.is_empty() {
-                let facts = engine.vcpu_facts()?;
-                if let Ok(snapshot) = Snapshot::read(engine.memory(), root) {
-                    let moment = match status {
-                        Some(_) => Moment::AfterExit,
-                        None => Moment::Paused,
-                    };
-                    let context = Context::new(engine.memory(), &snapshot, &facts, moment);
-                    found = check::run(&context).violations;
-                }
+                let moment = match status {
+                    Some(_) => Moment::AfterExit,
+                    None => Moment::Paused,
+                };
+                found.extend(self.driver.look(moment)?);
             }
             if !found.is_empty() {
                 run.ending = Ending::Violation(Box::new(found.swap_remove(0)));
             }
+            self.checks += started.elapsed();
         }
-        Ok(run)
+        Ok(Some(run))
     }
 
     /// Replays `schedule` exactly.
@@ -265,13 +381,34 @@ impl<E: Engine> Worker<E> {
         self.execute(&mut Replay::new(schedule.clone()), true)
     }
 
+    /// Goes on where the last execution ended with `violation`: what the program finds then.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn go_on(&mut self, violation: &Violation) -> Result<Vec<Shown>, DriverError> {
+        self.driver.go_on(violation.finding.where_.vcpu)
+    }
+
     /// The cheapest schedule that is found to fail as `failing` does, and its execution.
     ///
     /// # Errors
     /// The engine failed.
     pub fn minimise(&mut self, failing: &Execution, runs: usize) -> Result<Execution, DriverError> {
         let id = failure_id(&failing.ending);
-        let start = failing.schedule.clone();
+        let mut start = failing.schedule.clone();
+        let mut fails = failing.fails.clone();
+        for index in (0..fails.len()).rev() {
+            // What has nothing to do with the failure need not fail.
+            let left_out = fails.remove(index);
+            self.arm(&fails);
+            let run = self.execute(&mut Tolerant::new(start.clone()), true)?;
+            if failure_id(&run.ending) == id {
+                start = run.schedule;
+            } else {
+                fails.insert(index, left_out);
+            }
+        }
+        self.arm(&fails);
         let small = minimise::minimise(start, runs, |candidate| {
             let run = self.execute(&mut Tolerant::new(candidate.clone()), true)?;
             Ok::<_, DriverError>((failure_id(&run.ending) == id).then_some(run.schedule))
@@ -290,26 +427,48 @@ impl<E: Engine> Worker<E> {
         plan: &Plan,
         pairs: &Pairs,
         summary: &mut Summary,
-    ) -> Result<(), DriverError> {
+    ) -> Result<bool, DriverError> {
         let is_due = |every: u64| every != 0 && index.is_multiple_of(every);
-        let mut scheduler: Box<dyn Scheduler> = match plan.strategy {
-            Strategy::Random { mean } => Box::new(Random::new(plan.seed, index, mean)),
+        if let Some(drawn) = self.passages.draw(plan.seed, index) {
+            let mut fails = plan.fails.clone();
+            fails.push(drawn);
+            self.arm(&fails);
+        }
+        // What a failure leaves behind is seen at the end only.
+        let fails = !plan.fails.is_empty() || !plan.fail_any.is_empty();
+        let state = fails || is_due(plan.state_every);
+        let (seed, quantum) = (plan.seed, index + 1);
+        let run = match plan.strategy {
+            Strategy::Random { mean } => self.next(&mut Random::new(seed, index, mean), state)?,
             Strategy::Pct { depth } => {
-                Box::new(Pct::new(plan.seed, index, depth, Some(self.length)))
+                let mut pct = Pct::new(seed, index, depth, Some(self.length));
+                self.next(&mut pct, state)?
             }
-            Strategy::RoundRobin => Box::new(RoundRobin::new(index + 1)),
+            Strategy::RoundRobin => self.next(&mut RoundRobin::new(quantum), state)?,
+            Strategy::Exhaustive { .. } => {
+                let mut search = self.search.take().expect("made with the worker");
+                let run = self.next(&mut search, state);
+                self.search = Some(search);
+                run?
+            }
         };
-        let state = is_due(plan.state_every);
-        let run = self.execute(scheduler.as_mut(), state)?;
+        let Some(run) = run else {
+            return Ok(false);
+        };
         summary.executions += 1;
         summary.points += run.schedule.points();
         summary.events += run.events.len() as u64;
         summary.states += u64::from(state);
-        self.cover(&run.events, pairs);
+        self.coverage.take(&run.events, &mut self.new_pairs);
+        if !self.new_pairs.is_empty() {
+            let mut pairs = pairs.lock().expect("no job panics");
+            pairs.extend(self.new_pairs.drain(..));
+        }
         if is_due(plan.verify_every) {
-            let again = self.replay(&run.schedule)?;
+            let mut replay = Replay::new(run.schedule.clone());
+            let again = self.execute(&mut replay, state)?;
             summary.verified += 1;
-            if let Some(difference) = super::compare::first_difference(&run.events, &again.events) {
+            if let Some(difference) = difference(&run, &again) {
                 return Err(DriverError::Nondeterminism { index, difference });
             }
         }
@@ -319,41 +478,19 @@ impl<E: Engine> Worker<E> {
                 execution: run,
             });
         } else {
+            summary.sample.offer(index, &run);
             self.driver.recycle(run);
         }
-        Ok(())
+        Ok(true)
     }
+}
 
-    /// Notes which conflicting events followed each other on different vCPUs.
-    fn cover(&mut self, events: &[Seen], pairs: &Pairs) {
-        let mut last: rustc_hash::FxHashMap<(u32, u64), (usize, u32)> = Default::default();
-        let mut new = Vec::new();
-        for seen in events {
-            let event = &seen.event;
-            let resource = match EventKind::from_id(event.kind) {
-                Some(EventKind::LockAcquire | EventKind::LockRelease) => (0, event.args[0]),
-                Some(EventKind::PteChange) => (1, event.args[1]),
-                Some(EventKind::FrameAlloc | EventKind::FrameFree) => (2, event.args[0]),
-                Some(EventKind::TlbGen | EventKind::CpumaskSet | EventKind::CpumaskClear) => {
-                    (3, event.args[0])
-                }
-                Some(EventKind::Access) => (4, event.args[1]),
-                _ => continue,
-            };
-            let before = last.insert(resource, (seen.vcpu, event.kind));
-            if let Some((vcpu, kind)) = before
-                && vcpu != seen.vcpu
-            {
-                use std::hash::{Hash as _, Hasher as _};
-                let mut hash = rustc_hash::FxHasher::default();
-                (vcpu, kind, seen.vcpu, event.kind, resource).hash(&mut hash);
-                if self.known.insert(hash.finish()) {
-                    new.push(hash.finish());
-                }
-            }
-        }
-        if !new.is_empty() {
-            pairs.lock().expect("no job panics").extend(new);
-        }
+/// Where two runs of one schedule on one engine differ.
+fn difference(run: &Execution, again: &Execution) -> Option<String> {
+    if let Some(difference) = compare::difference(&run.events, &again.events, Masks::Nothing) {
+        return Some(difference.to_string());
     }
+    let (first, second) = (failure_id(&run.ending), failure_id(&again.ending));
+    let name = |ending: Option<String>| ending.unwrap_or_else(|| "nothing wrong".into());
+    (first != second).then(|| format!("it ends with {}, then with {}", name(first), name(second)))
 }

@@ -16,6 +16,8 @@ pub fn masked(seen: &Seen) -> Seen {
     let Event { kind, args, .. } = &mut seen.event;
     match EventKind::from_id(*kind) {
         Some(EventKind::FaultEnter) => args[2] = 0,
+        // Copies to and from a program walk for its own variables too.
+        Some(EventKind::WalkBegin | EventKind::WalkEnd) => args[1] = 0,
         Some(EventKind::SyscallEnter) => {
             // Arguments 1.. of the event are the call's first four.
             let pointers: &[usize] = match args[0] {
@@ -65,13 +67,40 @@ pub fn digest(events: &[Seen]) -> String {
     text
 }
 
-/// Where two streams first differ, in words; none where they are the same.
+/// What two streams may differ in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Masks {
+    /// Nothing, stamps included: two runs on one engine.
+    Nothing,
+    /// Stamps, and what is [`masked`]: runs on two engines.
+    OfEngine,
+}
+
+/// Where two streams first differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Number of the event.
+    pub at: usize,
+    /// The last events that are the same, oldest first.
+    pub before: Vec<Seen>,
+    /// The event of the first stream; none where it is over.
+    pub left: Option<Seen>,
+    /// That of the second.
+    pub right: Option<Seen>,
+}
+
+/// Events that are shown before a difference.
+const CONTEXT: usize = 4;
+
+/// Where two streams first differ; none where they are the same.
 #[must_use]
-pub fn first_difference(left: &[Seen], right: &[Seen]) -> Option<String> {
-    let same = |(l, r): (&Seen, &Seen)| {
-        let (l, r) = (masked(l), masked(r));
-        let of = |s: Seen| (s.vcpu, s.event.kind, s.event.task, s.event.args);
-        of(l) == of(r)
+pub fn difference(left: &[Seen], right: &[Seen], masks: Masks) -> Option<Difference> {
+    let same = |(l, r): (&Seen, &Seen)| match masks {
+        Masks::Nothing => l == r,
+        Masks::OfEngine => {
+            let of = |s: Seen| (s.vcpu, s.event.kind, s.event.task, s.event.args);
+            of(masked(l)) == of(masked(r))
+        }
     };
     let at = left.iter().zip(right).position(|pair| !same(pair));
     let at = match at {
@@ -79,12 +108,43 @@ pub fn first_difference(left: &[Seen], right: &[Seen]) -> Option<String> {
         None if left.len() == right.len() => return None,
         None => left.len().min(right.len()),
     };
-    let tell = |events: &[Seen]| events.get(at).map_or("the end".to_owned(), describe);
-    Some(format!(
-        "event {at}: {} here, {} there",
-        tell(left),
-        tell(right)
-    ))
+    Some(Difference {
+        at,
+        before: left[at.saturating_sub(CONTEXT)..at].to_vec(),
+        left: left.get(at).copied(),
+        right: right.get(at).copied(),
+    })
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let tell = |seen: &Option<Seen>| seen.as_ref().map_or("the end".to_owned(), describe);
+        let (left, right) = (tell(&self.left), tell(&self.right));
+        write!(f, "event {}: {left} here, {right} there", self.at)?;
+        if left == right
+            && let (Some(left), Some(right)) = (self.left, self.right)
+        {
+            // What a line does not show.
+            let of = |seen: Seen| (seen.event.stamp, seen.event.sequence, seen.event.args);
+            write!(
+                f,
+                " (stamp, sequence, arguments {:x?} and {:x?})",
+                of(left),
+                of(right)
+            )?;
+        }
+        for (back, seen) in self.before.iter().rev().enumerate() {
+            let at = self.at - 1 - back;
+            write!(f, "\n    after event {at}: {}", describe(seen))?;
+        }
+        Ok(())
+    }
+}
+
+/// Where two streams of two engines first differ, in words; none where they are the same.
+#[must_use]
+pub fn first_difference(left: &[Seen], right: &[Seen]) -> Option<String> {
+    difference(left, right, Masks::OfEngine).map(|difference| difference.to_string())
 }
 
 /// One event in a line.
@@ -106,4 +166,100 @@ pub fn describe(seen: &Seen) -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn seen(kind: EventKind, args: [u64; 5]) -> Seen {
+        let kind = kind as u32;
+        let event = Event {
+            kind,
+            args,
+            ..Event::default()
+        };
+        Seen { vcpu: 1, event }
+    }
+
+    #[test]
+    fn what_belongs_to_an_engine_is_masked_and_nothing_else() {
+        use EventKind::{FaultEnter, SyscallEnter};
+        // Kind, arguments, and which of these another engine may have otherwise.
+        let table: [(EventKind, [u64; 5], &[usize]); 8] = [
+            (FaultEnter, [0x1000, 6, 0x40_1000, 0, 0], &[2]),
+            (SyscallEnter, [nr::WRITE, 1, 0x5000, 3, 9], &[2, 4]),
+            (SyscallEnter, [nr::WAIT4, 1, 0x5000, 0, 0], &[2]),
+            (SyscallEnter, [nr::FUTEX, 0x5000, 0, 1, 0], &[1]),
+            (
+                SyscallEnter,
+                [nr::SCHED_SETAFFINITY, 0, 8, 0x5000, 7],
+                &[3, 4],
+            ),
+            (
+                SyscallEnter,
+                [nr::GETCPU, 0x5000, 0x6000, 7, 7],
+                &[1, 2, 3, 4],
+            ),
+            (SyscallEnter, [nr::MUNMAP, 0x1000, 0x2000, 7, 7], &[3, 4]),
+            (EventKind::PteChange, [1, 2, 3, 4, 5], &[]),
+        ];
+        for (kind, args, other) in table {
+            for at in 0..5 {
+                let mut changed = args;
+                changed[at] ^= 0x10_0000;
+                let pair = ([seen(kind, args)], [seen(kind, changed)]);
+                let differs = difference(&pair.0, &pair.1, Masks::OfEngine).is_some();
+                // A changed call number is another call.
+                assert_eq!(
+                    differs,
+                    !other.contains(&at),
+                    "{kind:?} {args:x?} argument {at}"
+                );
+                assert!(difference(&pair.0, &pair.1, Masks::Nothing).is_some());
+                assert_eq!(digest(&pair.0) != digest(&pair.1), differs);
+            }
+        }
+    }
+
+    #[test]
+    fn a_difference_is_told_with_what_came_before() {
+        let same = seen(EventKind::LockAcquire, [0x10, 6, 0, 0, 0]);
+        let left = [same, seen(EventKind::LockRelease, [0x10, 6, 0, 0, 0])];
+        let text = first_difference(&left, &[same]).unwrap();
+        assert_eq!(
+            text,
+            "event 1: vCPU 1 task 0 lock-release lock=0x10 class=0x6 here, the end there\n    \
+             after event 0: vCPU 1 task 0 lock-acquire lock=0x10 class=0x6"
+        );
+        let mut late = same;
+        late.event.stamp = 7;
+        let text = difference(&[same], &[late], Masks::Nothing)
+            .unwrap()
+            .to_string();
+        assert!(text.contains("stamp") && text.contains('7'), "{text}");
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_difference_is_the_first(
+            kinds in prop::collection::vec(0u32..60, 1..20),
+            at in any::<prop::sample::Index>(),
+        ) {
+            let stream: Vec<Seen> = kinds
+                .iter()
+                .map(|kind| Seen { vcpu: 0, event: Event { kind: *kind, ..Event::default() } })
+                .collect();
+            prop_assert_eq!(difference(&stream, &stream, Masks::Nothing), None);
+            let at = at.index(stream.len());
+            let mut other = stream.clone();
+            other[at].vcpu = 1;
+            let found = difference(&stream, &other, Masks::OfEngine).unwrap();
+            prop_assert_eq!(found.at, at);
+            prop_assert_eq!(found.before.len(), at.min(CONTEXT));
+            prop_assert!(digest(&stream) != digest(&other));
+        }
+    }
 }

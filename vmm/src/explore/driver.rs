@@ -1,13 +1,20 @@
 //! Runs one schedule on an engine.
 
-use abi::channel::Event;
-use abi::point::{Point, Wait};
+use std::time::{Duration, Instant};
 
+use abi::channel::{Event, EventKind, ReportKind};
+use abi::lock::LockClass;
+use abi::point::{Point, Wait};
+use abi::syscall::{Errno, nr};
+
+use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
-use crate::check::Violation;
 use crate::check::stream::{Monitor, Seen};
+use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
+use crate::inspect::Snapshot;
+use crate::scenario::Fail;
 
 /// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
 const ALWAYS: PointSet = PointSet::of(&[
@@ -84,6 +91,8 @@ pub enum Ending {
 pub struct Execution {
     /// What was run.
     pub schedule: Schedule,
+    /// Passages of failpoints that were to fail.
+    pub fails: Vec<Fail>,
     /// How it ended.
     pub ending: Ending,
     /// Everything that was recorded, in order.
@@ -95,7 +104,7 @@ pub struct Execution {
 pub struct Limits {
     /// Scheduling points.
     pub points: u64,
-    /// Turns in a row in which whoever can run only waits for anyone.
+    /// Times that anybody waited for anyone while nobody did anything else.
     pub idle_turns: u64,
 }
 
@@ -148,9 +157,22 @@ pub struct Driver<E> {
     steps: u64,
     stopped_in: Vec<u64>,
     enabled: Vec<Actor>,
+    /// Who would be enabled too, had it not been the last to run and only wait for anyone.
+    relaxing: Vec<Actor>,
+    /// Times that somebody waited for anyone since anybody did anything else.
+    idle_turns: u64,
     slice: Vec<Event>,
     /// Memory of executions that nobody needs any more.
     spare: Vec<Seen>,
+    /// Time in monitors since the first execution.
+    checks: Duration,
+    looks: bool,
+    spare_schedule: Schedule,
+    /// Failpoints to arm for each execution, and those that may still be armed from the last one.
+    fails: Vec<Fail>,
+    armed: Vec<Fail>,
+    /// Where the step came to in which a monitor found something.
+    cut_short: Option<(usize, Halt)>,
 }
 
 impl<E: Engine> Driver<E> {
@@ -166,21 +188,57 @@ impl<E: Engine> Driver<E> {
             args: [0; 2],
         };
         let vcpus = engine.nr_vcpus();
-        let mut driver = Self {
-            engine,
-            limits,
-            standing: vec![none; vcpus],
-            at_start: Vec::new(),
-            steps: 0,
-            stopped_in: vec![0; vcpus],
-            enabled: Vec::new(),
-            slice: Vec::new(),
-            spare: Vec::new(),
-        };
+        let mut driver = Self::resume(engine, limits, vec![none; vcpus]);
         driver.set_up(to_begin)?;
         driver.engine.save()?;
         driver.at_start = driver.standing.clone();
         Ok(driver)
+    }
+
+    /// Goes on with an engine that has saved its state, in which its vCPUs stand at `at_start`.
+    pub fn resume(engine: E, limits: Limits, at_start: Vec<Standing>) -> Self {
+        let vcpus = at_start.len();
+        Self {
+            engine,
+            limits,
+            standing: at_start.clone(),
+            at_start,
+            steps: 0,
+            stopped_in: vec![0; vcpus],
+            enabled: Vec::new(),
+            relaxing: Vec::new(),
+            idle_turns: 0,
+            slice: Vec::new(),
+            spare: Vec::new(),
+            spare_schedule: Schedule::default(),
+            checks: Duration::ZERO,
+            looks: false,
+            fails: Vec::new(),
+            armed: Vec::new(),
+            cut_short: None,
+        }
+    }
+
+    /// Lets `fails` fail in every execution from now on. Those executions go on to the exit of the machine,
+    /// for only there it shows whether an operation that failed has left something behind.
+    pub fn arm(&mut self, fails: &[Fail]) {
+        self.fails.clear();
+        self.fails.extend_from_slice(fails);
+    }
+
+    fn arm_failpoints(&mut self) {
+        for fail in self.armed.drain(..) {
+            self.engine.arm(fail.vcpu, fail.failpoint, 0);
+        }
+        for fail in &self.fails {
+            self.engine.arm(fail.vcpu, fail.failpoint, fail.passage);
+        }
+        self.armed.clone_from(&self.fails);
+    }
+
+    /// Where each vCPU stands at the start of every schedule.
+    pub fn start_standing(&self) -> &[Standing] {
+        &self.at_start
     }
 
     /// Starts `monitors` from the state at the start of every schedule.
@@ -200,6 +258,13 @@ impl<E: Engine> Driver<E> {
     pub fn recycle(&mut self, mut run: Execution) {
         run.events.clear();
         self.spare = run.events;
+        run.schedule.segments.clear();
+        self.spare_schedule = run.schedule;
+    }
+
+    /// Time in monitors so far.
+    pub fn checks(&self) -> Duration {
+        self.checks
     }
 
     /// The engine.
@@ -291,20 +356,53 @@ impl<E: Engine> Driver<E> {
             return Ok(None);
         }
         self.engine.reset()?;
+        self.arm_failpoints();
+        self.cut_short = None;
         self.standing.clone_from(&self.at_start);
         self.stopped_in.fill(0);
         self.steps = 0;
+        self.idle_turns = 0;
         for monitor in monitors.iter_mut() {
             monitor.reset();
         }
         let mut run = Execution {
-            schedule: Schedule::default(),
+            schedule: std::mem::take(&mut self.spare_schedule),
+            fails: self.fails.clone(),
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };
         run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
         scheduler.end(&run.schedule);
         Ok(Some(run))
+    }
+
+    /// Goes on after [`Driver::execute`] has ended with a violation, judged by nobody: `favoured` runs
+    /// whenever it can. Returns the wrong values that the program finds until its test is over.
+    ///
+    /// # Errors
+    /// The host failed. A vCPU that no longer reaches a point has nothing more to tell.
+    pub fn go_on(&mut self, favoured: Option<usize>) -> Result<Vec<Shown>, DriverError> {
+        let mut shown = Vec::new();
+        match self.cut_short.take() {
+            Some((vcpu, Halt::Report(report))) => shown.push(Shown { vcpu, report }),
+            Some((_, Halt::Point { point, .. })) if point != Point::TestEnd => {}
+            // The machine or its test is over.
+            _ => return Ok(shown),
+        }
+        while shown.len() < MAX_REPORTS {
+            let mut rest = Execution {
+                schedule: Schedule::default(),
+                fails: Vec::new(),
+                ending: Ending::ScheduleOver,
+                events: Vec::new(),
+            };
+            match self.steps_to_end(&mut Favour(favoured), &mut [], &mut rest) {
+                Ok(Ending::Report { vcpu, report }) => shown.push(Shown { vcpu, report }),
+                Ok(_) | Err(DriverError::Engine(EngineError::NoPoint { .. })) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(shown)
     }
 
     fn steps_to_end(
@@ -315,8 +413,7 @@ impl<E: Engine> Driver<E> {
     ) -> Result<Ending, DriverError> {
         let mut found = Vec::new();
         let mut last = None;
-        let mut points = 0;
-        let mut idle_turns = 0;
+        let mut points = 0u64;
         self.slice.clear();
         loop {
             self.steps += 1;
@@ -324,12 +421,7 @@ impl<E: Engine> Driver<E> {
             if self.enabled.is_empty() {
                 return Ok(Ending::Deadlock(self.who_waits()));
             }
-            idle_turns = if self.only_relaxing() {
-                idle_turns + 1
-            } else {
-                0
-            };
-            if points > self.limits.points || idle_turns > self.limits.idle_turns {
+            if points > self.limits.points || self.idle_turns > self.limits.idle_turns {
                 return Ok(Ending::Livelock(self.standing.clone()));
             }
             let view = View {
@@ -349,6 +441,7 @@ impl<E: Engine> Driver<E> {
             let vcpu = match choice.actor {
                 Actor::Wire(vcpu) => {
                     self.engine.deliver(usize::from(vcpu));
+                    self.idle_turns = 0;
                     run.schedule.push(choice.actor, 1);
                     last = Some((choice.actor, 1));
                     continue;
@@ -356,33 +449,54 @@ impl<E: Engine> Driver<E> {
                 Actor::Vcpu(vcpu) => usize::from(vcpu),
             };
             let before = self.engine.points_passed(vcpu);
+            // A guest that passes points for ever without a wait must come back too.
+            let left = self.limits.points.saturating_sub(points).saturating_add(1);
             let limit = Limit {
-                points: choice.points.max(1),
+                points: choice.points.clamp(1, left),
                 traps: ALWAYS.and(self.awaited()),
             };
-            let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
-            let passed = self.engine.points_passed(vcpu).saturating_sub(before);
+            let halt = if self.looks {
+                self.run_and_look(vcpu, limit, &mut found)?
+            } else {
+                self.engine.run(vcpu, limit, &mut self.slice)?
+            };
+            // The count lies in guest memory: what cannot be is not believed. A step that does not reach
+            // a point counts too: a replay must take it.
+            let told = self.engine.points_passed(vcpu).saturating_sub(before);
+            let passed = match halt {
+                Halt::Point { .. } | Halt::Instruction { .. } => told.clamp(1, limit.points),
+                _ => told.min(limit.points - 1) + 1,
+            };
             points += passed;
-            // A step that does not reach a point counts too: a replay must take it.
-            let at_point = matches!(halt, Halt::Point { .. });
-            run.schedule
-                .push(choice.actor, passed + u64::from(!at_point));
+            run.schedule.push(choice.actor, passed);
             last = Some((choice.actor, passed));
+            let started = Instant::now();
             for event in &self.slice {
                 let seen = Seen {
                     vcpu,
                     event: *event,
                 };
                 run.events.push(seen);
+                let before = found.len();
                 for monitor in monitors.iter_mut() {
                     monitor.observe(&seen, &mut found);
                 }
-                if !found.is_empty() {
+                if found.len() > before {
                     break; // What comes after it tells nothing more.
                 }
             }
+            self.checks += started.elapsed();
             if !found.is_empty() {
-                return Ok(Ending::Violation(Box::new(found.swap_remove(0))));
+                if let Halt::Point { point, args } = halt {
+                    self.standing[vcpu] = Standing {
+                        point: Some(point),
+                        args,
+                    };
+                    self.stopped_in[vcpu] = self.steps;
+                }
+                self.cut_short = Some((vcpu, halt));
+                // What a monitor says came before the state that was looked at.
+                return Ok(Ending::Violation(Box::new(found.pop().expect("not empty"))));
             }
             match halt {
                 Halt::Point { point, args } => {
@@ -391,11 +505,18 @@ impl<E: Engine> Driver<E> {
                         args,
                     };
                     self.stopped_in[vcpu] = self.steps;
-                    if point == Point::TestEnd {
+                    self.note_idle(point);
+                    if point == Point::TestEnd && self.fails.is_empty() {
                         return Ok(Ending::Finished { status: None });
                     }
                 }
+                Halt::Instruction { .. } => {
+                    self.standing[vcpu].point = None;
+                    self.stopped_in[vcpu] = self.steps;
+                    self.idle_turns = 0;
+                }
                 Halt::FirstUser => {}
+                Halt::Report(report) if self.is_asked_for(&report, run) => {}
                 Halt::Report(report) => return Ok(Ending::Report { vcpu, report }),
                 Halt::Exited { status } => {
                     return Ok(Ending::Finished {
@@ -405,6 +526,62 @@ impl<E: Engine> Driver<E> {
                 Halt::Crashed(crash) => return Ok(Ending::Crashed { vcpu, crash }),
             }
         }
+    }
+
+    /// As [`Engine::run`], with a look at the whole state at every point; ends at the first that is broken.
+    fn run_and_look(
+        &mut self,
+        vcpu: usize,
+        limit: Limit,
+        found: &mut Vec<Violation>,
+    ) -> Result<Halt, DriverError> {
+        let target = self.engine.points_passed(vcpu).saturating_add(limit.points);
+        loop {
+            let (one, seen) = (Limit { points: 1, ..limit }, self.slice.len());
+            let halt = self.engine.run(vcpu, one, &mut self.slice)?;
+            found.extend(self.look(Moment::Paused)?);
+            let sends = |event: &Event| event.kind == EventKind::IpiSend as u32;
+            match halt {
+                Halt::Point { point, .. }
+                    if found.is_empty()
+                        && !limit.traps.has(point)
+                        && self.engine.points_passed(vcpu) < target
+                        && !self.slice[seen..].iter().any(sends) => {}
+                halt => return Ok(halt),
+            }
+        }
+    }
+
+    /// What the invariants say of the state now.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn look(&mut self, moment: Moment) -> Result<Option<Violation>, DriverError> {
+        let started = Instant::now();
+        let facts = self.engine.vcpu_facts()?;
+        let root = self.engine.kernel_root().unwrap_or(0);
+        let found = Snapshot::read(self.engine.memory(), root)
+            .ok()
+            .and_then(|snapshot| {
+                let context = Context::new(self.engine.memory(), &snapshot, &facts, moment);
+                check::run(&context).violations.into_iter().next()
+            });
+        self.checks += started.elapsed();
+        Ok(found)
+    }
+
+    /// Whether every point of every execution is looked at by all invariants: slow, and thorough.
+    pub fn look_everywhere(&mut self, looks: bool) {
+        self.looks = looks;
+    }
+
+    /// True for a call that failed, or a child that was killed, for want of memory in an execution in
+    /// which a failpoint took it.
+    fn is_asked_for(&self, report: &ProbeReport, run: &Execution) -> bool {
+        let killed = abi::syscall::signal::SIGKILL;
+        let is_want = [abi::syscall::encode(Err(Errno::ENOMEM)), killed].contains(&report.found);
+        let is_hit = |seen: &Seen| seen.event.kind == EventKind::FailpointHit as u32;
+        report.kind == ReportKind::WrongResult && is_want && run.events.iter().any(is_hit)
     }
 
     /// Points after which somebody who waits may be able to go on: the scheduler is asked there.
@@ -419,9 +596,27 @@ impl<E: Engine> Driver<E> {
         })
     }
 
+    /// Counts a turn in which nothing was done but to wait for anyone.
+    fn note_idle(&mut self, point: Point) {
+        let on_the_way = matches!(
+            point,
+            Point::UserRelax
+                | Point::SyscallEnter
+                | Point::SyscallExit
+                | Point::LockAcquire
+                | Point::LockRelease
+        );
+        if !on_the_way || !self.slice.iter().all(is_of_relax) {
+            self.idle_turns = 0;
+        }
+        if point == Point::UserRelax {
+            self.idle_turns += 1;
+        }
+    }
+
     fn find_enabled(&mut self) {
         self.enabled.clear();
-        let mut relaxing = Vec::new();
+        self.relaxing.clear();
         for vcpu in 0..self.standing.len() {
             let actor = Actor::Vcpu(vcpu as u8);
             let ready = match self.standing[vcpu].wait() {
@@ -433,7 +628,7 @@ impl<E: Engine> Driver<E> {
                 Some(Wait::Anyone) => {
                     let nobody_since = self.stopped_in[vcpu] + 1 == self.steps;
                     if nobody_since {
-                        relaxing.push(actor);
+                        self.relaxing.push(actor);
                     }
                     !nobody_since
                 }
@@ -448,18 +643,31 @@ impl<E: Engine> Driver<E> {
             }
         }
         if self.enabled.is_empty() {
-            self.enabled = relaxing;
+            std::mem::swap(&mut self.enabled, &mut self.relaxing);
+        } else if self.idle_turns > 2 * self.standing.len() as u64 {
+            self.take_turns();
         }
     }
 
-    fn only_relaxing(&self) -> bool {
-        self.enabled.iter().all(|actor| match actor {
+    /// Nobody gets anywhere, for those who run only wait for others: from here on each has its turn,
+    /// whomever the scheduler likes best, so that the one who could is not passed by for ever.
+    fn take_turns(&mut self) {
+        let Self {
+            enabled,
+            standing,
+            stopped_in,
+            ..
+        } = self;
+        let free = |actor: &Actor| match actor {
             Actor::Vcpu(vcpu) => {
-                self.standing[usize::from(*vcpu)].wait() == Some(Wait::Anyone)
-                    && !self.engine.pending(usize::from(*vcpu))
+                let wait = standing[usize::from(*vcpu)].wait();
+                matches!(wait, None | Some(Wait::Anyone)).then(|| stopped_in[usize::from(*vcpu)])
             }
-            Actor::Wire(_) => false,
-        })
+            Actor::Wire(_) => None,
+        };
+        if let Some(turn) = enabled.iter().filter_map(free).min() {
+            enabled.retain(|actor| free(actor).is_none_or(|since| since == turn));
+        }
     }
 
     /// A word of guest memory; one outside lets nobody in.
@@ -495,6 +703,15 @@ impl<E: Engine> Driver<E> {
         };
         DriverError::Impossible { actor, points, why }
     }
+}
+
+/// True where the event belongs to waiting for anyone itself.
+fn is_of_relax(event: &Event) -> bool {
+    let kind = EventKind::from_id(event.kind);
+    matches!(kind, Some(EventKind::SyscallEnter | EventKind::SyscallExit))
+        && matches!(event.args[0], nr::SCHED_YIELD | nr::TESTBED_RELAX)
+        || matches!(kind, Some(EventKind::LockAcquire | EventKind::LockRelease))
+            && event.args[1] == LockClass::Sched as u64
 }
 
 fn is_wait(halt: &Halt) -> bool {

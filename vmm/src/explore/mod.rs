@@ -5,14 +5,32 @@
 
 pub mod campaign;
 pub mod compare;
+pub mod confirm;
+mod coverage;
 mod driver;
+mod failing;
+#[cfg(test)]
+mod failing_tests;
+mod footprint;
 mod minimise;
+pub mod probe;
 mod rng;
+mod sample;
 mod schedule;
 mod scheduler;
+mod source;
 pub mod strategy;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+mod trace;
 
+pub use coverage::Coverage;
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
+pub(crate) use rng::Rng;
+pub use sample::{Kept, Sample};
 pub use schedule::{Actor, Schedule, Segment};
 pub use scheduler::{Choice, Scheduler, View};
+pub use source::Source;

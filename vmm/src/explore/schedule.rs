@@ -41,7 +41,7 @@ impl Schedule {
     pub fn push(&mut self, actor: Actor, points: u64) {
         match self.segments.last_mut() {
             Some(last) if last.actor == actor && matches!(actor, Actor::Vcpu(_)) => {
-                last.points += points;
+                last.points = last.points.saturating_add(points);
             }
             _ => self.segments.push(Segment { actor, points }),
         }
@@ -50,6 +50,7 @@ impl Schedule {
     #[must_use]
     pub fn points(&self) -> u64 {
         let vcpus = |segment: &&Segment| matches!(segment.actor, Actor::Vcpu(_));
-        self.segments.iter().filter(vcpus).map(|s| s.points).sum()
+        let points = self.segments.iter().filter(vcpus).map(|s| s.points);
+        points.fold(0, u64::saturating_add)
     }
 }

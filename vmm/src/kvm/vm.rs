@@ -5,7 +5,7 @@ use std::fs::File;
 
 use abi::boot::InterruptMode;
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MP_STATE_RUNNABLE,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, Msrs, kvm_enable_cap,
     kvm_mp_state, kvm_userspace_memory_region,
 };
@@ -14,11 +14,14 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use super::stats::{self, Counters};
 use super::{KvmError, cpuid, failed, registers, sys};
 use crate::boot::Boot;
-use crate::memory::{GuestRam, PhysMem};
+use crate::memory::{GuestRam, PhysMem, pages_of};
 
 /// Three pages that KVM needs on CPUs without unrestricted guests; out of the way of guest memory,
 /// below the BIOS area where PCs have them.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// The slot of guest memory.
+const SLOT: u32 = 0;
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -96,29 +99,90 @@ impl Vm {
             }
             fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
         }
-        let slot = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: ram.bytes(),
-            userspace_addr: ram.host_address(),
-        };
-        // SAFETY: the slot is exactly `ram`'s mapping, which stays mapped while `self` or any vCPU of it
-        // lives, because each of them holds a clone of `ram`.
-        unsafe { fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-        Ok(Self {
+        let vm = Self {
             kvm,
             fd,
             interrupts,
             ram: ram.clone(),
-        })
+        };
+        vm.set_slot(ram.bytes(), 0)?;
+        Ok(vm)
     }
 
-    /// vCPU `cpu` of `cpus`, ready to execute the kernel's first instruction.
+    fn set_slot(&self, bytes: u64, flags: u32) -> Result<(), KvmError> {
+        let slot = kvm_userspace_memory_region {
+            slot: SLOT,
+            flags,
+            guest_phys_addr: 0,
+            memory_size: bytes,
+            userspace_addr: self.ram.host_address(),
+        };
+        // SAFETY: the slot is exactly `ram`'s mapping, or nothing; it stays mapped while `self` or any vCPU
+        // of it lives, because each of them holds a clone of `ram`.
+        unsafe { self.fd.set_user_memory_region(slot) }
+            .map_err(failed("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// Makes KVM note which pages the guest writes from now on.
+    ///
+    /// # Errors
+    /// A host without a dirty log.
+    pub fn start_dirty_log(&self) -> Result<(), KvmError> {
+        self.set_slot(self.ram.bytes(), KVM_MEM_LOG_DIRTY_PAGES)?;
+        // What was logged before: a slot that had the flag already keeps its log.
+        self.take_dirty().map(drop)
+    }
+
+    /// Numbers of the pages that the guest has written since the last call.
+    ///
+    /// # Errors
+    /// The log was not started.
+    pub fn take_dirty(&self) -> Result<Vec<u64>, KvmError> {
+        let log = self
+            .fd
+            .get_dirty_log(SLOT, self.ram.bytes() as usize)
+            .map_err(failed("KVM_GET_DIRTY_LOG"))?;
+        let mut pages = Vec::new();
+        for (word, bits) in log.iter().enumerate() {
+            pages_of(word, *bits, &mut pages);
+        }
+        Ok(pages)
+    }
+
+    /// Makes KVM forget what it has derived from the guest's page tables. Where it shadows them it
+    /// learns of writes by the guest alone: after the host has changed guest memory its shadow would be
+    /// stale for ever. There is no call for it, but shadow pages go with their memory slot. The dirty
+    /// log goes on, empty.
+    ///
+    /// # Errors
+    /// The host refuses a call.
+    pub fn forget_shadow_pages(&self, dirty_log: bool) -> Result<(), KvmError> {
+        self.set_slot(0, 0)?;
+        let flags = if dirty_log {
+            KVM_MEM_LOG_DIRTY_PAGES
+        } else {
+            0
+        };
+        self.set_slot(self.ram.bytes(), flags)
+    }
+
+    /// The MSRs that KVM keeps for a vCPU.
+    ///
+    /// # Errors
+    /// The host refuses the call.
+    pub fn msrs(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// vCPU `cpu` of `cpus`, without a state.
     ///
     /// # Errors
     /// A call that the host refuses.
-    pub fn create_vcpu(&self, cpu: u32, cpus: u32, boot: &Boot) -> Result<VcpuFd, KvmError> {
+    pub fn create_vcpu(&self, cpu: u32, cpus: u32) -> Result<VcpuFd, KvmError> {
         let vcpu = self
             .fd
             .create_vcpu(cpu.into())
@@ -129,8 +193,16 @@ impl Vm {
             .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
         let entries = cpuid::for_vcpu(supported.as_slice(), cpu, cpus, self.interrupts);
         let cpuid = CpuId::from_entries(&entries).expect("no more entries than the host gave");
+        // Before any register: it decides which control register bits and MSRs exist.
         vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-        // CPUID first: it decides which control register bits and MSRs exist.
+        Ok(vcpu)
+    }
+
+    /// Makes `vcpu`, number `cpu`, ready to execute the kernel's first instruction.
+    ///
+    /// # Errors
+    /// A call that the host refuses.
+    pub fn start_vcpu(&self, vcpu: &VcpuFd, cpu: u32, boot: &Boot) -> Result<(), KvmError> {
         vcpu.set_sregs(&registers::system(boot, cpu))
             .map_err(failed("KVM_SET_SREGS"))?;
         let msrs = Msrs::from_entries(registers::MSRS).expect("a few entries");
@@ -149,7 +221,7 @@ impl Vm {
             })
             .map_err(failed("KVM_SET_MP_STATE"))?;
         }
-        Ok(vcpu)
+        Ok(())
     }
 
     /// Guest memory.

@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicU64;
 
 use abi::layout::ENTRIES_PER_TABLE;
 
+pub(crate) use ram::pages_of;
 pub use ram::{GuestRam, RamError};
 
 /// An access outside guest memory.

@@ -1,16 +1,18 @@
-//! The machine's memory: one memfd, mapped shared, from guest physical address 0 without holes.
-#![allow(unsafe_code, reason = "guest memory as atomics")]
+//! The machine's memory: one memfd from guest physical address 0 without holes, mapped shared, or
+//! privately where it is a copy-on-write copy of another machine's.
+#![allow(unsafe_code, reason = "guest memory as atomics, holes of a file")]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{ENTRIES_PER_TABLE, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    MemoryRegionAddress, MmapRegion,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -67,6 +69,15 @@ pub enum RamError {
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     region: Arc<GuestRegionMmap>,
+    /// Pages that the host has written, which no dirty log of KVM's shows; a bit each.
+    written: Arc<[AtomicU64]>,
+}
+
+/// How a memfd is mapped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mapping {
+    Shared,
+    CopyOnWrite,
 }
 
 impl GuestRam {
@@ -99,15 +110,143 @@ impl GuestRam {
         };
         let file = memfd().map_err(host("create a memfd for"))?;
         file.set_len(bytes).map_err(host("reserve"))?;
-        let region = GuestRegionMmap::from_range(
-            GuestAddress(0),
-            bytes as usize,
-            Some(FileOffset::new(file, 0)),
-        )
-        .map_err(|error| host("map")(io::Error::other(error)))?;
+        Self::map(file, bytes, Mapping::Shared)
+    }
+
+    fn map(file: File, bytes: u64, mapping: Mapping) -> Result<Self, RamError> {
+        let flags = libc::MAP_NORESERVE
+            | match mapping {
+                Mapping::Shared => libc::MAP_SHARED,
+                Mapping::CopyOnWrite => libc::MAP_PRIVATE,
+            };
+        let file = Some(FileOffset::new(file, 0));
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let refused = |source| RamError::Host {
+            step: "map",
+            bytes,
+            source,
+        };
+        let region = MmapRegion::build(file, bytes as usize, access, flags)
+            .map_err(|error| refused(io::Error::other(error)))?;
+        let region = GuestRegionMmap::new(region, GuestAddress(0))
+            .ok_or_else(|| refused(io::Error::other("it ends beyond the address space")))?;
+        let words = (bytes / PAGE_SIZE).div_ceil(64);
         Ok(Self {
             region: Arc::new(region),
+            written: (0..words).map(|_| AtomicU64::new(0)).collect(),
         })
+    }
+
+    /// A copy of what is here now. Nobody may write meanwhile.
+    ///
+    /// # Errors
+    /// The host does not give the memory.
+    pub fn copy(&self) -> Result<Self, RamError> {
+        let copy = Self::new(self.bytes())?;
+        let (numbers, pages) = self.pages_with_data();
+        for (number, page) in numbers.iter().zip(pages.chunks_exact(PAGE_SIZE as usize)) {
+            copy.write(number * PAGE_SIZE, page)
+                .expect("memories of one size");
+        }
+        copy.take_written();
+        Ok(copy)
+    }
+
+    /// Memory that is this one until either is written; neither sees what is written to the other
+    /// through a copy. This one must not be written any more.
+    ///
+    /// # Errors
+    /// The host does not give the memory.
+    pub fn copy_on_write(&self) -> Result<Self, RamError> {
+        let bytes = self.bytes();
+        let host = |source| RamError::Host {
+            step: "share",
+            bytes,
+            source,
+        };
+        Self::map(
+            self.file().try_clone().map_err(host)?,
+            bytes,
+            Mapping::CopyOnWrite,
+        )
+    }
+
+    /// Numbers of the pages that are not zero, and these pages one after the other.
+    pub(crate) fn pages_with_data(&self) -> (Vec<u64>, Vec<u8>) {
+        let (mut numbers, mut pages) = (Vec::new(), Vec::new());
+        let mut page = [0; PAGE_SIZE as usize];
+        let mut gpa = 0;
+        while let Some(data) = self.data_from(gpa) {
+            self.read(data, &mut page).expect("a page of this memory");
+            if page != [0; PAGE_SIZE as usize] {
+                numbers.push(data / PAGE_SIZE);
+                pages.extend(page);
+            }
+            gpa = data + PAGE_SIZE;
+        }
+        (numbers, pages)
+    }
+
+    /// GPA of the first page from `gpa` that may hold something: what the file has no page for is zero,
+    /// unless this is a private copy.
+    fn data_from(&self, gpa: u64) -> Option<u64> {
+        if gpa >= self.bytes() {
+            return None;
+        }
+        if self.region.flags() & libc::MAP_PRIVATE != 0 {
+            return Some(gpa);
+        }
+        // SAFETY: the call moves the file's offset, which nobody uses, and touches no memory.
+        let data = unsafe { libc::lseek(self.file().as_raw_fd(), gpa as i64, libc::SEEK_DATA) };
+        match u64::try_from(data) {
+            Ok(data) => Some(data / PAGE_SIZE * PAGE_SIZE),
+            Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => None,
+            // A file system that cannot tell: every page may.
+            Err(_) => Some(gpa),
+        }
+    }
+
+    /// Makes page `page` what it is in `image`, of the same size; this does not count as
+    /// [written](Self::write).
+    ///
+    /// # Panics
+    /// Where there is no such page.
+    pub(crate) fn copy_page(&self, image: &Self, page: u64) {
+        let at = MemoryRegionAddress(page * PAGE_SIZE);
+        let bytes = PAGE_SIZE as usize;
+        match (
+            image.region.get_slice(at, bytes),
+            self.region.get_slice(at, bytes),
+        ) {
+            (Ok(from), Ok(to)) => from.copy_to_volatile_slice(to),
+            _ => panic!("page {page} is none of this memory"),
+        }
+    }
+
+    /// True where page `page` is what it is in `image`, of the same size.
+    ///
+    /// # Panics
+    /// Where there is no such page.
+    pub(crate) fn has_same_page(&self, image: &Self, page: u64) -> bool {
+        let (one, two) = (image.page(page), self.page(page));
+        one.iter()
+            .zip(two)
+            .all(|(one, two)| one.load(Relaxed) == two.load(Relaxed))
+    }
+
+    fn page(&self, page: u64) -> &[AtomicU64; ENTRIES_PER_TABLE] {
+        self.table(page * PAGE_SIZE).expect("a page of this memory")
+    }
+
+    /// Numbers of the pages that the host has [written](Self::write) since the last call.
+    pub fn take_written(&self) -> Vec<u64> {
+        let mut pages = Vec::new();
+        for (word, bits) in self.written.iter().enumerate() {
+            if bits.load(Relaxed) != 0 {
+                pages_of(word, bits.swap(0, Relaxed), &mut pages);
+            }
+        }
+        pages
     }
 
     /// Copies `data` to `gpa`.
@@ -116,6 +255,10 @@ impl GuestRam {
     /// [`OutOfRange`] where any byte lies outside; nothing is written then.
     pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), OutOfRange> {
         self.check(gpa, data.len() as u64)?;
+        let end = gpa + data.len() as u64;
+        for page in gpa / PAGE_SIZE..end.div_ceil(PAGE_SIZE) {
+            self.written[page as usize / 64].fetch_or(1 << (page % 64), Relaxed);
+        }
         self.region
             .write_slice(data, MemoryRegionAddress(gpa))
             .map_err(|_| out_of_range(gpa, data.len()))
@@ -202,6 +345,14 @@ impl PhysMem for GuestRam {
     }
 }
 
+/// Appends the pages whose bits are set in word `word` of a bitmap.
+pub(crate) fn pages_of(word: usize, mut bits: u64, pages: &mut Vec<u64>) {
+    while bits != 0 {
+        pages.push(word as u64 * 64 + u64::from(bits.trailing_zeros()));
+        bits &= bits - 1;
+    }
+}
+
 fn out_of_range(gpa: u64, len: usize) -> OutOfRange {
     OutOfRange {
         gpa,
@@ -251,6 +402,41 @@ mod tests {
         assert_eq!(ram.read_value::<u64>(0x3010), Ok(7));
         assert!(ram.table(0x3008).is_err());
         assert!(ram.table(MIN_MEMORY).is_err());
+    }
+
+    #[test]
+    fn a_copy_is_what_was_there_and_no_more() {
+        let ram = GuestRam::new(MIN_MEMORY).unwrap();
+        ram.write(0x5000, b"before").unwrap();
+        ram.write(MIN_MEMORY - 2, b"..").unwrap();
+        assert_eq!(ram.take_written(), [5, MIN_MEMORY / PAGE_SIZE - 1]);
+        assert!(ram.take_written().is_empty());
+        let copy = ram.copy().unwrap();
+        ram.write(0x5000, b"after.").unwrap();
+        let mut bytes = [0; 6];
+        copy.read(0x5000, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"before");
+        copy.read(MIN_MEMORY - 6, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"\0\0\0\0..");
+        assert!(copy.take_written().is_empty());
+    }
+
+    #[test]
+    fn copies_on_write_share_what_nobody_wrote() {
+        let image = GuestRam::new(MIN_MEMORY).unwrap();
+        image.write(0x5000, b"image").unwrap();
+        let [one, two] = [0, 1].map(|_| image.copy_on_write().unwrap());
+        one.write(0x5000, b"first").unwrap();
+        let read = |ram: &GuestRam| {
+            let mut bytes = [0; 5];
+            ram.read(0x5000, &mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(
+            [read(&image), read(&one), read(&two)],
+            [*b"image", *b"first", *b"image"]
+        );
+        assert_eq!(read(&one.copy().unwrap()), *b"first");
     }
 
     #[test]

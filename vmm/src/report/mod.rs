@@ -7,6 +7,7 @@ pub mod crash;
 pub mod json;
 pub mod story;
 pub mod symbols;
+pub mod timeline;
 pub mod verdict;
 
 use std::collections::BTreeMap;
@@ -62,6 +63,10 @@ pub struct RunResult {
     pub kvm_stats: BTreeMap<String, u64>,
     /// Checks of the machine at scheduling points.
     pub points_checked: u64,
+    /// What the merged event streams came to, where they were judged (`--monitor`).
+    pub streamed: Option<crate::session::Streamed>,
+    /// What was done to the run, where something was to be (`--delay`, `--ipi`).
+    pub injected: Option<crate::inject::Injected>,
     /// What the guest wrote to its serial port.
     pub serial: String,
 }
@@ -312,6 +317,8 @@ pub(crate) mod tests {
             },
             kvm_stats: BTreeMap::new(),
             points_checked: 0,
+            streamed: None,
+            injected: None,
             serial: String::new(),
         }
     }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use abi::channel::{EventKind, access};
+use abi::failpoint::Failpoint;
 use abi::lock::LockClass;
 use abi::objects::FrameKind;
 use abi::pte::{Pte, PteFlags};
@@ -200,7 +201,7 @@ fn waits_for(wait: &crate::explore::WaitsFor) -> String {
 }
 
 /// One event in the words of the field; none where it says nothing to a person.
-fn line(seen: &Seen) -> Option<String> {
+pub(super) fn line(seen: &Seen) -> Option<String> {
     let args = seen.event.args;
     let task = seen.event.task;
     Some(match EventKind::from_id(seen.event.kind)? {
@@ -278,7 +279,10 @@ fn line(seen: &Seen) -> Option<String> {
                 )
             }
         }
-        EventKind::FailpointHit => "an armed failpoint fails".into(),
+        EventKind::FailpointHit => {
+            let failpoint = Failpoint::from_id(args[0]);
+            format!("failpoint {} fails", failpoint.map_or("?", |it| it.name()))
+        }
         _ => return None,
     })
 }

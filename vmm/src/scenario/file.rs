@@ -14,6 +14,7 @@ use super::source;
 use super::trace;
 use super::values::{self, Refused};
 use super::{CheckWhen, Program, Scenario};
+use crate::inject::Rules;
 
 /// Checks the `text` of the scenario file at `path`. Traces are read relative to its directory.
 ///
@@ -78,6 +79,8 @@ struct Kernel {
     params: BTreeMap<Spanned<String>, Spanned<Scalar>>,
     #[serde(default)]
     bugs: Vec<Spanned<String>>,
+    #[serde(default)]
+    fail: Vec<Spanned<String>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -157,6 +160,13 @@ impl Reader<'_> {
                 .iter()
                 .map(|name| self.at(name.span(), values::bug(name.as_ref())))
                 .collect::<Result<_, _>>()?,
+            fails: file
+                .kernel
+                .fail
+                .iter()
+                .map(|fail| self.at(fail.span(), fail.as_ref().parse()))
+                .collect::<Result<_, _>>()?,
+            inject: Rules::default(),
             check: match file.check.when {
                 When::End => CheckWhen::End,
                 When::EveryPoint => CheckWhen::EveryPoint,

@@ -6,6 +6,7 @@
 pub mod catalog;
 mod error;
 mod excerpt;
+pub mod fail;
 mod file;
 pub mod record;
 mod source;
@@ -18,7 +19,10 @@ use std::time::Duration;
 use abi::boot::InterruptMode;
 use abi::bug::Bug;
 
+use crate::inject::Rules;
+
 pub use error::{Located, ScenarioError};
+pub use fail::Fail;
 pub use file::parse;
 
 /// vCPUs where neither the scenario nor the command line says.
@@ -63,6 +67,10 @@ pub struct Scenario {
     pub params: Vec<(String, String)>,
     /// Seeded bugs that are switched on.
     pub bugs: Vec<Bug>,
+    /// Passages of failpoints that fail, in every schedule that is explored.
+    pub fails: Vec<Fail>,
+    /// What is done to a parallel run.
+    pub inject: Rules,
     /// When the invariants are checked.
     pub check: CheckWhen,
     /// Longest wall time of one run.
@@ -105,6 +113,13 @@ impl Scenario {
             source,
         })?;
         parse(&path, &text)
+    }
+
+    /// True where events carry tickets, so that the streams of all vCPUs can be judged as one.
+    #[must_use]
+    pub fn is_streamed(&self) -> bool {
+        let stamp = self.params.iter().rfind(|(key, _)| key == "stamp");
+        stamp.is_some_and(|(_, value)| value == "ticket")
     }
 
     /// The kernel's command line.
@@ -159,6 +174,11 @@ impl Scenario {
             table(&self.params),
             bugs.join(", ")
         );
+        if !self.fails.is_empty() {
+            let fails = self.fails.iter().map(|fail| quoted(&fail.to_string()));
+            let fails: Vec<String> = fails.collect();
+            let _ = writeln!(text, "fail = [{}]", fails.join(", "));
+        }
         text
     }
 

@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
+use crate::engine::{PointSet, Window};
 use abi::bug::Bug;
+use abi::failpoint::Failpoint;
 use abi::layout::{MAX_CPUS, MAX_MEMORY, MIN_MEMORY, PAGE_SIZE};
 use abi::param::{Config, PARAMS, ParamError};
 use abi::point::Point;
@@ -205,6 +207,39 @@ pub fn point(name: &str) -> Result<Point, Refused> {
             Point::ALL.iter().map(|point| point.name()),
         ))
     })
+}
+
+/// The failpoint of this name.
+///
+/// # Errors
+/// There is none.
+pub fn failpoint(name: &str) -> Result<Failpoint, Refused> {
+    name.parse().map_err(|()| {
+        let names: Vec<&str> = Failpoint::ALL.iter().map(|it| it.name()).collect();
+        Refused::new(format!("no failpoint '{name}'"))
+            .with_help(format!("one of: {}", names.join(", ")))
+    })
+}
+
+/// A window of instructions: `flush-issue`, `flush-issue:2`, `flush-issue,pte-clear:1`.
+///
+/// # Errors
+/// No such point, or no number of instructions.
+pub fn window(text: &str) -> Result<Window, Refused> {
+    let (names, every) = text.split_once(':').unwrap_or((text, "1"));
+    let points = names.split(',').map(point);
+    let points = points.collect::<Result<Vec<_>, _>>()?;
+    match every.parse() {
+        Ok(every) if every > 0 => Ok(Window {
+            points: PointSet::of(&points),
+            every,
+        }),
+        _ => Err(
+            Refused::new(format!("'{every}' is no number of instructions")).with_help(
+                "a window is POINT[,POINT]…[:K]: every K-th instruction behind a POINT".to_owned(),
+            ),
+        ),
+    }
 }
 
 /// An address or a number, decimal or with `0x`.

@@ -11,18 +11,21 @@ use abi::layout::{CHANNEL_GPA, CHANNEL_STRIDE, KERNEL_VIRT_OFFSET};
 use abi::point::Point;
 use abi::port;
 
+use super::streams::{Streamed, Streams};
 use super::{Checked, Crash, Halt, Interrupt, Observed, Place, Subject, observe};
 use crate::check::{self, Context, Moment, Outcome};
 use crate::control::{
-    self, KernelImage, Machine, MachineConfig, MachineError, ProgramSpec, Stop, VcpuSnapshot,
+    self, KernelImage, Machine, MachineConfig, MachineError, NOISY_EVENTS, ProgramSpec, Stop,
+    VcpuSnapshot,
 };
+use crate::inject::Injected;
 use crate::inspect::walk::USER_HALF;
 use crate::inspect::{self, InspectError, Snapshot, VcpuFacts};
 use crate::kvm::host::{Host, HostKind};
 use crate::kvm::vcpu::ExitReason;
 use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
-use crate::report::{HostFacts, Timings};
+use crate::report::{HostFacts, Timings, Verdict};
 use crate::scenario::{CheckWhen, Scenario};
 
 /// Points at which a vCPU only waits for others: between two passages of one nothing changes that
@@ -64,6 +67,10 @@ pub struct Finished {
     pub kvm_stats: BTreeMap<String, u64>,
     /// What the guest wrote to its serial port.
     pub serial: String,
+    /// What its merged event streams came to, where they were judged.
+    pub streamed: Option<Streamed>,
+    /// What was done to it, where something was to be.
+    pub injected: Option<Injected>,
 }
 
 /// Boots and runs `scenario` once. `kernel` is an ELF file to boot instead of the embedded one.
@@ -76,10 +83,27 @@ pub fn run(
     interrupt: &Interrupt,
 ) -> Result<Finished, MachineError> {
     let mut live = Live::boot(scenario, kernel, interrupt)?;
+    if scenario.is_streamed() {
+        live.streams = Streams::begin(&mut live.machine, scenario.timeout)?;
+    }
     if scenario.check == CheckWhen::EveryPoint {
         live.trap_all();
     }
-    let observed = observe(&mut live, scenario.check, scenario.timeout)?;
+    let mut observed = observe(&mut live, scenario.check, scenario.timeout)?;
+    let mut streamed = None;
+    if let Some(mut streams) = live.streams.take() {
+        streams.take(&mut live.machine)?;
+        let started = Instant::now();
+        let (came_to, violation) = streams.judge();
+        observed.checking += started.elapsed();
+        streamed = Some(came_to);
+        if let Some(violation) = violation {
+            // It came before whatever was seen at the end.
+            observed.violations.insert(0, violation);
+            observed.verdict = Verdict::Violation;
+        }
+    }
+    let injected = live.machine.injected();
     let kvm_stats = live.kvm_stats();
     let serial = live.serial();
     let made = live.machine.timings();
@@ -102,12 +126,15 @@ pub fn run(
         observed,
         kvm_stats,
         serial,
+        streamed,
+        injected,
     })
 }
 
 /// A machine that runs a scenario.
 pub struct Live {
     machine: Machine,
+    streams: Option<Streams>,
 }
 
 impl Live {
@@ -120,7 +147,7 @@ impl Live {
         kernel: Option<&Path>,
         interrupt: &Interrupt,
     ) -> Result<Self, MachineError> {
-        let machine = Machine::new(MachineConfig {
+        let mut machine = Machine::new(MachineConfig {
             vcpus: scenario.vcpus,
             memory_bytes: scenario.memory_bytes,
             interrupts: scenario.interrupts,
@@ -136,10 +163,20 @@ impl Live {
             },
             kernel: kernel.map_or(KernelImage::Embedded, |path| KernelImage::File(path.into())),
             watchdog: scenario.watchdog,
+            inject: scenario.inject.clone(),
+            events: if scenario.is_streamed() {
+                u64::MAX
+            } else {
+                !NOISY_EVENTS
+            },
             ..MachineConfig::default()
         })?;
+        machine.set_ring_exits(scenario.is_streamed());
         interrupt.watch(machine.interrupt_handle());
-        Ok(Self { machine })
+        Ok(Self {
+            machine,
+            streams: None,
+        })
     }
 
     /// Makes every point stop but those at which a vCPU only waits.
@@ -314,8 +351,13 @@ impl Subject for Live {
                 vcpu: vcpu as u32,
                 report,
             },
-            // Nobody asked for it: the rings are flight recorders here.
-            Stop::RingFull { .. } | Stop::FirstUser { .. } => Halt::Nothing,
+            Stop::RingFull { .. } => {
+                if let Some(streams) = &mut self.streams {
+                    streams.take(&mut self.machine)?;
+                }
+                Halt::Nothing
+            }
+            Stop::FirstUser { .. } | Stop::Stepped { .. } => Halt::Nothing,
             Stop::Deadline => Halt::Deadline,
             Stop::Interrupted => Halt::Interrupted,
             Stop::Crashed(crash) => Halt::Crashed(self.crash(&crash)),

@@ -9,6 +9,7 @@ mod crash;
 mod interrupt;
 mod live;
 mod observe;
+mod streams;
 
 use std::fmt;
 use std::time::Duration;
@@ -23,6 +24,7 @@ pub use advance::{Reached, Until, advance};
 pub use interrupt::Interrupt;
 pub use live::{Finished, Live, facts_of, host, run};
 pub use observe::{MAX_REPORTS, MAX_VIOLATIONS, Observed, STATUS_BAD_INPUT, observe};
+pub use streams::Streamed;
 
 /// What a session drives: a machine and the checkers that read it.
 pub trait Subject {

@@ -11,9 +11,10 @@ const SOFTWARE_ENABLE: u64 = 1 << 8;
 
 // Offsets of xAPIC registers (SDM vol. 3A, table 11-1). An x2APIC MSR is 0x800 + offset / 16, but for
 // the two halves of ICR, which are one MSR.
-const ID: u64 = 0x20;
 const EOI: u64 = 0xb0;
 const SPURIOUS: u64 = 0xf0;
+/// IRR of the vectors from 0xe0 on, which all of ours are among.
+const IRR_HIGHEST: u64 = 0x270;
 const ICR_LOW: u64 = 0x300;
 const ICR_HIGH: u64 = 0x310;
 /// ICR: fixed delivery, physical destination, edge, assert (bit 14; SDM vol. 3A, 11.6.1).
@@ -65,12 +66,24 @@ impl LocalApic {
         }
     }
 
-    /// Opens a window in which pending interrupts are taken.
+    /// Opens a window in which all pending interrupts are taken.
     pub(super) fn relax(self) {
         match self {
-            // The APIC's ID register: reading it changes nothing.
-            Self::XApic => registers::relax_with_exit((LAPIC_GVA + ID) as *const u32),
+            // One window takes one interrupt on a host that emulates: there may be another, that came
+            // while the first one's handler ran.
+            Self::XApic => {
+                let pending = (LAPIC_GVA + IRR_HIGHEST) as *const u32;
+                while registers::relax_with_exit(pending) != 0 {}
+            }
             Self::X2Apic => registers::relax(),
+        }
+    }
+
+    /// Halts until an interrupt came; all that are pending then are taken.
+    pub(super) fn wait_for_interrupt(self) {
+        registers::wait_for_interrupt();
+        if let Self::XApic = self {
+            self.relax();
         }
     }
 

@@ -93,7 +93,7 @@ impl Arch for X86 {
     }
 
     fn wait_for_interrupt(&self) {
-        registers::wait_for_interrupt();
+        self.apic.wait_for_interrupt();
     }
 
     fn copy_from_user(&self, dst: &mut [u8], gva: u64) -> Result<(), UserFault> {

@@ -109,8 +109,9 @@ pub(super) fn relax() {
 
 /// As [`relax`], with a load from `mmio` in the window, which is an exit to the host. A host that emulates
 /// CPL 0 executes many instructions at a time and may see no window that closes again before it looks;
-/// an exit makes it look.
-pub(super) fn relax_with_exit(mmio: *const u32) {
+/// an exit makes it look. Returns what was loaded.
+pub(super) fn relax_with_exit(mmio: *const u32) -> u32 {
+    let loaded;
     // SAFETY: as for `relax`; the caller's address may be read at any time.
     unsafe {
         asm!(
@@ -122,9 +123,10 @@ pub(super) fn relax_with_exit(mmio: *const u32) {
             "cli",
             "lea rsp, [rsp + 128]",
             mmio = in(reg) mmio,
-            out("eax") _,
+            out("eax") loaded,
         );
     }
+    loaded
 }
 
 /// Halts until an interrupt was taken. None is lost: one that is already pending is held off by `sti`

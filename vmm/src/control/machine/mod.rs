@@ -1,7 +1,8 @@
 //! The machine: made, run, paused, and why it stopped. What can be set and read meanwhile is in
-//! [`panel`].
+//! [`panel`], how it is saved and put back in [`state`].
 
 mod panel;
+mod state;
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -21,10 +22,14 @@ use super::console::Console;
 use super::error::MachineError;
 use super::io::{IoThread, RunNumber, Watchdog};
 use super::stop::{Crash, CrashCause, Stop};
-use crate::boot::{self, BootSpec};
+use crate::boot::{self, Boot, BootSpec};
+use crate::inject::Injector;
 use crate::kvm::vcpu::{self, Notice, State, Step, Vcpu, VcpuError, VcpuSpec};
 use crate::kvm::{host, vm};
 use crate::memory::GuestRam;
+use crate::snapshot::Snapshot;
+
+pub use state::ResetTimings;
 
 /// Longest sleep of the controller without a look at its flags.
 const TICK: Duration = Duration::from_secs(1);
@@ -87,6 +92,7 @@ pub struct Machine {
     _io: IoThread,
     vm: vm::Vm,
     board: Arc<Board>,
+    injector: Option<Arc<Injector>>,
     serialised: bool,
     ram: GuestRam,
     console: Console,
@@ -104,6 +110,13 @@ pub struct Machine {
     timings: Timings,
     tsc_khz: Option<u32>,
     ended: Option<Stop>,
+    base: Option<state::Base>,
+}
+
+/// The state in which a machine starts.
+enum Start<'a> {
+    Boot(&'a Boot),
+    Snapshot(&'a Snapshot),
 }
 
 impl Machine {
@@ -146,20 +159,39 @@ impl Machine {
             channel.set_ring_exits(config.serialised);
         }
         timings.load = clock.lap();
+        Self::assemble(&config, (kernel, user), ram, timings, &Start::Boot(&boot))
+    }
 
+    /// A machine around memory that is as it starts; `images` are the ELF files that are in it.
+    fn assemble(
+        config: &MachineConfig,
+        images: (Cow<'static, [u8]>, &[u8]),
+        ram: GuestRam,
+        mut timings: Timings,
+        start: &Start<'_>,
+    ) -> Result<Self, MachineError> {
+        let mut clock = Clock(Instant::now());
         let vm = vm::Vm::new(vm::open()?, &ram, config.interrupts)?;
         timings.create_vm = clock.lap();
 
         let io_error = |step| move |source| MachineError::Io { step, source };
         let console = Console::new().map_err(io_error("create the console"))?;
         let (sender, messages) = mpsc::channel();
-        let board = Arc::new(Board::new(
+        let mut board = Board::new(
             config.vcpus as usize,
             config.interrupts,
             &console,
             config.serialised.then(|| ram.clone()),
             sender.clone(),
-        ));
+        );
+        let injector = (!config.inject.is_empty())
+            .then(|| Arc::new(Injector::new(config.inject.clone(), config.vcpus as usize)));
+        if let Some(injector) = &injector {
+            board
+                .inject(Arc::clone(injector), &ram)
+                .map_err(io_error("start the courier"))?;
+        }
+        let board = Arc::new(board);
         let host_cpus = if config.pin {
             host::allowed_cpus()
         } else {
@@ -169,7 +201,10 @@ impl Machine {
         let mut tsc_khz = None;
         for cpu in 0..config.vcpus {
             let index = cpu as usize;
-            let fd = vm.create_vcpu(cpu, config.vcpus, &boot)?;
+            let fd = vm.create_vcpu(cpu, config.vcpus)?;
+            if let Start::Boot(boot) = start {
+                vm.start_vcpu(&fd, cpu, boot)?;
+            }
             tsc_khz = fd.get_tsc_khz().ok();
             let mut vcpu = Vcpu::new(VcpuSpec {
                 index,
@@ -181,7 +216,14 @@ impl Machine {
                 pin: host_cpus.get(index % host_cpus.len().max(1)).copied(),
             });
             vcpu.start()?;
+            if let Start::Snapshot(snapshot) = start {
+                vcpu.request_restore(Arc::clone(&snapshot.vcpus[index]))?;
+                vcpu.wait(Step::Restore)?;
+            }
             vcpus.push(vcpu);
+        }
+        if let Start::Snapshot(snapshot) = start {
+            board.restore(&snapshot.board);
         }
         let run = RunNumber::default();
         let io = IoThread::start(
@@ -197,16 +239,17 @@ impl Machine {
         .map_err(io_error("start the I/O thread"))?;
         timings.create_vcpus = clock.lap();
 
-        Ok(Self {
+        let mut machine = Self {
             vcpus,
             _io: io,
             vm,
             board,
+            injector,
             serialised: config.serialised,
             ram,
             console,
-            kernel,
-            user: user.to_vec(),
+            kernel: images.0,
+            user: images.1.to_vec(),
             watchdog: config.watchdog,
             messages,
             backlog: VecDeque::new(),
@@ -221,7 +264,12 @@ impl Machine {
             timings,
             tsc_khz,
             ended: None,
-        })
+            base: None,
+        };
+        if machine.injector.is_some() {
+            machine.set_traps([0; 4]);
+        }
+        Ok(machine)
     }
 
     /// Lets the machine run until something happens or `deadline` is over, and pauses every vCPU.
@@ -326,6 +374,9 @@ impl Machine {
         is_meant: impl Fn(&Vcpu) -> bool,
     ) -> Result<PauseTimings, MachineError> {
         let start = Instant::now();
+        if let Some(injector) = &self.injector {
+            injector.set_pausing(step == Step::Pause);
+        }
         let mut each = Vec::new();
         let mut result = Ok(());
         let mut asked = Vec::new();
@@ -435,6 +486,7 @@ impl Machine {
             Message::Vcpu(Notice { vcpu, event, .. }) => Some(match event {
                 vcpu::Event::Exit(status) => Stop::Exited { status },
                 vcpu::Event::Doorbell(value) => self.doorbell(vcpu, value),
+                vcpu::Event::Stepped { rip } => Stop::Stepped { vcpu, rip },
                 vcpu::Event::Fault(fault) => crash(Some(vcpu), fault.into()),
                 vcpu::Event::ThreadPanic => return None,
             }),

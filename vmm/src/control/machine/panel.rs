@@ -10,6 +10,7 @@ use abi::point::Point;
 use super::{InterruptHandle, Machine, Timings};
 use crate::control::channel::Channel;
 use crate::control::error::MachineError;
+use crate::inject::Injected;
 use crate::kvm::stats::KvmStats;
 use crate::kvm::vcpu::{Vcpu, VcpuSnapshot};
 use crate::memory::{GuestRam, PhysMem};
@@ -30,6 +31,12 @@ impl Machine {
     /// for point `p`.
     pub fn set_traps(&mut self, mask: [u64; 4]) {
         self.traps = mask;
+        self.board.set_stops(mask[0]);
+        let injected = self
+            .injector
+            .as_ref()
+            .map_or(0, |injector| injector.points().0);
+        let mask = [mask[0] | injected, mask[1], mask[2], mask[3]];
         for vcpu in 0..self.vcpus.len() {
             Channel::new(&self.ram, vcpu).set_traps(mask);
         }
@@ -58,6 +65,22 @@ impl Machine {
     pub fn points_passed(&self, vcpu: usize) -> u64 {
         self.channel(vcpu)
             .map_or(0, |channel| channel.points_passed())
+    }
+
+    /// Makes `vcpu` stop ([`Stop::Stepped`](crate::control::Stop::Stepped)) after `instructions` at CPL 0, or
+    /// no longer; says how many it has executed since it was told so last.
+    ///
+    /// # Errors
+    /// No such vCPU, or a host that cannot single-step.
+    pub fn single_step(
+        &mut self,
+        vcpu: usize,
+        instructions: Option<u64>,
+    ) -> Result<u64, MachineError> {
+        let vcpus = self.vcpus.len();
+        let handle = self.vcpus.get_mut(vcpu);
+        let handle = handle.ok_or(MachineError::NoSuchVcpu { given: vcpu, vcpus })?;
+        Ok(handle.single_step(instructions)?)
     }
 
     /// Arms a failpoint on `vcpu`: its `passages`-th passage from here fails; 0 disarms it.
@@ -100,6 +123,12 @@ impl Machine {
         self.channel(vcpu)
             .map(|channel| channel.events())
             .unwrap_or_default()
+    }
+
+    /// What was done to the run, where something was to be.
+    #[must_use]
+    pub fn injected(&self) -> Option<Injected> {
+        Some(self.injector.as_ref()?.done())
     }
 
     /// Number of vCPUs.

@@ -1,41 +1,50 @@
 //! The kvm engine: the kernel image on vCPUs, one of which runs at a time.
 //!
-//! A reset boots the machine anew and runs the set-up again: slow, and as sure as the boot is
-//! deterministic.
+//! A reset puts back what was written since the state was saved; a machine that has crashed is replaced
+//! by a clone of its snapshot.
 
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use abi::channel::Event;
 use abi::failpoint::Failpoint;
 
-use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit};
-use crate::control::{Interrupts, Machine, MachineConfig, ProgramSpec, Stop};
+use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit, Window};
+use crate::control::{Interrupts, Machine, MachineConfig, MachineError, ProgramSpec, Stop};
 use crate::inspect::{self, VcpuFacts};
 use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
 use crate::scenario::Scenario;
+use crate::snapshot::Snapshot;
 
-/// A step of the set-up.
-#[derive(Clone, Copy)]
-enum Step {
-    Run(usize, Limit),
-    Deliver(usize),
+/// A vCPU and the [`Window`].
+#[derive(Clone, Copy, Debug, Default)]
+struct InWindow {
+    /// It is in it.
+    open: bool,
+    /// Points that its instructions were, since the last reset.
+    points: u64,
 }
 
 /// See the module.
 pub struct KvmEngine {
     config: MachineConfig,
     machine: Machine,
-    set_up: Vec<Step>,
-    saved: bool,
+    saved: Option<Arc<Snapshot>>,
     /// Nothing has run since the saved state was reached.
     fresh: bool,
+    /// The machine can no longer be run nor reset.
+    broken: bool,
     /// Points that each vCPU had passed when the state was saved.
     passed: Vec<u64>,
+    window: Option<Window>,
+    /// Where each vCPU is as to the window.
+    windows: Vec<InWindow>,
     stops: Vec<inspect::Stop>,
+    saved_stops: Vec<inspect::Stop>,
     watchdog: f64,
     costs: Costs,
 }
@@ -46,44 +55,88 @@ impl KvmEngine {
     /// # Errors
     /// The machine cannot be made.
     pub fn new(scenario: &Scenario) -> Result<Self, EngineError> {
-        let config = MachineConfig {
-            vcpus: scenario.vcpus,
-            memory_bytes: scenario.memory_bytes,
-            interrupts: Interrupts::Controlled,
-            cmdline: scenario.cmdline(),
-            program: ProgramSpec {
-                name: scenario.program.name.clone(),
-                args: scenario.program.args.clone(),
-                data: scenario.program.trace.as_ref().map(|t| t.blob.clone()),
-            },
-            watchdog: scenario.watchdog,
-            events: u64::MAX,
-            serialised: true,
-            ..MachineConfig::default()
-        };
-        let cpus = scenario.vcpus as usize;
-        Ok(Self {
-            machine: Machine::new(config.clone())?,
-            config,
-            set_up: Vec::new(),
-            saved: false,
-            fresh: false,
-            passed: vec![0; cpus],
-            stops: vec![inspect::Stop::Anywhere; cpus],
-            watchdog: scenario.watchdog.as_secs_f64(),
-            costs: Costs::default(),
-        })
+        let config = config(scenario);
+        let machine = Machine::new(config.clone())?;
+        Ok(Self::around(machine, config))
     }
 
+    /// A clone of `snapshot`, which was saved of a machine of `scenario`; that state counts as saved.
+    ///
+    /// # Errors
+    /// The machine cannot be made.
+    pub fn clone_of(scenario: &Scenario, snapshot: Arc<Snapshot>) -> Result<Self, EngineError> {
+        let config = config(scenario);
+        let machine = Machine::clone_of(&snapshot, config.clone())?;
+        let mut this = Self::around(machine, config);
+        this.saved_as(snapshot);
+        Ok(this)
+    }
+
+    fn around(machine: Machine, config: MachineConfig) -> Self {
+        let cpus = config.vcpus as usize;
+        Self {
+            machine,
+            saved: None,
+            fresh: false,
+            broken: false,
+            passed: vec![0; cpus],
+            window: None,
+            windows: vec![InWindow::default(); cpus],
+            stops: vec![inspect::Stop::Anywhere; cpus],
+            saved_stops: vec![inspect::Stop::Anywhere; cpus],
+            watchdog: config.watchdog.as_secs_f64(),
+            costs: Costs::default(),
+            config,
+        }
+    }
+
+    fn saved_as(&mut self, snapshot: Arc<Snapshot>) {
+        self.saved = Some(snapshot);
+        self.fresh = true;
+        self.saved_stops.clone_from(&self.stops);
+        for (vcpu, passed) in self.passed.iter_mut().enumerate() {
+            *passed = self.machine.points_passed(vcpu);
+        }
+    }
+
+    /// Runs `vcpu` to `limit`; a window's points end it too.
     fn step(
         &mut self,
         vcpu: usize,
         limit: Limit,
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
-        let started = Instant::now();
+        let traps = match self.window {
+            Some(window) => limit.traps.and(window.points),
+            None => limit.traps,
+        };
         self.machine.set_budget(vcpu, limit.points.max(1))?;
-        self.machine.set_vcpu_traps(vcpu, limit.traps.0)?;
+        self.machine.set_vcpu_traps(vcpu, traps.0)?;
+        self.go(vcpu, events)
+    }
+
+    /// Runs `vcpu`, which is in the window, for at most `points` of it.
+    fn step_through(
+        &mut self,
+        vcpu: usize,
+        window: Window,
+        points: u64,
+        events: &mut Vec<Event>,
+    ) -> Result<Halt, EngineError> {
+        let instructions = points.saturating_mul(window.every);
+        self.machine.set_budget(vcpu, 1)?;
+        self.machine.single_step(vcpu, Some(instructions))?;
+        let halt = self.go(vcpu, events);
+        if !self.broken {
+            let done = self.machine.single_step(vcpu, None)?;
+            self.windows[vcpu].points += done / window.every;
+        }
+        halt
+    }
+
+    /// Runs `vcpu` until it halts.
+    fn go(&mut self, vcpu: usize, events: &mut Vec<Event>) -> Result<Halt, EngineError> {
+        let started = Instant::now();
         let halt = loop {
             let stop = self.machine.run_vcpu(vcpu)?;
             self.costs.exits += 1;
@@ -91,6 +144,7 @@ impl KvmEngine {
             match stop {
                 Stop::RingFull { .. } => {}
                 Stop::Point { point, args, .. } => break Halt::Point { point, args },
+                Stop::Stepped { rip, .. } => break Halt::Instruction { rip },
                 Stop::FirstUser { .. } => break Halt::FirstUser,
                 Stop::Report { report, .. } => break Halt::Report(report),
                 Stop::Exited { status } => break Halt::Exited { status },
@@ -99,6 +153,7 @@ impl KvmEngine {
                     if let crate::control::CrashCause::NoProgress { .. } = crash.cause {
                         return Err(self.no_point(vcpu));
                     }
+                    self.broken = true;
                     break Halt::Crashed(GuestCrash {
                         reason: crash.cause.to_string(),
                         details: Vec::new(),
@@ -143,14 +198,40 @@ impl Engine for KvmEngine {
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
         self.fresh = false;
-        if !self.saved {
-            self.set_up.push(Step::Run(vcpu, limit));
+        let Some(window) = self.window else {
+            return self.step(vcpu, limit, events);
+        };
+        let target = self.points_passed(vcpu).saturating_add(limit.points.max(1));
+        loop {
+            let points = target.saturating_sub(self.points_passed(vcpu)).max(1);
+            let halt = if self.windows[vcpu].open {
+                self.step_through(vcpu, window, points, events)?
+            } else {
+                self.step(vcpu, Limit { points, ..limit }, events)?
+            };
+            self.windows[vcpu].open = match halt {
+                Halt::Point { point, .. } => window.points.has(point),
+                Halt::Instruction { .. } => self.points_passed(vcpu) >= target,
+                _ => false,
+            };
+            // It has left the kernel, and with it the window, before its points were used up.
+            if matches!(halt, Halt::Instruction { .. }) && !self.windows[vcpu].open {
+                continue;
+            }
+            return Ok(halt);
         }
-        self.step(vcpu, limit, events)
+    }
+
+    fn set_window(&mut self, window: Window) -> Result<(), EngineError> {
+        self.window = Some(Window {
+            every: window.every.max(1),
+            ..window
+        });
+        Ok(())
     }
     fn points_passed(&self, vcpu: usize) -> u64 {
         let now = self.machine.points_passed(vcpu);
-        now.wrapping_sub(self.passed[vcpu])
+        now.wrapping_sub(self.passed[vcpu]) + self.windows[vcpu].points
     }
 
     fn in_flight(&self, vcpu: usize) -> bool {
@@ -158,9 +239,6 @@ impl Engine for KvmEngine {
     }
     fn deliver(&mut self, vcpu: usize) {
         self.fresh = false;
-        if !self.saved {
-            self.set_up.push(Step::Deliver(vcpu));
-        }
         self.machine.deliver(vcpu);
     }
     fn pending(&self, vcpu: usize) -> bool {
@@ -168,11 +246,8 @@ impl Engine for KvmEngine {
     }
 
     fn save(&mut self) -> Result<(), EngineError> {
-        self.saved = true;
-        self.fresh = true;
-        for (vcpu, passed) in self.passed.iter_mut().enumerate() {
-            *passed = self.machine.points_passed(vcpu);
-        }
+        let snapshot = self.machine.save()?;
+        self.saved_as(snapshot);
         Ok(())
     }
 
@@ -181,22 +256,23 @@ impl Engine for KvmEngine {
             return Ok(());
         }
         let started = Instant::now();
-        let guest = self.costs.guest;
-        self.machine = Machine::new(self.config.clone())?;
-        let mut events = Vec::new();
-        for index in 0..self.set_up.len() {
-            match self.set_up[index] {
-                Step::Run(vcpu, limit) => {
-                    self.step(vcpu, limit, &mut events)?;
-                }
-                Step::Deliver(vcpu) => self.machine.deliver(vcpu),
-            }
+        if self.broken {
+            let saved = self.saved.as_ref().ok_or(MachineError::NotSaved)?;
+            self.machine = Machine::clone_of(saved, self.config.clone())?;
+            self.broken = false;
+        } else {
+            self.costs.pages += self.machine.reset()?.pages;
         }
-        self.costs.guest = guest;
+        self.stops.clone_from(&self.saved_stops);
+        self.windows.fill(InWindow::default());
         self.costs.reset += started.elapsed();
         self.costs.resets += 1;
         self.fresh = true;
         Ok(())
+    }
+
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.saved.clone()
     }
 
     fn arm(&mut self, vcpu: usize, failpoint: Failpoint, passages: u32) {
@@ -234,5 +310,23 @@ impl Engine for KvmEngine {
     }
     fn costs(&self) -> Costs {
         self.costs
+    }
+}
+
+fn config(scenario: &Scenario) -> MachineConfig {
+    MachineConfig {
+        vcpus: scenario.vcpus,
+        memory_bytes: scenario.memory_bytes,
+        interrupts: Interrupts::Controlled,
+        cmdline: scenario.cmdline(),
+        program: ProgramSpec {
+            name: scenario.program.name.clone(),
+            args: scenario.program.args.clone(),
+            data: scenario.program.trace.as_ref().map(|t| t.blob.clone()),
+        },
+        watchdog: scenario.watchdog,
+        events: u64::MAX,
+        serialised: true,
+        ..MachineConfig::default()
     }
 }

@@ -1,45 +1,183 @@
+//! They need /dev/kvm: without it they fail and say so, they do not pass.
+
 use super::KvmEngine;
-use crate::engine::model::ModelEngine;
-use crate::engine::model::tests::{TESTS, litmus};
-use crate::explore::campaign::{Plan, Strategy, Worker, failure_id};
-use crate::explore::compare;
+use crate::engine::model::tests::{TESTS, driver, litmus};
+use crate::engine::{Engine, EngineKind};
+use crate::explore::campaign::{self, Plan, Strategy, Worker, failure_id};
 use crate::explore::strategy::Random;
+use crate::explore::{Driver, Execution, Limits, Source, compare};
+use crate::scenario::values;
+use crate::snapshot::{SavedMachine, SnapshotError};
 
-const PLAN: Plan = Plan {
-    strategy: Strategy::RoundRobin,
-    executions: 0,
-    seed: 0,
-    time_limit: None,
-    state_every: 0,
-    verify_every: 0,
-    jobs: 1,
-    first: true,
-};
+fn on_vcpus(test: &str, bug: Option<&str>) -> Worker<KvmEngine> {
+    let engine = KvmEngine::new(&litmus(test, bug)).expect("this test needs /dev/kvm");
+    let driver = Driver::new(engine, Limits::default(), true).unwrap();
+    Worker::new(driver, &Plan::replay()).unwrap()
+}
 
-/// Needs /dev/kvm: without it the test fails and says so, it does not pass.
+#[track_caller]
+fn assert_same(one: &Execution, two: &Execution, what: &str) {
+    let difference = compare::first_difference(&one.events, &two.events);
+    assert_eq!(difference, None, "{what}");
+    assert_eq!(one.schedule, two.schedule, "{what}");
+    assert_eq!(failure_id(&one.ending), failure_id(&two.ending), "{what}");
+}
+
 #[test]
 fn both_engines_tell_the_same_story() {
     for test in TESTS {
-        let scenario = litmus(test, None);
-        let mut model = Worker::new(ModelEngine::new(&scenario).unwrap(), &PLAN).unwrap();
-        let engine = KvmEngine::new(&scenario).expect("this test needs /dev/kvm");
-        let mut kvm = Worker::new(engine, &PLAN).unwrap();
+        let mut model = Worker::new(driver(test, None), &Plan::replay()).unwrap();
+        let mut kvm = on_vcpus(test, None);
         let first = model.execute(&mut Random::new(11, 3, 6), false).unwrap();
-        assert_eq!(
-            failure_id(&first.ending),
-            None,
-            "{test}: {:?}",
-            first.ending
-        );
+        assert_eq!(failure_id(&first.ending), None, "{test}");
         let second = kvm.replay(&first.schedule).unwrap();
-        let difference = compare::first_difference(&first.events, &second.events);
-        assert_eq!(difference, None, "{test}: model here, kvm there");
-        assert_eq!(second.schedule, first.schedule, "{test}");
-        assert_eq!(
-            failure_id(&second.ending),
-            None,
-            "{test}: {:?}",
-            second.ending
-        );
+        assert_same(&first, &second, &format!("{test}: model here, kvm there"));
     }
+}
+
+/// What no point separates: the load and the store of a lost increment.
+#[test]
+fn instructions_of_a_window_are_scheduling_points() {
+    let window = values::window("flush-issue:1").unwrap();
+    let explore = |bug: Option<&str>, kind, window, executions| {
+        let source = Source::new(kind, litmus("apart", bug)).with_window(window);
+        let plan = Plan {
+            strategy: Strategy::Pct { depth: 3 },
+            executions,
+            verify_every: 10,
+            ..Plan::replay()
+        };
+        let (counts, stop) = Default::default();
+        let summary = campaign::run(|| source.driver(), &plan, &counts, &stop);
+        (source, summary)
+    };
+    let bug = Some("tlb-gen-plain-add");
+    let (source, summary) = explore(bug, EngineKind::Kvm, Some(window), 1_000);
+    let summary = summary.expect("this test needs /dev/kvm");
+    let found = &summary
+        .found
+        .first()
+        .expect("found by instructions")
+        .execution;
+    let mut worker = Worker::new(source.driver().unwrap(), &Plan::replay()).unwrap();
+    for _ in 0..10 {
+        assert_same(found, &worker.replay(&found.schedule).unwrap(), "replay");
+    }
+    // Not by points alone, and not without the bug.
+    let (_, summary) = explore(bug, EngineKind::Model, None, 3_000);
+    assert!(summary.unwrap().found.is_empty());
+    let (_, summary) = explore(None, EngineKind::Kvm, Some(window), 100);
+    assert!(summary.unwrap().found.is_empty());
+    let (_, summary) = explore(None, EngineKind::Model, Some(window), 1);
+    let error = summary.unwrap_err().to_string();
+    assert!(error.contains("--engine kvm"), "{error}");
+}
+
+/// All of guest memory, and where each vCPU stands.
+fn state(engine: &KvmEngine) -> (Vec<u8>, String) {
+    let mut memory = vec![0; engine.memory().bytes() as usize];
+    engine.memory().read(0, &mut memory).unwrap();
+    (memory, format!("{:?}", engine.vcpu_facts().unwrap()))
+}
+
+#[test]
+fn a_reset_machine_is_the_saved_one() {
+    let mut kvm = on_vcpus("cow", None);
+    kvm.engine().reset().unwrap();
+    let saved = state(kvm.engine());
+    for index in 0..6 {
+        kvm.execute(&mut Random::new(3, index, 5), false).unwrap();
+        assert_ne!(state(kvm.engine()).0, saved.0, "something ran");
+        kvm.engine().reset().unwrap();
+        let (memory, facts) = state(kvm.engine());
+        let page = memory.chunks(4096).zip(saved.0.chunks(4096));
+        let differs = page.clone().position(|(now, then)| now != then);
+        assert_eq!(differs, None, "page that differs after reset {index}");
+        assert_eq!(facts, saved.1);
+    }
+    let costs = kvm.engine().costs();
+    assert!(
+        costs.pages < costs.resets * 1_000,
+        "dirty pages only: {costs:?}"
+    );
+}
+
+#[test]
+fn a_machine_that_crashed_is_replaced_by_a_clone() {
+    let mut kvm = on_vcpus("unmap", None);
+    let first = kvm.execute(&mut Random::new(3, 0, 5), false).unwrap();
+    // A kernel without its page tables: the next instruction is a triple fault.
+    let engine = kvm.engine();
+    engine.reset().unwrap();
+    let cr3 = engine.vcpu_facts().unwrap()[0].cr3 & 0x000f_ffff_ffff_f000;
+    engine.machine.ram().write(cr3, &[0; 4096]).unwrap();
+    let limit = super::Limit {
+        points: 1,
+        traps: crate::engine::PointSet::default(),
+    };
+    let halt = engine.run(0, limit, &mut Vec::new()).unwrap();
+    assert!(matches!(halt, super::Halt::Crashed(_)), "{halt:?}");
+    let again = kvm.replay(&first.schedule).unwrap();
+    assert_same(&first, &again, "after a crash");
+}
+
+#[test]
+fn clones_run_apart_and_alike_and_so_does_one_from_a_file() {
+    let source = Source::new(EngineKind::Kvm, litmus("fork", None));
+    let mut workers: Vec<_> = (0..3)
+        .map(|_| {
+            Worker::new(
+                source.driver().expect("this test needs /dev/kvm"),
+                &Plan::replay(),
+            )
+            .unwrap()
+        })
+        .collect();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.snapshot");
+    source.save().unwrap().write(&path).unwrap();
+    assert!(SavedMachine::is_one(&path));
+    let taken = source.save().unwrap().write(&path).unwrap_err();
+    assert!(matches!(taken, SnapshotError::Exists { .. }), "{taken}");
+    let read = Source::of_saved(SavedMachine::read(&path).unwrap());
+    workers.push(Worker::new(read.driver().unwrap(), &Plan::replay()).unwrap());
+
+    let mut model = Worker::new(driver("fork", None), &Plan::replay()).unwrap();
+    for index in 0..3 {
+        let here = model.execute(&mut Random::new(9, index, 4), false).unwrap();
+        for worker in &mut workers {
+            assert_same(&here, &worker.replay(&here.schedule).unwrap(), "clone");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_a_snapshot_of_this_program_is_refused() {
+    let source = Source::new(EngineKind::Kvm, litmus("unmap", None));
+    let saved = source.save().expect("this test needs /dev/kvm");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.snapshot");
+    saved.write(&path).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    let refused = |bytes: &[u8]| {
+        let path = directory.path().join("b.snapshot");
+        std::fs::write(&path, bytes).unwrap();
+        SavedMachine::read(&path).unwrap_err().to_string()
+    };
+    // One flipped bit, anywhere.
+    for at in (0..60).chain((60..good.len()).step_by(good.len() / 50)) {
+        let mut bad = good.clone();
+        bad[at] ^= 1 << (at % 8);
+        let error = refused(&bad);
+        assert!(error.contains("b.snapshot"), "byte {at}: {error}");
+    }
+    for length in [0, 7, 8, 51, 52, 53, good.len() / 2, good.len() - 1] {
+        refused(&good[..length]);
+    }
+    let mut longer = good.clone();
+    longer.push(0);
+    assert!(refused(&longer).contains("where its sizes make"));
+    let mut damaged = good.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    assert!(refused(&damaged).contains("checksum"));
 }

@@ -12,6 +12,7 @@ mod sys;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
@@ -22,13 +23,14 @@ use abi::layout::{BOOT_INFO_GPA, CHANNEL_GPA, CHANNEL_STRIDE, PAGE_SIZE};
 use guest_kernel::Kernel;
 use guest_kernel::arch::model::{Model, Pause, always_dirty};
 
-use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit};
+use super::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit, Window};
 use crate::boot::{self, BootSpec};
 use crate::control::{KernelImage, MachineError, ProgramSpec, channel};
 use crate::inspect::{Stop, VcpuFacts};
 use crate::memory::{GuestRam, PhysMem};
 use crate::report::symbols::Symbols;
 use crate::scenario::Scenario;
+use crate::snapshot::Snapshot;
 
 /// A step of the set-up.
 #[derive(Clone, Copy)]
@@ -192,6 +194,11 @@ impl Engine for ModelEngine {
         Ok(halt)
     }
 
+    fn set_window(&mut self, _: Window) -> Result<(), EngineError> {
+        Err(EngineError::Unsupported(
+            "the model engine has no instructions to stop between: use --engine kvm".into(),
+        ))
+    }
     fn points_passed(&self, vcpu: usize) -> u64 {
         let now = control(&self.ram, vcpu).points_passed.load(Relaxed);
         now.wrapping_sub(self.passed[vcpu])
@@ -251,6 +258,11 @@ impl Engine for ModelEngine {
         self.costs.resets += 1;
         self.fresh = true;
         Ok(())
+    }
+
+    /// Coroutines cannot be copied.
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        None
     }
 
     fn arm(&mut self, vcpu: usize, failpoint: Failpoint, passages: u32) {

@@ -1,6 +1,8 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use abi::bug::Bug;
+
 use super::ModelEngine;
 use crate::explore::campaign::{self, Counts, Plan, Strategy, Worker, failure_id};
 use crate::explore::strategy::{Pct, Random, Replay, RoundRobin};
@@ -8,7 +10,7 @@ use crate::explore::{Driver, Ending, Execution, Limits, Scheduler, switches};
 use crate::report::story;
 use crate::scenario::{self, Scenario};
 
-pub(crate) const TESTS: [&str; 9] = [
+pub(crate) const TESTS: [&str; 11] = [
     "unmap",
     "protect",
     "dontneed",
@@ -18,6 +20,8 @@ pub(crate) const TESTS: [&str; 9] = [
     "cow",
     "fork",
     "remap",
+    "apart",
+    "wake",
 ];
 
 /// vCPUs that a test needs to show all that it can.
@@ -35,7 +39,7 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
     scenario::parse(Path::new("litmus.toml"), &text).unwrap()
 }
 
-fn driver(test: &str, bug: Option<&str>) -> Driver<ModelEngine> {
+pub(crate) fn driver(test: &str, bug: Option<&str>) -> Driver<ModelEngine> {
     let engine = ModelEngine::new(&litmus(test, bug)).unwrap();
     Driver::new(engine, Limits::default(), true).unwrap()
 }
@@ -80,7 +84,7 @@ fn a_replay_is_identical_every_time() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-const SHOWN_BY: [(&str, &str); 11] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 13] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -92,16 +96,21 @@ const SHOWN_BY: [(&str, &str); 11] = [
     ("freed-tables-skip-lazy", "lazy-tables"),
     ("lazy-reuse-no-flush", "lazy"),
     ("cow-free-before-flush", "cow"),
+    ("mapcount-after-unlock", "unmap"),
+    ("switch-clears-lazy-late", "wake"),
 ];
+
+/// What no scheduling point separates: only schedules of instructions show it (`engine::kvm::tests`).
+const BETWEEN_POINTS: [Bug; 1] = [Bug::TlbGenPlainAdd];
 
 #[test]
 fn every_seeded_bug_is_found_within_2000_schedules() {
-    for bug in abi::bug::Bug::ALL {
+    for bug in Bug::ALL.iter().filter(|bug| !BETWEEN_POINTS.contains(bug)) {
         let shown = SHOWN_BY.iter().find(|(name, _)| *name == bug.name());
         let (name, test) = shown.expect("a test for every bug");
         let scenario = litmus(test, Some(name));
         let summary = campaign::run(
-            || Ok(ModelEngine::new(&scenario)?),
+            || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
             &plan(2_000, true),
             &Counts::default(),
             &AtomicBool::new(false),
@@ -111,12 +120,48 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
     }
 }
 
+/// One preemption is enough for every bug that points can show, and all schedules with one are clean
+/// without the bug.
+#[test]
+fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
+    let search = |test: &str, bug: Option<&str>| {
+        let scenario = litmus(test, bug);
+        // With three vCPUs one preemption makes 26,000 schedules: too many for a debug build.
+        let preemptions = u32::from(bug.is_some() || scenario.vcpus < 3);
+        let plan = Plan {
+            strategy: Strategy::Exhaustive {
+                preemptions: Some(preemptions),
+            },
+            executions: u64::MAX,
+            ..plan(0, true)
+        };
+        let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
+        campaign::run(make, &plan, &Counts::default(), &AtomicBool::new(false)).unwrap()
+    };
+    for (bug, test) in SHOWN_BY {
+        assert!(!search(test, Some(bug)).found.is_empty(), "{bug} by {test}");
+    }
+    for test in TESTS {
+        let summary = search(test, None);
+        let found = summary
+            .found
+            .first()
+            .map(|f| story::ending(&f.execution.ending));
+        assert_eq!(found, None, "{test}");
+        let explored = summary.explored.unwrap();
+        assert!(
+            explored.exhausted && explored.executions > 1,
+            "{test}: {explored:?}"
+        );
+    }
+}
+
 #[test]
 fn the_correct_kernel_survives_the_same_schedules() {
     for test in TESTS {
         let scenario = litmus(test, None);
         let summary = campaign::run(
-            || Ok(ModelEngine::new(&scenario)?),
+            || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
             &plan(2_000, false),
             &Counts::default(),
             &AtomicBool::new(false),
@@ -135,8 +180,8 @@ fn the_correct_kernel_survives_the_same_schedules() {
 
 #[test]
 fn a_small_schedule_still_fails_and_tells_its_story() {
-    let scenario = litmus("unmap", Some("shootdown-skip-remote"));
-    let mut worker = Worker::new(ModelEngine::new(&scenario).unwrap(), &plan(1, true)).unwrap();
+    let driver = driver("unmap", Some("shootdown-skip-remote"));
+    let mut worker = Worker::new(driver, &plan(1, true)).unwrap();
     let mut tries = (0..50).map(|i| worker.execute(&mut Random::new(5, i, 4), true).unwrap());
     let failing = tries.find(|run| failure_id(&run.ending).is_some());
     let failing = failing.expect("the bug shows soon");
@@ -158,5 +203,6 @@ fn plan(executions: u64, first: bool) -> Plan {
         verify_every: 50,
         jobs: 2,
         first,
+        ..Plan::replay()
     }
 }

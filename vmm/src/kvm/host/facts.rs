@@ -87,20 +87,13 @@ impl Facts {
         let cpuinfo = read("/proc/cpuinfo");
         Self {
             lab: is_lab(),
-            cpu_model: field(&cpuinfo, "model name")
-                .unwrap_or("unknown")
-                .to_owned(),
+            cpu_model: model_name(&cpuinfo),
             nested_flag: nested_flag(&cpuinfo),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             allowed_cpus: sys::allowed_cpus(),
             root: sys::is_root(),
             kvm: vm::open().map(|kvm| KvmFacts::ask(&kvm)),
-            nested_paging: [
-                ("kvm_intel.ept", "/sys/module/kvm_intel/parameters/ept"),
-                ("kvm_amd.npt", "/sys/module/kvm_amd/parameters/npt"),
-            ]
-            .into_iter()
-            .find_map(|(name, path)| Some((name, is_on(&fs::read_to_string(path).ok()?)))),
+            nested_paging: nested_paging(),
             tdp_mmu: is_on(&read("/sys/module/kvm/parameters/tdp_mmu")),
             userfaultfd: sys::userfaultfd().map(drop),
             tracepoints: [
@@ -112,6 +105,30 @@ impl Facts {
             .map(str::to_owned),
         }
     }
+}
+
+fn model_name(cpuinfo: &str) -> String {
+    field(cpuinfo, "model name").unwrap_or("unknown").to_owned()
+}
+
+/// Only the CPU's name.
+pub(super) fn cpu_model() -> String {
+    model_name(&read("/proc/cpuinfo"))
+}
+
+/// The parameter that says whether KVM uses nested page tables, and what it says.
+fn nested_paging() -> Option<(&'static str, bool)> {
+    [
+        ("kvm_intel.ept", "/sys/module/kvm_intel/parameters/ept"),
+        ("kvm_amd.npt", "/sys/module/kvm_amd/parameters/npt"),
+    ]
+    .into_iter()
+    .find_map(|(name, path)| Some((name, is_on(&fs::read_to_string(path).ok()?))))
+}
+
+/// True unless KVM is known to leave the guest's page tables to the CPU.
+pub(super) fn shadows_page_tables() -> bool {
+    nested_flag(&read("/proc/cpuinfo")).is_none() || !nested_paging().is_some_and(|(_, on)| on)
 }
 
 /// Only which kind of host this is.

@@ -4,6 +4,8 @@
 mod facts;
 mod judge;
 
+use std::sync::OnceLock;
+
 use serde::Serialize;
 
 use super::sys;
@@ -121,11 +123,23 @@ impl Host {
         Facts::gather().judge()
     }
 
+    /// Only the CPU's name.
+    #[must_use]
+    pub fn cpu_model() -> String {
+        facts::cpu_model()
+    }
+
     /// Only which kind of host it is.
     #[must_use]
     pub fn kind() -> HostKind {
         facts::kind_of_host()
     }
+}
+
+/// True where KVM shadows the guest's page tables, or where that is not known.
+pub(crate) fn shadows_page_tables() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(facts::shadows_page_tables)
 }
 
 /// Host CPUs that this process may use; none where the host does not say.

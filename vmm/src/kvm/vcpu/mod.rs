@@ -9,6 +9,7 @@
 //! last exit is complete: a paused vCPU never stands in the middle of an instruction. No lock is held
 //! while in KVM_RUN or while waiting.
 
+mod image;
 mod runner;
 mod snapshot;
 mod state;
@@ -29,6 +30,7 @@ use super::{KvmError, vm};
 use crate::memory::GuestRam;
 use runner::Runner;
 
+pub(crate) use image::VcpuImage;
 pub use snapshot::{ExitReason, Registers, SystemRegisters, VcpuSnapshot};
 pub use state::{IllegalStep, State, Step};
 
@@ -77,6 +79,11 @@ pub(crate) enum Event {
     Doorbell(u32),
     /// The guest ends the run with this status.
     Exit(u32),
+    /// It was single-stepped for as long as it was to be.
+    Stepped {
+        /// Address of the next instruction.
+        rip: u64,
+    },
     /// It cannot go on.
     Fault(Fault),
     /// The thread itself panicked: a bug of the host side.
@@ -105,21 +112,33 @@ pub(crate) enum Fault {
 }
 
 /// Orders to a vCPU thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Command {
     Resume,
     Pause,
     Snapshot,
+    Save {
+        msrs: Arc<[u32]>,
+    },
+    Restore(Arc<VcpuImage>),
+    /// Stop after this many instructions at CPL 0, or at the first that is not; none: no longer.
+    SingleStep(Option<u64>),
     Stop,
 }
 
 /// Its replies, one per command and one to start with.
 #[derive(Debug)]
 enum Reply {
-    Started { pinned: Option<usize> },
+    Started {
+        pinned: Option<usize>,
+    },
     Running,
     Paused,
     Snapshot(Box<VcpuSnapshot>),
+    Saved(Box<VcpuImage>),
+    Restored,
+    /// Single-stepping is set; so many instructions it took since it was set last.
+    Stepping(u64),
     Stopped,
     Failed(KvmError),
 }
@@ -266,7 +285,9 @@ impl Vcpu {
             Step::Pause => Command::Pause,
             Step::Stop => Command::Stop,
             Step::Inspect => Command::Snapshot,
-            Step::Start | Step::Park => unreachable!("{step} is no request"),
+            Step::Start | Step::Park | Step::Save | Step::Restore | Step::Debug => {
+                unreachable!("{step} is no request")
+            }
         };
         // The command first, then the kick: a thread that takes the kick finds the command.
         self.commands.send(command).map_err(|_| self.died())?;
@@ -284,6 +305,7 @@ impl Vcpu {
         match (step, self.reply(step)?) {
             (Step::Resume, Reply::Running)
             | (Step::Pause, Reply::Paused)
+            | (Step::Restore, Reply::Restored)
             | (Step::Stop, Reply::Stopped) => {
                 self.state = next;
                 Ok(())
@@ -311,6 +333,40 @@ impl Vcpu {
                 ..*snapshot
             }),
             reply => Err(self.unexpected(Step::Inspect, reply)),
+        }
+    }
+
+    /// Everything that a paused vCPU is, with those of `msrs` that it has.
+    pub(crate) fn save(&self, msrs: &Arc<[u32]>) -> Result<VcpuImage, VcpuError> {
+        self.check(Step::Save)?;
+        let msrs = Arc::clone(msrs);
+        self.commands
+            .send(Command::Save { msrs })
+            .map_err(|_| self.died())?;
+        match self.reply(Step::Save)? {
+            Reply::Saved(image) => Ok(*image),
+            reply => Err(self.unexpected(Step::Save, reply)),
+        }
+    }
+
+    /// Asks a paused vCPU to become `image`, its translations flushed.
+    pub(crate) fn request_restore(&mut self, image: Arc<VcpuImage>) -> Result<(), VcpuError> {
+        self.check(Step::Restore)?;
+        self.commands
+            .send(Command::Restore(image))
+            .map_err(|_| self.died())
+    }
+
+    /// Makes a paused vCPU stop ([`Event::Stepped`]) after `instructions` at CPL 0, or no longer; says how
+    /// many it has executed since it was told so last.
+    pub(crate) fn single_step(&mut self, instructions: Option<u64>) -> Result<u64, VcpuError> {
+        self.check(Step::Debug)?;
+        self.commands
+            .send(Command::SingleStep(instructions))
+            .map_err(|_| self.died())?;
+        match self.reply(Step::Debug)? {
+            Reply::Stepping(instructions) => Ok(instructions),
+            reply => Err(self.unexpected(Step::Debug, reply)),
         }
     }
 

@@ -6,16 +6,20 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
 use abi::boot::InterruptMode;
-use kvm_bindings::KVM_MP_STATE_HALTED;
+use kvm_bindings::{
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MP_STATE_HALTED, kvm_guest_debug,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{
-    Access, Command, Event, ExitReason, Fault, Notice, Platform, Reply, State, VcpuSnapshot,
-    VcpuSpec, Vitals,
+    Access, Command, Event, ExitReason, Fault, Notice, Platform, Reply, State, VcpuImage,
+    VcpuSnapshot, VcpuSpec, Vitals,
 };
 use crate::kvm::{KvmError, failed, kick, sys};
 use crate::memory::GuestRam;
 
+/// First address of the canonical upper half.
+const UPPER_HALF: u64 = 0xffff_8000_0000_0000;
 /// Most returns to the host while one instruction completes. An access to MMIO is split into pieces
 /// of 8 bytes, so a well-meant instruction needs two; what needs more than this never ends.
 const MAX_COMPLETIONS: usize = 64;
@@ -32,8 +36,18 @@ pub(super) struct Runner {
     vitals: Arc<Vitals>,
     halted: bool,
     last_exit: ExitReason,
+    stepping: Option<Stepping>,
     /// KVM's memory slot refers to its mapping.
     _ram: GuestRam,
+}
+
+/// Single-stepping.
+struct Stepping {
+    /// Instructions to go.
+    left: u64,
+    done: u64,
+    /// Address of the last one: `rep` makes one instruction several steps on some hosts.
+    rip: u64,
 }
 
 /// How the guest's run ended.
@@ -90,6 +104,7 @@ impl Runner {
             vitals,
             halted: false,
             last_exit: ExitReason::None,
+            stepping: None,
             _ram: spec.ram,
         };
         runner.reply(Reply::Started { pinned });
@@ -105,6 +120,27 @@ impl Runner {
                 Command::Snapshot => {
                     let reply = self.snapshot();
                     self.reply(reply);
+                }
+                Command::Save { msrs } => {
+                    let irqchip = self.interrupts == InterruptMode::Hardware;
+                    let image = VcpuImage::take(&mut self.fd, &msrs, self.halted, irqchip);
+                    self.reply(
+                        image.map_or_else(Reply::Failed, |image| Reply::Saved(Box::new(image))),
+                    );
+                }
+                Command::Restore(image) => {
+                    self.halted = image.halted;
+                    self.last_exit = ExitReason::None;
+                    let stopped = match self.stepping {
+                        Some(_) => self.single_step(None),
+                        None => Ok(0),
+                    };
+                    let restored = stopped.and_then(|_| image.put(&mut self.fd));
+                    self.reply(restored.map_or_else(Reply::Failed, |()| Reply::Restored));
+                }
+                Command::SingleStep(instructions) => {
+                    let set = self.single_step(instructions);
+                    self.reply(set.map_or_else(Reply::Failed, Reply::Stepping));
                 }
                 Command::Stop => break,
                 Command::Resume => {
@@ -207,6 +243,10 @@ impl Runner {
                         let (suberror, data) = sys::internal_error(&mut self.fd);
                         Err(Event::Fault(Fault::InternalError { suberror, data }))
                     }
+                    VcpuExit::Debug(debug) if self.stepping.is_some() => {
+                        self.last_exit = ExitReason::Other;
+                        self.stepped(debug.pc)
+                    }
                     exit => {
                         let text = format!("{exit:?}");
                         self.last_exit = ExitReason::Other;
@@ -222,6 +262,45 @@ impl Runner {
             },
         };
         result.map_or_else(Turn::Event, |()| Turn::Go)
+    }
+
+    /// Switches single-stepping on, for this many instructions, or off; gives back how many it took so far.
+    fn single_step(&mut self, instructions: Option<u64>) -> Result<u64, KvmError> {
+        let done = self.stepping.as_ref().map_or(0, |stepping| stepping.done);
+        let regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        self.stepping = instructions.map(|left| Stepping {
+            left,
+            done: 0,
+            rip: regs.rip,
+        });
+        let control = match instructions {
+            Some(_) => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
+            None => 0,
+        };
+        self.fd
+            .set_guest_debug(&kvm_guest_debug {
+                control,
+                ..kvm_guest_debug::default()
+            })
+            .map_err(failed("KVM_SET_GUEST_DEBUG"))?;
+        Ok(done)
+    }
+
+    /// After one step, to `rip`.
+    fn stepped(&mut self, rip: u64) -> Result<(), Event> {
+        let Some(stepping) = &mut self.stepping else {
+            return Ok(());
+        };
+        if rip != stepping.rip {
+            stepping.rip = rip;
+            stepping.done += 1;
+            stepping.left = stepping.left.saturating_sub(1);
+        }
+        // The kernel is in the upper half; programs are none of the window's.
+        if stepping.left == 0 || rip < UPPER_HALF {
+            return Err(Event::Stepped { rip });
+        }
+        Ok(())
     }
 
     fn port_access(&mut self) -> Result<(), Event> {
@@ -260,7 +339,7 @@ impl Runner {
                 }
                 Turn::Go => {}
                 // A second event of the same instruction: the first one is reported.
-                Turn::Event(Event::Doorbell(_) | Event::Exit(_)) => {}
+                Turn::Event(Event::Doorbell(_) | Event::Exit(_) | Event::Stepped { .. }) => {}
                 Turn::Event(event) => {
                     result = Err(event);
                     break;

@@ -36,6 +36,12 @@ pub enum Step {
     Park,
     /// Its registers are read.
     Inspect,
+    /// All that it is is read.
+    Save,
+    /// It becomes what was saved.
+    Restore,
+    /// Single-stepping is switched on or off.
+    Debug,
     /// It ends.
     Stop,
 }
@@ -59,7 +65,9 @@ impl State {
         match (self, step) {
             (Self::Created, Step::Start)
             | (Self::Paused | Self::Running, Step::Pause | Step::Park)
-            | (Self::Paused, Step::Inspect) => Ok(Self::Paused),
+            | (Self::Paused, Step::Inspect | Step::Save | Step::Restore | Step::Debug) => {
+                Ok(Self::Paused)
+            }
             (Self::Paused, Step::Resume) => Ok(Self::Running),
             (Self::Paused | Self::Running | Self::Stopped, Step::Stop) => Ok(Self::Stopped),
             (state, step) => Err(IllegalStep { state, step }),
@@ -86,6 +94,9 @@ impl fmt::Display for Step {
             Self::Pause => "pause",
             Self::Park => "park",
             Self::Inspect => "inspect",
+            Self::Save => "save",
+            Self::Restore => "restore",
+            Self::Debug => "single-step",
             Self::Stop => "stop",
         })
     }
@@ -101,12 +112,15 @@ mod tests {
         State::Running,
         State::Stopped,
     ];
-    const STEPS: [Step; 6] = [
+    const STEPS: [Step; 9] = [
         Step::Start,
         Step::Resume,
         Step::Pause,
         Step::Park,
         Step::Inspect,
+        Step::Save,
+        Step::Restore,
+        Step::Debug,
         Step::Stop,
     ];
 
@@ -118,6 +132,9 @@ mod tests {
             (State::Paused, Step::Pause, State::Paused),
             (State::Paused, Step::Park, State::Paused),
             (State::Paused, Step::Inspect, State::Paused),
+            (State::Paused, Step::Save, State::Paused),
+            (State::Paused, Step::Restore, State::Paused),
+            (State::Paused, Step::Debug, State::Paused),
             (State::Paused, Step::Stop, State::Stopped),
             (State::Running, Step::Pause, State::Paused),
             (State::Running, Step::Park, State::Paused),

@@ -15,13 +15,13 @@ use abi::pte::{Pte, PteFlags};
 use abi::syscall::{advice, clone, decode, nr};
 use rustc_hash::FxHashMap;
 
-use super::{Monitor, Seen};
+use super::{Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 use state::{Change, Stale, State};
 
 /// IDs and predicates, in the order of docs/tlb-model.md.
-pub const INVARIANTS: &[(&str, &str)] = &[
+pub const INVARIANTS: &[Rule] = &[
     (
         FREED,
         "no vCPU that runs user code may still translate to a frame that is freed",
@@ -80,7 +80,7 @@ struct Begun {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct TlbModel {
     start: State,
     now: State,
@@ -347,6 +347,9 @@ impl TlbModel {
 }
 
 impl Monitor for TlbModel {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
         self.start = read(memory, kernel_root, nr_vcpus);
         self.reset();
@@ -470,6 +473,11 @@ fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> State {
     state
 }
 
+/// The frames that level-1 entries of any mm map, once for each entry.
+pub(super) fn leaf_frames(memory: &dyn PhysMem, kernel_root: u64) -> Vec<u64> {
+    read(memory, kernel_root, 0).leaf_frames()
+}
+
 fn walk(memory: &dyn PhysMem, state: &mut State, mm: u64, table: u64, level: u8, base: u64) {
     let Ok(entries) = memory.table(table) else {
         return;
@@ -489,12 +497,7 @@ fn walk(memory: &dyn PhysMem, state: &mut State, mm: u64, table: u64, level: u8,
 }
 
 fn violation(id: &'static str, finding: Finding) -> Violation {
-    let predicate = INVARIANTS.iter().find(|(other, _)| *other == id);
-    Violation {
-        id,
-        predicate: predicate.map_or("", |(_, predicate)| predicate),
-        finding,
-    }
+    super::violation(INVARIANTS, id, finding)
 }
 
 fn who(seen: &Seen) -> String {

@@ -216,6 +216,15 @@ impl State {
         }
     }
 
+    /// The frames of all level-1 entries.
+    pub(super) fn leaf_frames(&self) -> Vec<u64> {
+        let leaves = self.entries.iter();
+        leaves
+            .filter(|((_, level, _), entry)| *level == 1 && entry.is_present())
+            .map(|(_, entry)| entry.address())
+            .collect()
+    }
+
     /// True where `vcpu` may translate `gva` to the frame `gpa`, and whether it may write there.
     pub(super) fn may_translate(&self, vcpu: usize, gva: u64, gpa: u64) -> Option<bool> {
         let state = &self.vcpus[vcpu];

@@ -1,0 +1,428 @@
+//! `stalemate explore`; `replay` and `snapshot` beside it.
+
+mod aftermath;
+mod both;
+mod replay;
+mod trace;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::args::{Engines, Explore, ExploreStrategy, Snapshot as SnapshotCommand};
+use super::exit::Exit;
+use super::failure::Failure;
+use super::output::Output;
+use super::{interrupt, run};
+use crate::boot;
+use crate::engine::EngineKind;
+use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, failure_id};
+use crate::explore::{Ending, Source};
+use crate::report::story;
+use crate::scenario::{CheckWhen, Fail, Scenario, fail};
+use crate::snapshot::{SavedMachine, SnapshotError};
+
+use aftermath::Aftermath;
+use both::{DEFAULT_CONFIRM, Second};
+pub(super) use replay::replay;
+
+/// The program whose tests begin and end at points of their own.
+const EXPLORABLE: &str = "litmus";
+/// Schedules that are tried where nobody says how many.
+const DEFAULT_SCHEDULES: u64 = 10_000;
+
+pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result<Exit, Failure> {
+    trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
+    let source = source(name, options)?.with_window(options.window);
+    let scenario = source.scenario();
+    let both = options.engine == Some(Engines::Both);
+    if options.confirm.is_some() && !both {
+        return Err(Failure::Usage {
+            problem: "--confirm runs on vCPUs what the model has run".into(),
+            help: "add --engine both".into(),
+        });
+    }
+    if options.jobs > 1 && options.strategy == ExploreStrategy::Exhaustive {
+        return Err(Failure::Usage {
+            problem:
+                "--jobs: an exhaustive search is one job, for each schedule depends on those before"
+                    .into(),
+            help: "leave --jobs out".into(),
+        });
+    }
+    if !options.fail_any.is_empty() && options.strategy == ExploreStrategy::Exhaustive {
+        return Err(Failure::Usage {
+            problem:
+                "--fail-any: an exhaustive search is of one program, not of another one each time"
+                    .into(),
+            help: "give the passage: --fail NAME@VCPU:N".into(),
+        });
+    }
+    output.check_json()?;
+    let second = both.then(|| Second::new(scenario)).transpose()?;
+    let seed = options.machine.seed.unwrap_or_else(fresh_seed);
+    let plan = Plan {
+        strategy: match options.strategy {
+            ExploreStrategy::Random => Strategy::Random { mean: 8 },
+            ExploreStrategy::Pct => Strategy::Pct {
+                depth: options.depth,
+            },
+            ExploreStrategy::RoundRobin => Strategy::RoundRobin,
+            ExploreStrategy::Exhaustive => Strategy::Exhaustive {
+                preemptions: Some(options.preemptions),
+            },
+        },
+        executions: options.schedules.unwrap_or(match options.strategy {
+            ExploreStrategy::Exhaustive => u64::MAX,
+            _ => DEFAULT_SCHEDULES,
+        }),
+        seed,
+        time_limit: options.time_limit,
+        state_every: options.state_every,
+        everywhere: options.check == CheckWhen::EveryPoint,
+        verify_every: options.verify,
+        jobs: options.jobs.max(1),
+        first: !options.keep_going,
+        sample: match options.confirm {
+            Some(confirm) => confirm,
+            None if both => DEFAULT_CONFIRM,
+            None => usize::from(options.trace.is_some()),
+        },
+        fails: scenario.fails.clone(),
+        fail_any: options.fail_any.clone(),
+    };
+    let counts = Counts::default();
+    let stop = AtomicBool::new(false);
+    let mut summary = with_progress(output, &plan, &counts, &stop, || {
+        campaign::run(|| source.driver(), &plan, &counts, &stop)
+    })?;
+    let stopped = stop.load(Ordering::Relaxed);
+    let sample = std::mem::take(&mut summary.sample).take();
+    let found = Aftermath::of(&source, options, &plan, &summary.found, &sample, second)?;
+    let text = headline(&source, &plan, &summary, both, stopped) + &found.text;
+    output.json(&json!({
+        "schema": crate::report::SCHEMA,
+        "kind": "explore",
+        "scenario": scenario.name,
+        "kernel": boot::kernel_hash(),
+        "seed": seed,
+        "executions": summary.executions,
+        "points": summary.points,
+        "events": summary.events,
+        "search": summary.explored,
+        "conflicting_pairs": summary.pairs,
+        "replayed_and_compared": summary.verified,
+        "states_checked": summary.states,
+        "seconds": summary.elapsed.as_secs_f64(),
+        "costs": summary.costs,
+        "checks": summary.checks,
+        "worked": summary.worked,
+        "failures": summary.found.iter().map(|found| json!({
+            "execution": found.index,
+            "failure": failure_id(&found.execution.ending),
+            "fails": names(&found.execution.fails),
+            "text": story::ending(&found.execution.ending),
+        })).collect::<Vec<_>>(),
+        "reproducers": found.reproducers,
+        "confirmed": found.confirmed,
+        "trace": found.traced,
+    }))?;
+    output.say(&text);
+    if !found.engines_agree {
+        // What a testbed says that contradicts itself is not to be believed.
+        return Ok(Exit::Internal);
+    }
+    let crashed = |found: &Found| matches!(found.execution.ending, Ending::Crashed { .. });
+    Ok(match summary.found.as_slice() {
+        [] if stop.load(Ordering::Relaxed) => Exit::Interrupted,
+        [] => Exit::Held,
+        found if found.iter().all(crashed) => Exit::GuestFailed,
+        _ => Exit::Violation,
+    })
+}
+
+/// What is explored: a scenario, or a machine that was saved.
+fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
+    if SavedMachine::is_one(name) {
+        if !matches!(options.engine, None | Some(Engines::Kvm)) {
+            return Err(Failure::Usage {
+                problem: format!("{} is a machine with vCPUs, saved", name.display()),
+                help: "leave --engine out, or explore the scenario that it was taken of".into(),
+            });
+        }
+        let mut saved = SavedMachine::read(name)?;
+        let mut changed = saved.scenario.clone();
+        run::override_with(&mut changed, &options.machine);
+        if changed.to_toml() != saved.scenario.to_toml() {
+            return Err(Failure::Usage {
+                problem: format!("the machine in {} has booted already", name.display()),
+                help: "give options of the machine to `stalemate snapshot`".into(),
+            });
+        }
+        saved.scenario.fails.extend(&options.fails);
+        check_fails(&saved.scenario)?;
+        return Ok(Source::of_saved(saved));
+    }
+    let mut scenario = Scenario::load(name)?;
+    run::override_with(&mut scenario, &options.machine);
+    check_explorable(&scenario)?;
+    make_explorable(&mut scenario);
+    scenario.fails.extend(&options.fails);
+    check_fails(&scenario)?;
+    Ok(Source::new(
+        engine_of(options.engine.unwrap_or(Engines::Model)),
+        scenario,
+    ))
+}
+
+/// `stalemate snapshot`.
+pub(super) fn snapshot(
+    name: &Path,
+    options: &SnapshotCommand,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let mut scenario = Scenario::load(name)?;
+    run::override_with(&mut scenario, &options.machine);
+    check_explorable(&scenario)?;
+    make_explorable(&mut scenario);
+    output.check_json()?;
+    if options.out.exists() {
+        return Err(SnapshotError::Exists {
+            path: options.out.clone(),
+        }
+        .into());
+    }
+    let saved = Source::new(EngineKind::Kvm, scenario).save()?;
+    saved.write(&options.out)?;
+    let bytes = std::fs::metadata(&options.out).map_or(0, |data| data.len());
+    output.json(&json!({
+        "schema": crate::report::SCHEMA,
+        "kind": "snapshot",
+        "scenario": saved.scenario.name,
+        "kernel": boot::kernel_hash(),
+        "file": options.out.display().to_string(),
+        "bytes": bytes,
+    }))?;
+    output.say(&format!(
+        "{}: {} at the start of its schedules, {} vCPUs, {} KiB\n  explore it with: stalemate explore {}\n",
+        options.out.display(),
+        saved.scenario.name,
+        saved.scenario.vcpus,
+        bytes >> 10,
+        options.out.display(),
+    ));
+    Ok(Exit::Held)
+}
+
+/// All failpoints of `scenario` can be armed at once.
+pub(super) fn check_fails(scenario: &Scenario) -> Result<(), Failure> {
+    fail::check(&scenario.fails, scenario.vcpus).map_err(|refused| Failure::Usage {
+        problem: refused.problem,
+        help: refused.help.unwrap_or_default(),
+    })
+}
+
+fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
+    if scenario.program.name == EXPLORABLE {
+        return Ok(());
+    }
+    Err(Failure::Usage {
+        problem: format!(
+            "program '{}' does not say where its test begins and ends, so it cannot be explored",
+            scenario.program.name
+        ),
+        help: "explore a scenario of the program 'litmus': scenarios/litmus-*.toml".into(),
+    })
+}
+
+/// What serialised runs need: nothing but the schedule may decide.
+fn make_explorable(scenario: &mut Scenario) {
+    scenario.interrupts = abi::boot::InterruptMode::Controlled;
+    for (key, value) in [("tlb", "soft"), ("stamp", "ticket")] {
+        if !scenario.params.iter().any(|(known, _)| known == key) {
+            scenario.params.push((key.into(), value.into()));
+        }
+    }
+}
+
+/// The engine that explores.
+fn engine_of(engines: Engines) -> EngineKind {
+    match engines {
+        Engines::Kvm => EngineKind::Kvm,
+        Engines::Model | Engines::Both => EngineKind::Model,
+    }
+}
+
+fn fresh_seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(1, |now| now.as_nanos() as u64 % 1_000_000_000)
+}
+
+fn with_progress<T>(
+    output: &Output,
+    plan: &Plan,
+    counts: &Counts,
+    stop: &AtomicBool,
+    work: impl FnOnce() -> T,
+) -> T {
+    let interrupt = interrupt::on_ctrl_c();
+    let over = AtomicBool::new(false);
+    let bar = if output.shows_progress() {
+        let style = ProgressStyle::with_template(
+            "{elapsed_precise} {wide_bar} {pos}/{len} schedules, {per_sec}, {msg}",
+        );
+        ProgressBar::new(plan.executions).with_style(style.expect("a fixed template"))
+    } else {
+        ProgressBar::hidden()
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(50));
+                if interrupt.requested() {
+                    stop.store(true, Ordering::Relaxed);
+                }
+                bar.set_position(counts.executions.load(Ordering::Relaxed));
+                let pairs = counts.pairs.load(Ordering::Relaxed);
+                let found = counts.found.load(Ordering::Relaxed);
+                bar.set_message(format!("{pairs} conflicting pairs, {found} failures"));
+            }
+        });
+        let result = work();
+        over.store(true, Ordering::Relaxed);
+        bar.finish_and_clear();
+        result
+    })
+}
+
+fn headline(
+    source: &Source,
+    plan: &Plan,
+    summary: &Summary,
+    both: bool,
+    interrupted: bool,
+) -> String {
+    let scenario = source.scenario();
+    let strategy = match plan.strategy {
+        Strategy::Random { mean } => format!("random walk, runs of {mean} points on average"),
+        Strategy::Pct { depth } => format!("PCT, depth {depth}"),
+        Strategy::RoundRobin => "round robin".into(),
+        Strategy::Exhaustive { preemptions } => preemptions.map_or_else(
+            || "exhaustive".into(),
+            |most| format!("exhaustive, at most {most} preemptions"),
+        ),
+    };
+    let rate = summary.executions as f64 / summary.elapsed.as_secs_f64().max(1e-9);
+    let verdict = match summary.found.len() {
+        0 if interrupted => "– interrupted; nothing wrong was seen so far".to_owned(),
+        0 => "✔ nothing wrong was seen".to_owned(),
+        n => format!("✘ {n} of {} schedules fail", summary.executions),
+    };
+    let average = |sum: u64| sum / summary.executions.max(1);
+    format!(
+        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}{}\n  \
+         explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n{}  \
+         coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
+         checked    every event by the TLB model and the rules for locks, lifetimes, folios and walks; {} ends by all invariants; {} schedules replayed and compared\n  \
+         time       {}\n",
+        scenario.name,
+        bugs(scenario),
+        source.kind(),
+        if both { ", confirmed on kvm" } else { "" },
+        boot::kernel_hash(),
+        plan.seed,
+        failing(plan),
+        summary.executions,
+        summary.elapsed.as_secs_f64(),
+        average(summary.points),
+        average(summary.events),
+        searched(plan, summary),
+        summary.pairs,
+        summary.states,
+        summary.verified,
+        split(summary),
+    )
+}
+
+/// What an exhaustive search came to, in a line.
+fn searched(plan: &Plan, summary: &Summary) -> String {
+    let (Strategy::Exhaustive { preemptions }, Some(explored)) = (plan.strategy, summary.explored)
+    else {
+        return String::new();
+    };
+    let within = preemptions.map_or_else(String::new, |most| {
+        format!(" with at most {most} preemptions")
+    });
+    let whole = explored.executions - explored.pruned;
+    let verdict = match (
+        explored.exhausted,
+        explored.too_long,
+        summary.found.is_empty(),
+    ) {
+        (true, 0, _) => format!("complete: every schedule{within}"),
+        (true, long, _) => {
+            format!("not complete: {long} executions were too long to vary to their ends")
+        }
+        (false, _, true) => format!("not complete: not every schedule{within} was tried"),
+        (false, _, false) => "ended by what was found".into(),
+    };
+    format!(
+        "  search     {verdict}; {whole} run to their ends stand for all, {} were given up as equivalent to \
+         one of these, {} were known to be without a run\n",
+        explored.pruned, explored.asleep,
+    )
+}
+
+/// Where the time went, for each execution (replays for comparison are executions too).
+fn split(summary: &Summary) -> String {
+    let runs = summary.costs.resets.max(1) as f64;
+    let each = |time: Duration| format!("{:.0} us", time.as_secs_f64() * 1e6 / runs);
+    let rest = summary
+        .worked
+        .saturating_sub(summary.costs.guest + summary.costs.reset + summary.checks);
+    format!(
+        "each: guest {} ({:.1} exits), reset {} ({:.0} pages), checks {}, other work of the host {}",
+        each(summary.costs.guest),
+        summary.costs.exits as f64 / runs,
+        each(summary.costs.reset),
+        summary.costs.pages as f64 / runs,
+        each(summary.checks),
+        each(rest),
+    )
+}
+
+/// What is made to fail, as a line of the headline.
+fn failing(plan: &Plan) -> String {
+    let any = plan.fail_any.iter().map(|failpoint| failpoint.name());
+    let any: Vec<&str> = any.collect();
+    let mut parts = names(&plan.fails);
+    if !any.is_empty() {
+        parts.push(format!(
+            "one passage of {} in each schedule",
+            any.join(" or ")
+        ));
+    }
+    if parts.is_empty() {
+        return String::new();
+    }
+    format!(
+        "\n  failing    {}; schedules go on to the exit",
+        parts.join(", ")
+    )
+}
+
+fn names(fails: &[Fail]) -> Vec<String> {
+    fails.iter().map(ToString::to_string).collect()
+}
+
+fn bugs(scenario: &Scenario) -> String {
+    let names: Vec<&str> = scenario.bugs.iter().map(|bug| bug.name()).collect();
+    if names.is_empty() {
+        String::new()
+    } else {
+        format!(", with the seeded bug {}", names.join(", "))
+    }
+}

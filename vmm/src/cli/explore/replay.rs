@@ -1,0 +1,260 @@
+//! `stalemate replay`: what a reproducer says, again.
+
+use abi::param::TlbBackEnd;
+use serde_json::json;
+
+use super::both::Second;
+use super::{check_fails, engine_of, trace};
+use crate::boot;
+use crate::cli::args::{Engines, Replay};
+use crate::cli::exit::Exit;
+use crate::cli::failure::Failure;
+use crate::cli::interrupt;
+use crate::cli::output::Output;
+use crate::engine::Engine;
+use crate::explore::campaign::{Plan, Worker, failure_id};
+use crate::explore::confirm::Confirmation;
+use crate::explore::probe::{Shown, belongs};
+use crate::explore::{Ending, Execution, Source, compare};
+use crate::report::story;
+use crate::reproducer::Reproducer;
+use crate::scenario::Scenario;
+
+pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
+    trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
+    if options.trace.is_some() && options.files.len() > 1 {
+        return Err(Failure::Usage {
+            problem: "--trace is of one execution".into(),
+            help: "give one reproducer".into(),
+        });
+    }
+    output.check_json()?;
+    // All are read before any runs: what is refused is refused at once.
+    let all = options
+        .files
+        .iter()
+        .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
+        .collect::<Result<Vec<_>, Failure>>()?;
+    for (_, (_, scenario, _)) in &all {
+        check_fails(scenario)?;
+    }
+    let stop = interrupt::on_ctrl_c();
+    let mut results = Vec::new();
+    let mut exit = Exit::Held;
+    for (file, (reproducer, scenario, schedule)) in &all {
+        let window = reproducer.window();
+        let engines = options.engine.unwrap_or(match window {
+            Some(_) => Engines::Kvm,
+            None => Engines::Model,
+        });
+        let source = Source::new(engine_of(engines), scenario.clone()).with_window(window);
+        let plan = Plan {
+            everywhere: reproducer.check_every_point,
+            ..Plan::replay()
+        };
+        let mut worker = Worker::new(source.driver()?, &plan)?;
+        worker.arm(&scenario.fails);
+        let mut second = match engines {
+            Engines::Both => Some(Second::new(scenario)?),
+            Engines::Model | Engines::Kvm => None,
+        };
+        let mut again = Again::default();
+        while again.runs < options.times && !stop.requested() {
+            let run = worker.replay(schedule)?;
+            if engines == Engines::Kvm {
+                again.probed(hardware(&mut worker, &run, scenario)?);
+            }
+            if let Some(second) = &mut second {
+                again.confirmed(second.confirm(&run)?);
+            }
+            again.take(run, reproducer);
+        }
+        let Some(last) = &again.last else {
+            return Ok(Exit::Interrupted);
+        };
+        if !options.brief {
+            output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
+        }
+        output.say(&format!("{}: {}\n", file.display(), again.text(reproducer)));
+        if let Some(path) = &options.trace {
+            output.say(&trace::write(path, last, scenario)?);
+        }
+        exit = worse(exit, again.exit(reproducer, options.expect));
+        results.push(json!({
+            "file": file,
+            "expected": reproducer.ending,
+            "found": again.ending(),
+            "identical": again.identical,
+            "runs": again.runs,
+            "text": story::ending(&last.ending),
+            "confirmation": again.confirmation,
+            "hardware": again.hardware.as_ref().map(|hardware| json!({
+                "shows_it": matches!(hardware, Hardware::Shows(_)),
+                "text": hardware.text(),
+            })),
+            "trace": options.trace,
+        }));
+    }
+    output.json(&json!({
+        "schema": crate::report::SCHEMA,
+        "kind": "replay",
+        "kernel": boot::kernel_hash(),
+        "exit_code": exit.code(),
+        "replays": results,
+    }))?;
+    Ok(exit)
+}
+
+/// The first that is not well, but for a defect of ours, which makes every other doubtful.
+fn worse(before: Exit, this: Exit) -> Exit {
+    match (before, this) {
+        (_, Exit::Internal) | (Exit::Held, _) => this,
+        _ => before,
+    }
+}
+
+/// Replays of one reproducer.
+#[derive(Default)]
+struct Again {
+    runs: u64,
+    /// Runs whose ending and events are the recorded ones.
+    identical: u64,
+    last: Option<Execution>,
+    /// `--engine both`: what it is on vCPUs; the first that differs, where one does.
+    confirmation: Option<Confirmation>,
+    /// On vCPUs whose own TLBs are used: what the hardware shows of the violation.
+    hardware: Option<Hardware>,
+}
+
+/// What the processor shows of a violation.
+#[derive(Debug)]
+enum Hardware {
+    Shows(Shown),
+    Nothing,
+}
+
+impl Hardware {
+    fn text(&self) -> String {
+        match self {
+            Self::Shows(shown) => shown.to_string(),
+            Self::Nothing => "the hardware did not show it (its absence proves nothing)".into(),
+        }
+    }
+}
+
+/// Lets a program that uses the processor's TLB go on after a violation. None where there is nothing to see.
+fn hardware<E: Engine>(
+    worker: &mut Worker<E>,
+    run: &Execution,
+    scenario: &Scenario,
+) -> Result<Option<Hardware>, Failure> {
+    let config = abi::param::Config::parse(&scenario.cmdline()).expect("scenarios are checked");
+    let Ending::Violation(violation) = &run.ending else {
+        return Ok(None);
+    };
+    if config.tlb == TlbBackEnd::Soft {
+        return Ok(None);
+    }
+    let shown = worker.go_on(violation)?;
+    let shown = belongs(violation, &shown, config.tlb).cloned();
+    Ok(Some(shown.map_or(Hardware::Nothing, Hardware::Shows)))
+}
+
+impl Again {
+    fn confirmed(&mut self, confirmation: Confirmation) {
+        if self.confirmation.as_ref().is_none_or(Confirmation::holds) {
+            self.confirmation = Some(confirmation);
+        }
+    }
+
+    fn take(&mut self, run: Execution, reproducer: &Reproducer) {
+        let same = compare::digest(&run.events) == reproducer.digest;
+        self.last = Some(run);
+        self.runs += 1;
+        self.identical += u64::from(same && self.reproduced(reproducer));
+    }
+
+    /// What was shown once is shown.
+    fn probed(&mut self, hardware: Option<Hardware>) {
+        if !matches!(self.hardware, Some(Hardware::Shows(_))) {
+            self.hardware = hardware;
+        }
+    }
+
+    fn ending(&self) -> String {
+        let failure = self.last.as_ref().and_then(|run| failure_id(&run.ending));
+        failure.unwrap_or_else(|| "nothing wrong".into())
+    }
+
+    fn reproduced(&self, reproducer: &Reproducer) -> bool {
+        self.ending() == reproducer.ending
+    }
+
+    fn text(&self, reproducer: &Reproducer) -> String {
+        let mut text = self.reproduction(reproducer);
+        if let Some(confirmation) = &self.confirmation {
+            text.push_str(&format!("\n  {confirmation}"));
+        }
+        if let Some(hardware) = &self.hardware {
+            text.push_str(&format!("\n  {}", hardware.text()));
+        }
+        text
+    }
+
+    fn reproduction(&self, reproducer: &Reproducer) -> String {
+        let (ending, same, runs) = (self.ending(), self.identical, self.runs);
+        if !self.reproduced(reproducer) {
+            return format!("✔ not reproduced: {ending}, not {}", reproducer.ending);
+        }
+        let events = reproducer.events;
+        format!(
+            "✘ reproduced: {ending}; {same} of {runs} identical to the recorded {events} events"
+        )
+    }
+
+    fn exit(&self, reproducer: &Reproducer, expected: bool) -> Exit {
+        if self.confirmation.as_ref().is_some_and(|c| !c.holds()) {
+            return Exit::Internal;
+        }
+        match (self.reproduced(reproducer), expected) {
+            (true, true) if self.identical == self.runs => Exit::Held,
+            // The failure is there, but a replay that differs is a defect of ours.
+            (true, true) => Exit::Internal,
+            (true, false) | (false, true) => Exit::Violation,
+            (false, false) => Exit::Held,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn confirmation(divergence: Option<&str>) -> Confirmation {
+        Confirmation {
+            same_ending: true,
+            events: 9,
+            same_events: 9,
+            divergence: divergence.map(Into::into),
+        }
+    }
+
+    #[test]
+    fn engines_that_differ_once_are_a_defect_whatever_was_expected() {
+        let text = "[program]\nname = \"litmus\"\n";
+        let scenario = crate::scenario::parse(std::path::Path::new("a.toml"), text).unwrap();
+        let ending = "nothing wrong".to_owned();
+        let schedule = crate::explore::Schedule::default();
+        let reproducer = Reproducer::new(&scenario, &schedule, "".into(), ending, (0, "".into()));
+        let mut again = Again::default();
+        again.confirmed(confirmation(None));
+        assert_eq!(again.exit(&reproducer, true), Exit::Held);
+        again.confirmed(confirmation(Some("event 3")));
+        again.confirmed(confirmation(None));
+        assert_eq!(again.exit(&reproducer, true), Exit::Internal);
+        assert_eq!(again.exit(&reproducer, false), Exit::Internal);
+        assert!(again.text(&reproducer).contains("event 3"));
+        assert_eq!(worse(Exit::Violation, Exit::Internal), Exit::Internal);
+        assert_eq!(worse(Exit::Violation, Exit::Held), Exit::Violation);
+    }
+}

@@ -1,0 +1,5 @@
+//! The driver and the strategies on the [fake machine](super::testing).
+
+mod commute;
+mod driver;
+mod reduction;

@@ -98,20 +98,22 @@ impl<A: Arch> Kernel<A> {
 
     #[cold]
     fn wait(&self, word: &AtomicU64, class: LockClass) {
-        self.event(
+        event!(
+            self,
             EventKind::LockWait,
             [self.lock_id(word), class as u64, 0, 0, 0],
         );
-        self.point(Point::LockWait, [self.lock_id(word), class as u64]);
+        point!(self, Point::LockWait, [self.lock_id(word), class as u64]);
         self.arch.relax();
     }
 
     fn acquired<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
-        self.event(
+        event!(
+            self,
             EventKind::LockAcquire,
             [self.lock_id(word), class as u64, 0, 0, 0],
         );
-        self.point(Point::LockAcquire, [self.lock_id(word), class as u64]);
+        point!(self, Point::LockAcquire, [self.lock_id(word), class as u64]);
         Guard {
             kernel: self,
             word,
@@ -132,7 +134,8 @@ impl<A: Arch> Drop for Guard<'_, A> {
             word,
             class,
         } = self;
-        kernel.event(
+        event!(
+            kernel,
             EventKind::LockRelease,
             [kernel.lock_id(word), *class as u64, 0, 0, 0],
         );
@@ -147,6 +150,10 @@ impl<A: Arch> Drop for Guard<'_, A> {
             }
             _ => word.store(0, Release),
         }
-        kernel.point(Point::LockRelease, [kernel.lock_id(word), *class as u64]);
+        point!(
+            kernel,
+            Point::LockRelease,
+            [kernel.lock_id(word), *class as u64]
+        );
     }
 }

@@ -17,6 +17,7 @@ use super::{Field, FreedTables, Slot, page_of, pages};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
+use crate::testbed::told;
 use abi::bug::Bug;
 use abi::channel::EventKind;
 use abi::lock::LockClass;
@@ -67,7 +68,11 @@ impl<A: Arch> Kernel<A> {
         {
             let _guard = self.read_lock(&space.mmap_lock, LockClass::MmapRead);
             if let Some(vma) = self.vma_at(space, page) {
-                self.event(EventKind::VmaFound, [space.id.get(), vma.0, page, 0, 0]);
+                event!(
+                    self,
+                    EventKind::VmaFound,
+                    [space.id.get(), vma.0, page, 0, 0]
+                );
                 return self.fault_in(mm, vma, page, error);
             }
         }
@@ -91,10 +96,10 @@ impl<A: Arch> Kernel<A> {
             return Err(FaultError::Access);
         }
         self.anon_vma_prepare(mm, vma)?;
-        let walk = [self.obj(mm).id.get(), gva, 0, 0, 0];
-        self.event(EventKind::WalkBegin, walk);
+        let walk = [told(|| self.obj(mm).id.get()), gva, 0, 0, 0];
+        event!(self, EventKind::WalkBegin, walk);
         let result = self.fault_in_table(mm, vma, gva, error);
-        self.event(EventKind::WalkEnd, walk);
+        event!(self, EventKind::WalkEnd, walk);
         result
     }
 
@@ -208,14 +213,14 @@ impl<A: Arch> Kernel<A> {
             .without(PteFlags::COW);
         let mm = self.obj(fault.mm);
         self.set_pte(mm, fault.gva, fault.slot, fault.entry, new);
-        self.point(Point::PteInstall, [mm.id.get(), fault.gva]);
+        point!(self, Point::PteInstall, [mm.id.get(), fault.gva]);
     }
 
     fn copy_on_write(&self, fault: Faulting, shared: u64) -> Result<(), Errno> {
         let copy = self.alloc_frames(0, FrameKind::Anon)?;
         self.arch.copy_frame(shared, copy);
         let mm = self.obj(fault.mm);
-        self.point(Point::CowCopy, [mm.id.get(), fault.gva]);
+        point!(self, Point::CowCopy, [mm.id.get(), fault.gva]);
         {
             let guard = self.lock_table(fault.slot.table);
             if self.read_pte(fault.slot) != fault.entry {
@@ -231,7 +236,7 @@ impl<A: Arch> Kernel<A> {
             // another reads the original through an older translation (Linux's wp_page_copy).
             let old = self.set_pte(mm, fault.gva, fault.slot, fault.entry, Pte::NONE);
             self.folio_unmap(shared);
-            self.point(Point::PteClear, [mm.id.get(), fault.gva]);
+            point!(self, Point::PteClear, [mm.id.get(), fault.gva]);
             let (start, end) = (fault.gva, fault.gva + PAGE_SIZE);
             self.flush_range(fault.mm, start, end, FreedTables::No);
             let flags = old.flags().difference(PteFlags::COW);
@@ -261,7 +266,7 @@ impl<A: Arch> Kernel<A> {
         let index = area.pgoff.get() + pages(fault.gva - area.start.get());
         self.folio_map_new(new.address(), anon, index);
         self.set_pte(mm, fault.gva, fault.slot, old, new);
-        self.point(Point::PteInstall, [mm.id.get(), fault.gva]);
+        point!(self, Point::PteInstall, [mm.id.get(), fault.gva]);
     }
 
     /// Extends the stack `vma` down to `page` (Linux's expand_downwards). Under the mmap_lock held for

@@ -24,6 +24,7 @@ use super::gather::Gather;
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
+use crate::testbed::told;
 use abi::lock::LockClass;
 
 /// Place of one entry.
@@ -93,7 +94,8 @@ impl<A: Arch> Kernel<A> {
             let counter = if slot.level == 1 { &mm.rss } else { &mm.tables };
             counter.fetch_add(delta.cast_unsigned(), Relaxed);
         }
-        self.event(
+        event!(
+            self,
             EventKind::PteChange,
             [mm.id.get(), gva, u64::from(slot.level), seen.0, value.0],
         );
@@ -136,11 +138,11 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// The code of the fault.
     pub(crate) fn check_access(&self, mm: &Mm, gva: u64, error: u64) -> Result<(), u64> {
-        let walk = [mm.id.get(), gva, 0, 0, 0];
-        self.event(EventKind::WalkBegin, walk);
+        let walk = [told(|| mm.id.get()), gva, 0, 0, 0];
+        event!(self, EventKind::WalkBegin, walk);
         let table = self.leaf_table(mm, gva);
         let entry = table.map_or(Pte::NONE, |table| self.read_pte(Slot::new(table, 1, gva)));
-        self.event(EventKind::WalkEnd, walk);
+        event!(self, EventKind::WalkEnd, walk);
         if !entry.is_present() {
             return Err(error);
         }
@@ -219,10 +221,10 @@ impl<A: Arch> Kernel<A> {
             let size = level_size(level);
             let next = ((gva & !(size - 1)) + size).min(end);
             if let Some(table) = table {
-                let walk = [mm.id.get(), gva, 0, 0, 0];
-                self.event(EventKind::WalkBegin, walk);
+                let walk = [told(|| mm.id.get()), gva, 0, 0, 0];
+                event!(self, EventKind::WalkBegin, walk);
                 let result = f(table, gva, next);
-                self.event(EventKind::WalkEnd, walk);
+                event!(self, EventKind::WalkEnd, walk);
                 result?;
             }
             gva = next;
@@ -329,7 +331,11 @@ impl<A: Arch> Kernel<A> {
 
     /// Frees a table that no CPU can walk any more.
     pub(super) fn table_free(&self, table: u64) {
-        self.point(Point::TableFree, [table, self.folio(table).index.get()]);
+        point!(
+            self,
+            Point::TableFree,
+            [table, self.folio(table).index.get()]
+        );
         self.free_frames(table);
     }
 }

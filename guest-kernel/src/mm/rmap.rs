@@ -17,6 +17,7 @@ use super::{Field, Slot, pages};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
+use crate::testbed::told;
 use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
@@ -204,8 +205,8 @@ impl<A: Arch> Kernel<A> {
             }
             let gva = start + ((index - pgoff) << PAGE_SHIFT);
             let mm = area.mm.get();
-            let walk = [self.obj(mm).id.get(), gva, 0, 0, 0];
-            self.event(EventKind::WalkBegin, walk);
+            let walk = [told(|| self.obj(mm).id.get()), gva, 0, 0, 0];
+            event!(self, EventKind::WalkBegin, walk);
             if let Ok(table) = self.leaf_table(self.obj(mm), gva) {
                 let _guard = self.lock_table(table);
                 let entry = self.read_pte(Slot::new(table, 1, gva));
@@ -213,7 +214,7 @@ impl<A: Arch> Kernel<A> {
                     f(mm, vma, gva, entry);
                 }
             }
-            self.event(EventKind::WalkEnd, walk);
+            event!(self, EventKind::WalkEnd, walk);
         }
     }
 

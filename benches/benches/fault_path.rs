@@ -25,7 +25,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         let elf = build.elf(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
         let path = FaultPath::of(&elf)?;
         for function in path.functions() {
-            // By its last two words: module and function, or type and function.
             let name = function
                 .name
                 .replace("<impl guest_kernel::kernel::Kernel<A>>::", "");

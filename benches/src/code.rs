@@ -226,7 +226,7 @@ fn trace(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option
 
 /// A constant, or that it is an address of the image.
 fn constant(value: u64) -> String {
-    if value >= IMAGE && value < u64::MAX - (1 << 20) {
+    if (IMAGE..u64::MAX - (1 << 20)).contains(&value) {
         "an address of the image".into()
     } else {
         format!("{value:#x}")

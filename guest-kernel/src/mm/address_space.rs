@@ -53,7 +53,7 @@ impl<A: Arch> Kernel<A> {
             space.next.set(root.mms.get());
             root.mms.set(mm);
         }
-        event!(self, EventKind::MmCreate, [id, pgd, 0, 0, 0]);
+        event!(self, EventKind::MmCreate, [id, pgd, mm.0, 0, 0]);
         Ok(mm)
     }
 

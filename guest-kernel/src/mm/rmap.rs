@@ -7,7 +7,7 @@
 
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
-use abi::channel::EventKind;
+use abi::channel::Walker;
 use abi::layout::PAGE_SHIFT;
 use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Vma};
 use abi::pte::Pte;
@@ -17,7 +17,6 @@ use super::{Field, Slot, pages};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
-use crate::testbed::told;
 use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
@@ -205,8 +204,7 @@ impl<A: Arch> Kernel<A> {
             }
             let gva = start + ((index - pgoff) << PAGE_SHIFT);
             let mm = area.mm.get();
-            let walk = [told(|| self.obj(mm).id.get()), gva, 0, 0, 0];
-            event!(self, EventKind::WalkBegin, walk);
+            self.walk_begins(self.obj(mm), gva, Walker::Rmap);
             if let Ok(table) = self.leaf_table(self.obj(mm), gva) {
                 let _guard = self.lock_table(table);
                 let entry = self.read_pte(Slot::new(table, 1, gva));
@@ -214,7 +212,7 @@ impl<A: Arch> Kernel<A> {
                     f(mm, vma, gva, entry);
                 }
             }
-            event!(self, EventKind::WalkEnd, walk);
+            self.walk_ends(self.obj(mm), gva, Walker::Rmap);
         }
     }
 

@@ -2,7 +2,7 @@
 //! sources in which it is not written at all.
 //!
 //! ```text
-//! cargo bench -p stalemate-benches --bench fault_path
+//! cargo bench -p stalemate-benches --bench fault_path --profile dev
 //! ```
 //!
 //! It counts the instructions that are there, not those that a fault executes (that does vmm's example

@@ -5,7 +5,7 @@
 //! one for every CPU that has it loaded, lazy or not; the last one frees the level-4 table and the
 //! object. So a CPU never has a freed table in CR3.
 
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 
 use abi::boot::Segment;
 use abi::channel::EventKind;
@@ -22,6 +22,8 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::testbed::told;
 use abi::lock::LockClass;
+#[cfg(feature = "testbed")]
+use {crate::sync::rcu::RcuReader, core::sync::atomic::Ordering::Acquire};
 
 impl<A: Arch> Kernel<A> {
     /// An empty address space with one user and one reference.
@@ -51,7 +53,8 @@ impl<A: Arch> Kernel<A> {
             let _guard = self.lock(&root.mms_lock, LockClass::MmList);
             space.id.set(id);
             space.next.set(root.mms.get());
-            root.mms.set(mm);
+            // Release: pairs with the Acquire in `mm_by_id`.
+            root.mms.store(mm, Release);
         }
         event!(self, EventKind::MmCreate, [id, pgd, mm.0, 0, 0]);
         Ok(mm)
@@ -114,10 +117,32 @@ impl<A: Arch> Kernel<A> {
         assert!(space.users.get() == 0 && space.vmas.get().is_null());
         event!(self, EventKind::MmDestroy, [space.id.get(), 0, 0, 0, 0]);
         self.unlist_mm(mm);
-        // No flush: every CPU that had it loaded held a reference and has loaded another since.
+        // No flush: every CPU that had it loaded held a reference and has loaded another since. A reader may have
+        // found it on the list.
+        self.rcu_retire(space.pgd.get());
+        self.rcu_poll();
+    }
+
+    /// Frees an mm that nobody can find any more, with its level-4 table.
+    pub(crate) fn mm_free(&self, mm: Pa<Mm>) {
+        let space = self.obj(mm);
         self.table_free(space.pgd.get());
         event!(self, EventKind::MmFree, [space.id.get(), 0, 0, 0, 0]);
         self.slab_free(mm);
+    }
+
+    /// The mm with number `id`, which stays what it is to the end of the section: it may be torn down, but is
+    /// neither freed nor reused.
+    #[cfg(feature = "testbed")]
+    pub(crate) fn mm_by_id(&self, _section: &RcuReader<'_, A>, id: u64) -> Option<Pa<Mm>> {
+        let mut link = &self.root().mms;
+        loop {
+            let mm = link.load(Acquire).some()?;
+            if self.obj(mm).id.get() == id {
+                return Some(mm);
+            }
+            link = &self.obj(mm).next;
+        }
     }
 
     fn unlist_mm(&self, mm: Pa<Mm>) {
@@ -128,7 +153,8 @@ impl<A: Arch> Kernel<A> {
             assert!(!link.get().is_null(), "mm {mm:?} is on no list");
             link = &self.obj(link.get()).next;
         }
-        link.set(self.obj(mm).next.get());
+        // Release: a reader comes to the next one by this link now. The mm's own link stays for readers on it.
+        link.store(self.obj(mm).next.get(), Release);
     }
 
     /// Unmaps everything, and frees all tables but the level-4 one.

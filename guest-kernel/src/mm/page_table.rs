@@ -344,7 +344,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Frees a table that no CPU can walk any more.
-    pub(super) fn table_free(&self, table: u64) {
+    pub(crate) fn table_free(&self, table: u64) {
         point!(
             self,
             Point::TableFree,

@@ -192,8 +192,7 @@ impl<A: Arch> Kernel<A> {
             if left == 0 {
                 break;
             }
-            point!(self, Point::FlushWait, [self.lock_id(pending), left]);
-            self.arch.relax();
+            self.spin(Point::FlushWait, [self.lock_id(pending), left]);
         }
         event!(self, EventKind::ShootdownEnd, [id, targets, 0, 0, 0]);
         point!(self, Point::FlushSync, [id, targets]);

@@ -31,7 +31,7 @@ const PATIENCE: usize = 1000;
 /// Tag of an entry of a soft TLB that was removed.
 const REMOVED: u64 = 2;
 /// Where a CPU waits for what others do.
-const WAITS: [Point; 2] = [Point::FlushWait, Point::LockWait];
+const WAITS: [Point; 3] = [Point::FlushWait, Point::LockWait, Point::RcuWait];
 
 type Hook = Box<dyn FnOnce(&Kernel<Model>) + Send>;
 
@@ -136,7 +136,12 @@ impl Model {
         for cpu in (0..self.nr_cpus()).filter(|cpu| *cpu != back) {
             self.become_cpu(cpu);
             self.deliver(cpu);
+            let k = self.kernel();
+            let quiescent = k.this_cpu().rcu.watching.get().is_multiple_of(2);
             any |= self.take_ipis();
+            if quiescent {
+                k.rcu_leave_kernel();
+            }
         }
         self.become_cpu(back);
         let spins = if any {

@@ -5,7 +5,7 @@ use abi::point::Point;
 use abi::syscall::Errno;
 
 use super::{AT, PAGE, RW, TestKernel, audit, map_at, space, teardown};
-use crate::arch::testing::Machine;
+use crate::arch::model::testing::Machine;
 use crate::mm::Field;
 
 fn retired(k: &TestKernel) -> usize {

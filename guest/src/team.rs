@@ -1,7 +1,7 @@
 //! A leader and its threads over shared state, what they found, and how they wait for each other.
 #![allow(unsafe_code, reason = "arguments of threads are addresses")]
 
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
 use abi::channel::ReportKind;
 use abi::syscall::Errno;
@@ -15,37 +15,54 @@ const WAITING: u32 = 0;
 const GO: u32 = 1;
 const CANCELLED: u32 = 2;
 
+/// Where members wait until all are where they belong.
+#[derive(Default)]
+struct Gate {
+    state: AtomicU32,
+    arrived: AtomicU32,
+    /// Of a member that could not be pinned.
+    errno: AtomicI64,
+}
+
+impl Gate {
+    fn cancel(&self) {
+        let (new, ordering) = (CANCELLED, Ordering::Release);
+        // Only where nobody opened it before.
+        let _ = self
+            .state
+            .compare_exchange(WAITING, new, ordering, Ordering::Relaxed);
+    }
+}
+
 struct Start<'a, S, T> {
     shared: &'a T,
     member: fn(&S, &T, usize),
     index: usize,
-    gate: &'a AtomicU32,
+    gate: &'a Gate,
 }
 
 /// Joins what it holds when it goes out of scope, also by a panic of the leader in a test.
 struct Joiner<'a, S: Sys> {
     sys: &'a S,
     threads: [Option<Thread>; MAX_MEMBERS],
-    gate: &'a AtomicU32,
+    gate: &'a Gate,
 }
 
 impl<S: Sys> Drop for Joiner<'_, S> {
     fn drop(&mut self) {
-        // Only where nobody opened it before.
-        let _ =
-            self.gate
-                .compare_exchange(WAITING, CANCELLED, Ordering::Release, Ordering::Relaxed);
+        self.gate.cancel();
         for thread in self.threads.iter().flatten() {
             self.sys.join(*thread);
         }
     }
 }
 
-/// Runs `member(shared, 0..members)` on threads of their own and `leader` on this one, all started
-/// before any goes on. Returns when all have ended, so the leader must make the members end.
+/// Runs `member(shared, 0..members)` on threads of their own and `leader` on this one, all started and each on
+/// its CPU ([`cpu_of_member`]) before any goes on. Returns when all have ended, so the leader must make the
+/// members end.
 ///
 /// # Errors
-/// A thread could not be started; then neither the leader nor any member has run.
+/// A thread could not be started or pinned; then neither the leader nor any member has run.
 pub(crate) fn team<S: Sys, T: Sync>(
     sys: &S,
     shared: &T,
@@ -54,7 +71,8 @@ pub(crate) fn team<S: Sys, T: Sync>(
     leader: impl FnOnce(),
 ) -> Result<(), Errno> {
     assert!(members <= MAX_MEMBERS, "at most {MAX_MEMBERS} members");
-    let gate = AtomicU32::new(WAITING);
+    sys.set_affinity(0)?;
+    let gate = Gate::default();
     let starts: [Start<'_, S, T>; MAX_MEMBERS] = core::array::from_fn(|index| Start {
         shared,
         member,
@@ -70,7 +88,14 @@ pub(crate) fn team<S: Sys, T: Sync>(
         let arg = core::ptr::from_ref(start).expose_provenance() as u64;
         *thread = Some(sys.spawn(enter::<S, T>, arg)?);
     }
-    gate.store(GO, Ordering::Release);
+    while gate.arrived.load(Ordering::Acquire) < members as u32 {
+        sys.yield_now();
+    }
+    match gate.errno.load(Ordering::Relaxed) {
+        0 => {}
+        errno => return Err(Errno(errno)),
+    }
+    gate.state.store(GO, Ordering::Release);
     leader();
     Ok(())
 }
@@ -80,8 +105,12 @@ fn enter<S: Sys, T: Sync>(sys: &S, arg: u64) {
     // SAFETY: `team` passed the address of a `Start<S, T>` on its stack and does not return before
     // `Joiner` has joined this thread; the thread only reads it, and `T` is `Sync`.
     let start = unsafe { &*start };
+    if let Err(errno) = sys.set_affinity(cpu_of_member(sys, start.index)) {
+        start.gate.errno.store(errno.0, Ordering::Relaxed);
+    }
+    start.gate.arrived.fetch_add(1, Ordering::Release);
     loop {
-        match start.gate.load(Ordering::Acquire) {
+        match start.gate.state.load(Ordering::Acquire) {
             WAITING => sys.yield_now(),
             CANCELLED => return,
             _ => break,
@@ -91,7 +120,7 @@ fn enter<S: Sys, T: Sync>(sys: &S, arg: u64) {
 }
 
 /// CPU for member `index`: the leader has CPU 0 to itself where there are others.
-pub(crate) fn cpu_of_member<S: Sys>(sys: &S, index: usize) -> usize {
+fn cpu_of_member<S: Sys>(sys: &S, index: usize) -> usize {
     match sys.nr_cpus() {
         1 => 0,
         cpus => 1 + index % (cpus - 1),

@@ -101,15 +101,33 @@ fn what_the_model_finds_is_confirmed_on_vcpus() {
 
 #[test]
 fn clean_schedules_are_confirmed_on_vcpus() {
-    let words = [
-        "explore",
-        "litmus-switch",
-        "--engine",
-        "both",
-        "--seed",
-        "4",
-    ];
-    let more = ["--schedules", "300", "--confirm", "5"];
+    confirmed("litmus-switch", 300);
+}
+
+/// Not only races of a few steps: programs that work for a while, and one whose test begins with itself.
+#[test]
+fn every_kind_of_program_is_the_same_on_both_engines() {
+    for scenario in [
+        "smoke",
+        "unmap-race-short",
+        "mprotect-race-short",
+        "cow-fork-short",
+    ] {
+        confirmed(scenario, 100);
+    }
+}
+
+#[test]
+fn two_tasks_that_wait_for_another_cpu_let_it_run() {
+    // Both members of smoke's team wait on CPU 1 for the leader: they kept CPU 0 off for ever.
+    let words = ["explore", "smoke", "--seed", "7", "--schedules", "20"];
+    json(0, &words);
+}
+
+fn confirmed(scenario: &str, schedules: u32) {
+    let schedules = schedules.to_string();
+    let words = ["explore", scenario, "--engine", "both", "--seed", "4"];
+    let more = ["--schedules", &schedules, "--confirm", "5"];
     let result = json(0, &[&words[..], &more].concat());
     let clean = &result["confirmed"]["clean"];
     assert_eq!(

@@ -515,6 +515,8 @@ pub struct Cpu {
     pub soft_tlb: Link<SoftTlb>,
     /// Its part of RCU.
     pub rcu: CpuRcu,
+    /// Calls of sched_yield since a task of this CPU did anything else. With the testbed only.
+    pub yields: AtomicU64,
 }
 
 /// RCU on one CPU: what it reads, and the grace period that it waits for.

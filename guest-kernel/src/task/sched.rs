@@ -97,6 +97,8 @@ impl<A: Arch> Kernel<A> {
 
     /// sched_yield: lets the other tasks of this CPU's queue run first.
     pub(super) fn yield_now(&self) {
+        #[cfg(feature = "testbed")]
+        self.note_yield();
         let me = self.arch.cpu();
         let lock = self.sched_lock();
         let task = self.this_cpu().current.get();
@@ -104,14 +106,25 @@ impl<A: Arch> Kernel<A> {
         if !allowed {
             self.make_ready(task);
         } else if self.this_cpu().queue.get().is_null() {
-            drop(lock);
-            // Whoever yields waits for somebody, and here that one runs on another CPU.
-            point!(self, Point::UserRelax, [self.current().id.get().into(), 0]);
             return;
         } else {
             self.enqueue(task, me);
         }
         self.schedule(lock);
+    }
+
+    /// Whoever yields waits for somebody. Where every task of this CPU has done nothing else for a round, that one
+    /// runs on another CPU.
+    #[cfg(feature = "testbed")]
+    fn note_yield(&self) {
+        let cpu = self.this_cpu();
+        let yields = cpu.yields.get() + 1;
+        if yields > cpu.queued.get() {
+            cpu.yields.set(0);
+            point!(self, Point::UserRelax, [self.current().id.get().into(), 0]);
+        } else {
+            cpu.yields.set(yields);
+        }
     }
 
     /// Refuses to block where the running task is to be killed: nobody would wake it for that again.

@@ -18,6 +18,10 @@ impl<A: Arch> Kernel<A> {
         let (nr, arg0) = (frame.rax, frame.rdi);
         self.entered(frame);
         #[cfg(feature = "testbed")]
+        if nr != nr::SCHED_YIELD {
+            self.this_cpu().yields.set(0);
+        }
+        #[cfg(feature = "testbed")]
         if let Some(result) = self.testbed_call(frame) {
             frame.rax = encode(result);
             return;

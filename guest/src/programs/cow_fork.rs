@@ -28,9 +28,7 @@ use super::{Data, Program, SUBJECT_GVA};
 use crate::args::{Arg, Args};
 use crate::sys::{ANONYMOUS, Sys, print_line};
 use crate::tag::{MAX_PAGES, Region, Tag, address};
-use crate::team::{
-    Findings, MAX_MEMBERS, PATIENCE, Pace, cpu_of_member, must, natural_members, team, wait_until,
-};
+use crate::team::{Findings, MAX_MEMBERS, PATIENCE, Pace, must, natural_members, team, wait_until};
 
 pub(super) const PROGRAM: Program = Program {
     name: "cow-fork",
@@ -62,6 +60,7 @@ pub(super) const PROGRAM: Program = Program {
         },
     ],
     data: Data::Ignored,
+    has_setup: true,
 };
 
 struct Shared {
@@ -100,6 +99,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         shared.stop.store(true, Ordering::Release);
     });
     must(sys, &shared.findings, 0, 0, result.map(|()| 0));
+    sys.end();
     must(
         sys,
         &shared.findings,
@@ -134,13 +134,6 @@ fn put<S: Sys>(sys: &S, findings: &Findings, tag: Tag) {
 
 fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
     let findings = &shared.findings;
-    must(
-        sys,
-        findings,
-        0,
-        0,
-        sys.set_affinity(cpu_of_member(sys, index)).map(|()| 0),
-    );
     let slot = 1 + index as u64;
     let mut pass = 0;
     while !shared.stop.load(Ordering::Acquire) && !findings.enough() {
@@ -163,7 +156,7 @@ fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
 
 fn forker<S: Sys>(sys: &S, shared: &Shared, rounds: u64) {
     let findings = &shared.findings;
-    must(sys, findings, 0, 0, sys.set_affinity(0).map(|()| 0));
+    sys.begin();
     for round in 0..rounds {
         let tags = || {
             (0..shared.pages).map(move |page| Tag {

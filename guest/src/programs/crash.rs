@@ -20,6 +20,7 @@ pub(super) const PROGRAM: Program = Program {
         help: "the kernel panics, loads from nowhere or hangs, or CPL 3 spins without a system call",
     }],
     data: Data::Ignored,
+    has_setup: false,
 };
 
 const USER_SPIN: u64 = 3;

@@ -7,6 +7,7 @@ pub(super) const PROGRAM: Program = Program {
     help: "ends at once: the cost of a run without a workload",
     args: &[],
     data: Data::Ignored,
+    has_setup: false,
 };
 
 /// Its exit status.

@@ -57,6 +57,7 @@ pub(super) const PROGRAM: Program = Program {
         },
     ],
     data: Data::Ignored,
+    has_setup: true,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -391,7 +392,6 @@ fn constant<S: Sys>(sys: &S, pages: u64, passes: u64) -> i32 {
 
 fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
     let findings = &shared.findings;
-    pin(sys, findings, 1);
     // Warm: writable translations of every page.
     for page in 0..shared.pages {
         write(sys, findings, subject(page), tag(Region::Subject, 0, page));

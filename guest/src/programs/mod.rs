@@ -27,6 +27,8 @@ pub struct Program {
     pub args: &'static [Arg],
     /// Whether it reads a data blob.
     pub data: Data,
+    /// Whether its test begins ([`Sys::begin`]) only after a set-up, not with itself.
+    pub has_setup: bool,
 }
 
 /// What a program wants of the data blob.
@@ -69,6 +71,10 @@ pub fn run<'a, S: Sys>(
 ) -> Result<i32, UsageError<'a>> {
     let program = find(name).ok_or(UsageError::UnknownProgram(name))?;
     let args = Args::parse(program, args)?;
+    // Those with a set-up say themselves where their tests begin.
+    if !program.has_setup {
+        sys.begin();
+    }
     match program.name {
         "smoke" => Ok(smoke::run(sys)),
         "unmap-race" => Ok(unmap_race::run(sys, &args)),

@@ -31,8 +31,7 @@ use crate::args::{Arg, Args};
 use crate::sys::{ANONYMOUS, Sys, print_line};
 use crate::tag::{MAX_PAGES, Region, Tag, address};
 use crate::team::{
-    BACK_OFF, Findings, MAX_MEMBERS, PATIENCE, Pace, cpu_of_member, must, natural_members, team,
-    wait_until,
+    BACK_OFF, Findings, MAX_MEMBERS, PATIENCE, Pace, must, natural_members, team, wait_until,
 };
 
 pub(super) const PROGRAM: Program = Program {
@@ -65,6 +64,7 @@ pub(super) const PROGRAM: Program = Program {
         },
     ],
     data: Data::Ignored,
+    has_setup: true,
 };
 
 /// Most pages of the range.
@@ -110,6 +110,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         shared.stop.store(true, Ordering::Release);
     });
     must(sys, &shared.findings, 0, 0, result.map(|()| 0));
+    sys.end();
     must(
         sys,
         &shared.findings,
@@ -127,7 +128,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
 
 fn owner<S: Sys>(sys: &S, shared: &Shared, rounds: u64, looks: u64) {
     let findings = &shared.findings;
-    must(sys, findings, 0, 0, sys.set_affinity(0).map(|()| 0));
+    sys.begin();
     let bytes = shared.pages * PAGE_SIZE;
     let enter = |phase| shared.phase.store(phase, Ordering::SeqCst);
     for round in 0..rounds {
@@ -201,13 +202,6 @@ fn watch<S: Sys>(sys: &S, shared: &Shared, looks: u64) {
 
 fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
     let findings = &shared.findings;
-    must(
-        sys,
-        findings,
-        0,
-        0,
-        sys.set_affinity(cpu_of_member(sys, index)).map(|()| 0),
-    );
     let slot = 1 + index as u64;
     let mut last = [0; PAGES];
     let mut sequence = 0u64;
@@ -229,7 +223,7 @@ fn writer<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         if faulted {
             // Every further write of this phase would fault too and hold up the owner.
             wait_until(sys, shared.pace, BACK_OFF, || {
-                shared.phase.load(Ordering::Acquire) != phase
+                shared.stop.load(Ordering::Acquire) || shared.phase.load(Ordering::Acquire) != phase
             });
         }
     }

@@ -48,6 +48,7 @@ pub(super) const PROGRAM: Program = Program {
         },
     ],
     data: Data::Trace,
+    has_setup: false,
 };
 
 pub(super) fn run<S: Sys>(

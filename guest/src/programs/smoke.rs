@@ -19,6 +19,7 @@ pub(super) const PROGRAM: Program = Program {
     help: "every system call once, on its good path and with each mistake",
     args: &[],
     data: Data::Ignored,
+    has_setup: false,
 };
 
 const RW: u64 = prot::READ | prot::WRITE;
@@ -45,6 +46,14 @@ impl<S: Sys> Check<'_, S> {
     /// What `what` describes had to be true.
     fn holds(&self, what: &str, truth: bool) -> bool {
         self.gives(what, Ok(1), Ok(truth.into()))
+    }
+
+    /// A page for what system calls read and write: every executor can reach it, where a program's own memory
+    /// may lie anywhere.
+    fn scratch(&self) -> u64 {
+        let page = self.sys.mmap_anonymous(PAGE_SIZE);
+        self.holds("a page", page.is_ok());
+        page.unwrap_or(0)
     }
 
     fn reads(&self, gva: u64, expected: u64) {
@@ -323,12 +332,8 @@ fn brk<S: Sys>(check: &Check<'_, S>) {
 
 fn futexes<S: Sys>(check: &Check<'_, S>) {
     let sys = check.sys;
-    let Ok(words) = sys.words(1) else {
-        check.holds("a word", false);
-        return;
-    };
-    words[0].store(7, Ordering::Relaxed);
-    let address = core::ptr::from_ref(&words[0]).expose_provenance() as u64;
+    let address = check.scratch();
+    check.writes(address, 7);
     let call = |gva, operation, value| sys.syscall(nr::FUTEX, [gva, operation, value, 0, 0, 0]);
     check.gives(
         "futex wait, other value",
@@ -348,6 +353,7 @@ fn futexes<S: Sys>(check: &Check<'_, S>) {
         Err(Errno::EFAULT),
         call(SUBJECT_GVA, futex::WAIT, never),
     );
+    check.gives("munmap", Ok(0), sys.munmap(address, PAGE_SIZE));
 }
 
 fn identity<S: Sys>(check: &Check<'_, S>) {
@@ -357,10 +363,10 @@ fn identity<S: Sys>(check: &Check<'_, S>) {
     check.gives("sched_yield", Ok(0), sys.syscall(nr::SCHED_YIELD, [0; 6]));
     let unknown = sys.syscall(nr::TESTBED_BASE + 0xfff, [0; 6]);
     check.gives("an unknown system call", Err(Errno::ENOSYS), unknown);
-    let text = c"";
-    let address = text.as_ptr().expose_provenance() as u64;
+    let address = check.scratch();
     let bad_file = sys.syscall(nr::WRITE, [9999, address, 1, 0, 0, 0]);
     check.gives("write to file 9999", Err(Errno::EBADF), bad_file);
+    check.gives("munmap", Ok(0), sys.munmap(address, PAGE_SIZE));
 }
 
 fn affinity<S: Sys>(check: &Check<'_, S>) {
@@ -377,8 +383,8 @@ fn affinity<S: Sys>(check: &Check<'_, S>) {
             sys.current_cpu().map(|cpu| cpu as u64),
         );
     }
-    let none = AtomicU64::new(0);
-    let address = core::ptr::from_ref(&none).expose_provenance() as u64;
+    let address = check.scratch();
+    check.writes(address, 0);
     let set = |gva| sys.syscall(nr::SCHED_SETAFFINITY, [0, 8, gva, 0, 0, 0]);
     check.gives(
         "sched_setaffinity to no CPU",
@@ -391,15 +397,13 @@ fn affinity<S: Sys>(check: &Check<'_, S>) {
         set(SUBJECT_GVA),
     );
     // Room for Linux's largest configurations.
-    let masks: [AtomicU64; 128] = [const { AtomicU64::new(0) }; 128];
+    let room = 1024;
     let get = |gva, bytes| sys.syscall(nr::SCHED_GETAFFINITY, [0, bytes, gva, 0, 0, 0]);
-    let address = masks.as_ptr().expose_provenance() as u64;
-    let bytes = get(address, size_of_val(&masks) as u64);
+    let bytes = get(address, room);
     check.holds("sched_getaffinity", bytes.is_ok_and(|bytes| bytes >= 8));
-    let allowed: u32 = masks
-        .iter()
-        .map(|mask| mask.load(Ordering::Relaxed).count_ones())
-        .sum();
+    let words = (0..bytes.unwrap_or(0)).step_by(8);
+    let masks = words.map(|offset| sys.read(address + offset).unwrap_or(0));
+    let allowed: u32 = masks.map(u64::count_ones).sum();
     check.gives(
         "CPUs that are allowed to a pinned thread",
         Ok(1),
@@ -410,12 +414,13 @@ fn affinity<S: Sys>(check: &Check<'_, S>) {
         Err(Errno::EINVAL),
         get(address, 4),
     );
-    let bad_pointer = get(SUBJECT_GVA, size_of_val(&masks) as u64);
+    let bad_pointer = get(SUBJECT_GVA, room);
     check.gives(
         "sched_getaffinity, bad pointer",
         Err(Errno::EFAULT),
         bad_pointer,
     );
+    check.gives("munmap", Ok(0), sys.munmap(address, PAGE_SIZE));
 }
 
 /// What a child exits with.

@@ -44,8 +44,7 @@ use crate::args::{Arg, Args};
 use crate::sys::{ANONYMOUS, Sys, print_line};
 use crate::tag::{MAX_PAGES, Region, Tag, address};
 use crate::team::{
-    BACK_OFF, Findings, MAX_MEMBERS, PATIENCE, Pace, cpu_of_member, must, natural_members, team,
-    wait_until,
+    BACK_OFF, Findings, MAX_MEMBERS, PATIENCE, Pace, must, natural_members, team, wait_until,
 };
 
 pub(super) const PROGRAM: Program = Program {
@@ -78,6 +77,7 @@ pub(super) const PROGRAM: Program = Program {
         },
     ],
     data: Data::Ignored,
+    has_setup: true,
 };
 
 /// Most pages of A; B is twice as large.
@@ -114,6 +114,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         shared.stop.store(true, Ordering::Release);
     });
     must(sys, &shared.findings, 0, 0, result.map(|()| 0));
+    sys.end();
     let pages = shared.pages;
     print_line(
         sys,
@@ -124,7 +125,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
 
 fn owner<S: Sys>(sys: &S, shared: &Shared, rounds: u64, linger: u64) {
     let findings = &shared.findings;
-    must(sys, findings, 0, 0, sys.set_affinity(0).map(|()| 0));
+    sys.begin();
     let bytes = shared.pages * PAGE_SIZE;
     for generation in 0..rounds {
         let fixed = if generation == 0 {
@@ -228,13 +229,6 @@ fn reuse<S: Sys>(sys: &S, shared: &Shared, generation: u64, linger: u64) {
 }
 
 fn reader<S: Sys>(sys: &S, shared: &Shared, index: usize) {
-    must(
-        sys,
-        &shared.findings,
-        0,
-        0,
-        sys.set_affinity(cpu_of_member(sys, index)).map(|()| 0),
-    );
     let mut own = OwnSlot {
         slot: 1 + index as u64,
         sequence: 0,
@@ -254,7 +248,7 @@ fn reader<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         if faulted {
             // Every further access would fault too and only hold up the owner in the kernel.
             wait_until(sys, shared.pace, BACK_OFF, || {
-                shared.era.load(Ordering::Acquire) != era
+                shared.stop.load(Ordering::Acquire) || shared.era.load(Ordering::Acquire) != era
             });
         }
     }

@@ -29,8 +29,6 @@ use aftermath::Aftermath;
 use both::{DEFAULT_CONFIRM, Second};
 pub(super) use replay::replay;
 
-/// The program whose tests begin and end at points of their own.
-const EXPLORABLE: &str = "litmus";
 /// Schedules that are tried where nobody says how many.
 const DEFAULT_SCHEDULES: u64 = 10_000;
 
@@ -168,7 +166,6 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
     }
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
-    check_explorable(&scenario)?;
     make_explorable(&mut scenario);
     scenario.fails.extend(&options.fails);
     check_fails(&scenario)?;
@@ -186,7 +183,6 @@ pub(super) fn snapshot(
 ) -> Result<Exit, Failure> {
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
-    check_explorable(&scenario)?;
     make_explorable(&mut scenario);
     output.check_json()?;
     if options.out.exists() {
@@ -222,19 +218,6 @@ pub(super) fn check_fails(scenario: &Scenario) -> Result<(), Failure> {
     fail::check(&scenario.fails, scenario.vcpus).map_err(|refused| Failure::Usage {
         problem: refused.problem,
         help: refused.help.unwrap_or_default(),
-    })
-}
-
-fn check_explorable(scenario: &Scenario) -> Result<(), Failure> {
-    if scenario.program.name == EXPLORABLE {
-        return Ok(());
-    }
-    Err(Failure::Usage {
-        problem: format!(
-            "program '{}' does not say where its test begins and ends, so it cannot be explored",
-            scenario.program.name
-        ),
-        help: "explore a scenario of the program 'litmus': scenarios/litmus-*.toml".into(),
     })
 }
 

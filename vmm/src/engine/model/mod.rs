@@ -71,12 +71,18 @@ impl ModelEngine {
                     .into(),
             ));
         }
+        if scenario.program.trace.is_some() {
+            return Err(EngineError::Unsupported(
+                "the model engine runs no traces, whose data lies in guest memory: use --engine kvm"
+                    .into(),
+            ));
+        }
         let ram = GuestRam::new(scenario.memory_bytes).map_err(MachineError::from)?;
         let image = KernelImage::Embedded.bytes().map_err(MachineError::from)?;
         let program = ProgramSpec {
             name: scenario.program.name.clone(),
             args: scenario.program.args.clone(),
-            data: scenario.program.trace.as_ref().map(|t| t.blob.clone()),
+            data: None,
         };
         let spec = BootSpec {
             kernel: &image,

@@ -547,15 +547,50 @@ fn a_reproducer_that_cannot_be_replayed_says_why() {
     );
     let (_directory, path) = changed("schedule = \"", "schedule = \"i1 ");
     refused(
-        &["replay", &path],
-        &["i1 is to run, but cannot", "in flight"],
+        &["replay", "--any-kernel", &path],
+        &[
+            "changed.repro",
+            "i1 is to run, but cannot",
+            "in flight",
+            "explore",
+        ],
     );
     let (_directory, path) = changed("schedule = \"", "schedule = \"9:1 ");
-    refused(&["replay", &path], &["9 is to run", "2 vCPUs"]);
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro:8: ", "step of 9", "2 vCPUs"],
+    );
     let (_directory, path) = changed("schedule = \"", "schedule = \"x ");
-    refused(&["replay", &path], &["`x` in its schedule"]);
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro:8: `x` in its schedule"],
+    );
+    // No test has so many points.
+    let (_directory, path) = changed("schedule = \"", "schedule = \"0:900000000 ");
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro", "cannot be replayed"],
+    );
+    let (_directory, path) = changed("schedule = \"", "unknown = \"");
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro:8: unknown field"],
+    );
+    refused(&["replay", "/dev/zero"], &["/dev/zero", "no regular file"]);
+    // Another program has no test that could be replayed, and might never come back on the model.
+    let (_directory, path) = changed(
+        "name = \"litmus\"\nargs = { \"pages\" = \"1\", \"test\" = \"protect\" }",
+        "name = \"exit\"",
+    );
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["program 'exit'", "cannot be explored"],
+    );
     let (_directory, path) = changed("test", "tset");
-    refused(&["replay", &path], &["its scenario is refused"]);
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["its scenario is refused"],
+    );
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! `stalemate replay`: what a reproducer says, again.
 
+use std::path::Path;
+
 use abi::param::TlbBackEnd;
 use serde_json::json;
 
 use super::both::Second;
-use super::{check_fails, engine_of, trace};
+use super::{check_explorable, check_fails, engine_of, trace};
 use crate::boot;
 use crate::cli::args::{Engines, Replay};
 use crate::cli::exit::Exit;
@@ -15,7 +17,7 @@ use crate::engine::Engine;
 use crate::explore::campaign::{Plan, Worker, failure_id};
 use crate::explore::confirm::Confirmation;
 use crate::explore::probe::{Shown, belongs};
-use crate::explore::{Ending, Execution, Source, compare};
+use crate::explore::{Ending, Execution, Schedule, Source, compare};
 use crate::report::story;
 use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
@@ -36,6 +38,7 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
     for (_, (_, scenario, _)) in &all {
+        check_explorable(scenario)?;
         check_fails(scenario)?;
     }
     let stop = interrupt::on_ctrl_c();
@@ -60,7 +63,11 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         };
         let mut again = Again::default();
         while again.runs < options.times && !stop.requested() {
-            let run = worker.replay(schedule)?;
+            let run = worker.replay(schedule).map_err(|source| Failure::Replay {
+                path: (*file).clone(),
+                source,
+            })?;
+            is_used_up(file, schedule, &run)?;
             if engines == Engines::Kvm {
                 again.probed(hardware(&mut worker, &run, scenario)?);
             }
@@ -103,6 +110,26 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         "replays": results,
     }))?;
     Ok(exit)
+}
+
+/// A schedule that goes on where nobody can is none of this scenario's.
+fn is_used_up(file: &Path, schedule: &Schedule, run: &Execution) -> Result<(), Failure> {
+    let end = match run.ending {
+        Ending::Finished { .. } => "the end of the test",
+        Ending::Livelock(_) => "all that can run only wait",
+        Ending::Deadlock(_) => "nobody can run",
+        _ => return Ok(()),
+    };
+    let (wanted, passed) = (schedule.points(), run.schedule.points());
+    if passed >= wanted {
+        return Ok(());
+    }
+    Err(Failure::Unreached {
+        path: file.into(),
+        wanted,
+        passed,
+        end,
+    })
 }
 
 /// The first that is not well, but for a defect of ours, which makes every other doubtful.

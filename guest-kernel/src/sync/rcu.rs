@@ -295,7 +295,6 @@ impl<A: Arch> Kernel<A> {
     fn free_retired_table(&self, table: u64) {
         let [object, kind] = self.retired_object(table);
         event!(self, EventKind::RcuFree, [object, kind, 0, 0, 0]);
-        self.folio(table).kind.set(FrameKind::Table as u8);
         if kind == rcu_object::MM {
             self.mm_free(Pa::new(object));
         } else {

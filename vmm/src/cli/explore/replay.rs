@@ -284,4 +284,40 @@ mod tests {
         assert_eq!(worse(Exit::Violation, Exit::Internal), Exit::Internal);
         assert_eq!(worse(Exit::Violation, Exit::Held), Exit::Violation);
     }
+
+    #[test]
+    fn points_behind_the_end_of_the_test_are_none_but_those_behind_a_failure_may_be() {
+        let schedule = |points| {
+            let mut schedule = Schedule::default();
+            schedule.push(crate::explore::Actor::Vcpu(0), points);
+            schedule
+        };
+        let judged = |wanted, ending| {
+            let run = Execution {
+                schedule: schedule(10),
+                fails: Vec::new(),
+                ending,
+                events: Vec::new(),
+            };
+            is_used_up(Path::new("a.repro"), &schedule(wanted), &run)
+        };
+        let over = || Ending::Finished { status: None };
+        assert!(judged(10, over()).is_ok());
+        let text = judged(11, over()).unwrap_err().to_string();
+        assert!(
+            text.contains("a.repro") && text.contains("11 points"),
+            "{text}"
+        );
+        assert!(
+            text.contains("10 that there are until the end of the test"),
+            "{text}"
+        );
+        assert!(judged(11, Ending::Deadlock(Vec::new())).is_err());
+        assert!(judged(11, Ending::Livelock(Vec::new())).is_err());
+        let crash = crate::engine::GuestCrash {
+            reason: "r".into(),
+            details: Vec::new(),
+        };
+        assert!(judged(11, Ending::Crashed { vcpu: 0, crash }).is_ok());
+    }
 }

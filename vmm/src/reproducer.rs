@@ -55,11 +55,13 @@ pub enum ReproducerError {
         source: std::io::Error,
     },
     /// Not what a reproducer looks like.
-    #[error("{path}: {problem}")]
+    #[error("{path}{}: {problem}; explore writes a new one", colon(.line))]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// Line and reason.
+        /// Where in it, from 1.
+        line: Option<usize>,
+        /// Why.
         problem: String,
     },
     /// Its scenario is not one.
@@ -155,24 +157,40 @@ impl Reproducer {
             path: path.into(),
             source,
         };
-        let malformed = |problem: String| ReproducerError::Malformed {
+        let malformed = |line, problem: String| ReproducerError::Malformed {
             path: path.into(),
+            line,
             problem,
         };
-        let length = std::fs::metadata(path).map_err(unreadable)?.len();
+        let metadata = std::fs::metadata(path).map_err(unreadable)?;
+        // A device may have no end, and a FIFO no writer.
+        if !metadata.is_file() {
+            return Err(malformed(None, "is no regular file".into()));
+        }
+        let length = metadata.len();
         if length > MAX_BYTES {
-            return Err(malformed(format!(
-                "{length} bytes are too many for a reproducer"
-            )));
+            let problem = format!("{length} bytes are too many for a reproducer");
+            return Err(malformed(None, problem));
         }
         let bytes = std::fs::read(path).map_err(unreadable)?;
-        let text = String::from_utf8(bytes).map_err(|_| malformed("is not text".into()))?;
-        let this: Self = toml::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+            malformed(Some(line_of(good)), "is not text".into())
+        })?;
+        let this: Self = toml::from_str(&text).map_err(|error| {
+            let line = error.span().map(|at| line_of(&text.as_bytes()[..at.start]));
+            malformed(line, error.message().trim().replace('\n', ", "))
+        })?;
+        // Where a key is given.
+        let at = |key: &str| {
+            let mut lines = text.lines();
+            let is_key = |line: &str| line.trim_start().starts_with(key);
+            lines.position(is_key).map(|before| before + 1)
+        };
         if this.format != FORMAT {
             let found = this.format;
-            return Err(malformed(format!(
-                "has format {found}; this program reads format {FORMAT}"
-            )));
+            let problem = format!("has format {found}; this program reads format {FORMAT}");
+            return Err(malformed(at("format"), problem));
         }
         if !any_kernel && this.kernel != boot::kernel_hash() {
             return Err(ReproducerError::OtherKernel {
@@ -182,15 +200,27 @@ impl Reproducer {
             });
         }
         if let Some(Err(error)) = this.window.as_deref().map(values::window) {
-            return Err(malformed(format!("its window: {error}")));
+            return Err(malformed(at("window"), format!("its window: {error}")));
         }
-        let schedule = parse_schedule(&this.schedule)
-            .map_err(|word| malformed(format!("`{word}` in its schedule is no step (0:12, i1)")))?;
+        let schedule = parse_schedule(&this.schedule).map_err(|word| {
+            let problem = format!("`{word}` in its schedule is no step (0:12, i1)");
+            malformed(at("schedule"), problem)
+        })?;
         let scenario =
             scenario::parse(path, &this.scenario).map_err(|source| ReproducerError::Scenario {
                 path: path.into(),
                 source: Box::new(source),
             })?;
+        let vcpus = scenario.vcpus;
+        let absent = schedule.segments.iter().find(|segment| {
+            let (Actor::Vcpu(vcpu) | Actor::Wire(vcpu)) = segment.actor;
+            u32::from(vcpu) >= vcpus
+        });
+        if let Some(segment) = absent {
+            let actor = segment.actor;
+            let problem = format!("its schedule has a step of {actor}, its scenario {vcpus} vCPUs");
+            return Err(malformed(at("schedule"), problem));
+        }
         Ok((this, scenario, schedule))
     }
 
@@ -230,6 +260,16 @@ impl Reproducer {
     }
 }
 
+/// `:7`, where the line is known.
+fn colon(line: &Option<usize>) -> String {
+    line.map_or(String::new(), |line| format!(":{line}"))
+}
+
+/// The line on which what follows `before` begins.
+fn line_of(before: &[u8]) -> usize {
+    before.iter().filter(|byte| **byte == b'\n').count() + 1
+}
+
 fn schedule_text(schedule: &Schedule) -> String {
     let mut text = String::new();
     for segment in &schedule.segments {
@@ -261,6 +301,8 @@ fn parse_schedule(text: &str) -> Result<Schedule, &str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn example() -> (Reproducer, Schedule) {
@@ -315,13 +357,82 @@ mod tests {
             let (_directory, path) = written(&text[..end]);
             assert!(Reproducer::read(&path, true).is_err(), "cut at {end}");
         }
-        for (old, new) in [
-            ("0:12", "0:x"),
-            ("format = 1", "format = 9"),
-            ("litmus", "nothing"),
+        for (old, new, line) in [
+            ("0:12", "0:x", ":8: `0:x` in its schedule"),
+            (
+                "0:12",
+                "7:12",
+                ":8: its schedule has a step of 7, its scenario 2 vCPUs",
+            ),
+            ("i1", "i9", ":8: its schedule has a step of i9"),
+            ("format = 1", "format = 9", ":2: has format 9"),
+            ("format = 1", "format = x", ":2: "),
+            ("found_by", "found\u{7}by", ":4: "),
+            ("litmus", "nothing", "its scenario is refused"),
         ] {
             let (_directory, path) = written(&text.replace(old, new));
-            assert!(Reproducer::read(&path, true).is_err(), "{new}");
+            let error = Reproducer::read(&path, true).unwrap_err().to_string();
+            let name = path.to_str().unwrap();
+            assert!(error.starts_with(name) && error.contains(line), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_file_of_text_is_refused_before_it_is_read() {
+        for (path, why) in [
+            ("/dev/zero", "no regular file"),
+            ("/tmp", "no regular file"),
+        ] {
+            let error = Reproducer::read(Path::new(path), true).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("large.repro");
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(MAX_BYTES + 1).unwrap();
+        let error = Reproducer::read(&path, true).unwrap_err().to_string();
+        assert!(error.contains("too many"), "{error}");
+        std::fs::write(&path, b"format = 1\n# \xff\n").unwrap();
+        let error = Reproducer::read(&path, true).unwrap_err().to_string();
+        assert!(error.contains("large.repro:2: is not text"), "{error}");
+    }
+
+    /// A refusal names the file; what is not refused says nothing that its scenario has not.
+    #[track_caller]
+    fn is_refused_or_sound(bytes: &[u8]) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.repro");
+        std::fs::write(&path, bytes).unwrap();
+        match Reproducer::read(&path, true) {
+            Err(error) => assert!(error.to_string().contains("x.repro"), "{error}"),
+            Ok((_, scenario, schedule)) => {
+                for segment in schedule.segments {
+                    let (Actor::Vcpu(vcpu) | Actor::Wire(vcpu)) = segment.actor;
+                    assert!(u32::from(vcpu) < scenario.vcpus && segment.points > 0);
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_refused_or_sound(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            is_refused_or_sound(&bytes);
+        }
+
+        #[test]
+        fn flipped_bits_are_refused_or_sound(
+            flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
+            end in any::<prop::sample::Index>(),
+            cut: bool,
+        ) {
+            let mut bytes = example().0.to_text().into_bytes();
+            for (at, bit) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] ^= 1u8 << bit;
+            }
+            let end = if cut { end.index(bytes.len()) } else { bytes.len() };
+            is_refused_or_sound(&bytes[..end]);
         }
     }
 }

@@ -226,7 +226,6 @@ fn unknown_parameters_bugs_and_points_name_the_nearest() {
 #[test]
 fn usage_errors_are_bad_input() {
     refused(&["runn", "smoke"], &["runn", "run"]);
-    refused(&["explore", "smoke"], &["litmus"]);
     refused(
         &["replay", "--json", "a.repro", "b.repro"],
         &["would overwrite"],
@@ -547,15 +546,41 @@ fn a_reproducer_that_cannot_be_replayed_says_why() {
     );
     let (_directory, path) = changed("schedule = \"", "schedule = \"i1 ");
     refused(
-        &["replay", &path],
-        &["i1 is to run, but cannot", "in flight"],
+        &["replay", "--any-kernel", &path],
+        &[
+            "changed.repro",
+            "i1 is to run, but cannot",
+            "in flight",
+            "explore",
+        ],
     );
     let (_directory, path) = changed("schedule = \"", "schedule = \"9:1 ");
-    refused(&["replay", &path], &["9 is to run", "2 vCPUs"]);
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro:8: ", "step of 9", "2 vCPUs"],
+    );
     let (_directory, path) = changed("schedule = \"", "schedule = \"x ");
-    refused(&["replay", &path], &["`x` in its schedule"]);
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro:8: `x` in its schedule"],
+    );
+    // No test has so many points.
+    let (_directory, path) = changed("schedule = \"", "schedule = \"0:900000000 ");
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro", "cannot be replayed"],
+    );
+    let (_directory, path) = changed("schedule = \"", "unknown = \"");
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["changed.repro:8: unknown field"],
+    );
+    refused(&["replay", "/dev/zero"], &["/dev/zero", "no regular file"]);
     let (_directory, path) = changed("test", "tset");
-    refused(&["replay", &path], &["its scenario is refused"]);
+    refused(
+        &["replay", "--any-kernel", &path],
+        &["its scenario is refused"],
+    );
 }
 
 #[test]
@@ -618,4 +643,13 @@ fn one_seed_gives_one_campaign_whatever_the_jobs() {
         )
     };
     assert_eq!(explore("1"), explore("2"));
+}
+
+#[test]
+fn what_the_model_cannot_contain_is_left_to_vcpus() {
+    for scenario in ["crash", "trace-git"] {
+        let output = stalemate(&["explore", scenario, "--schedules", "1"]);
+        assert_eq!(output.status.code(), Some(2), "{scenario}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("use --engine kvm"));
+    }
 }

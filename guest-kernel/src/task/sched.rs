@@ -28,6 +28,10 @@ use crate::mm::Field;
 use crate::sync::Guard;
 use abi::lock::LockClass;
 
+/// Rounds of yields in vain after which the tasks of a CPU wait for another one.
+#[cfg(feature = "testbed")]
+const ROUNDS: u64 = 16;
+
 impl<A: Arch> Kernel<A> {
     /// The scheduler loop of this CPU, on its boot stack; runs for ever.
     pub fn run_cpu(&self) -> ! {
@@ -113,13 +117,14 @@ impl<A: Arch> Kernel<A> {
         self.schedule(lock);
     }
 
-    /// Whoever yields waits for somebody. Where every task of this CPU has done nothing else for a round, that one
-    /// runs on another CPU.
+    /// Whoever yields waits for somebody. Where every task of this CPU has done nothing else for some rounds, that one
+    /// runs on another CPU. Only then, for at this point others must go first: schedules in which they do not are
+    /// lost.
     #[cfg(feature = "testbed")]
     fn note_yield(&self) {
         let cpu = self.this_cpu();
         let yields = cpu.yields.get() + 1;
-        if yields > cpu.queued.get() {
+        if yields > ROUNDS * cpu.queued.get() {
             cpu.yields.set(0);
             point!(self, Point::UserRelax, [self.current().id.get().into(), 0]);
         } else {

@@ -53,6 +53,30 @@ pub(super) enum Failure {
     /// Nothing was explored to its end.
     #[error(transparent)]
     Explore(#[from] DriverError),
+    /// The schedule of a reproducer is none of its scenario's.
+    #[error("{}: its schedule cannot be replayed", path.display())]
+    Replay {
+        /// The reproducer.
+        path: PathBuf,
+        /// Why.
+        source: DriverError,
+    },
+    /// A reproducer's schedule names points behind the end.
+    #[error(
+        "{}: its schedule cannot be replayed: its {wanted} points are more than the {passed} that \
+         there are until {end}",
+        path.display()
+    )]
+    Unreached {
+        /// The reproducer.
+        path: PathBuf,
+        /// Points of its schedule.
+        wanted: u64,
+        /// Points of the execution.
+        passed: u64,
+        /// What came before.
+        end: &'static str,
+    },
     /// The reproducer is refused.
     #[error(transparent)]
     Reproducer(#[from] ReproducerError),
@@ -89,7 +113,8 @@ impl Failure {
             | Self::Write(_)
             | Self::Stdout(_) => Exit::BadInput,
             Self::Machine(error) => of_machine_error(error),
-            Self::Explore(error) => match error {
+            Self::Unreached { .. } => Exit::BadInput,
+            Self::Explore(error) | Self::Replay { source: error, .. } => match error {
                 DriverError::Engine(EngineError::Machine(error)) => of_machine_error(error),
                 DriverError::Engine(EngineError::Interrupted) => Exit::Interrupted,
                 DriverError::Engine(EngineError::NoPoint { .. }) => Exit::GuestFailed,
@@ -132,7 +157,18 @@ impl Failure {
             Self::Record(RecordError::Exists(_)) => {
                 let _ = writeln!(text, "  {} --force replaces it", paint.bold("help:"));
             }
-            Self::Machine(_) | Self::Explore(_) if self.exit() == Exit::HostCannot => {
+            Self::Unreached { .. }
+            | Self::Replay {
+                source: DriverError::Impossible { .. },
+                ..
+            } => {
+                let help = "a schedule belongs to its scenario and kernel: undo what was changed in the file, or \
+                            find the failure anew with explore";
+                let _ = writeln!(text, "  {} {help}", paint.bold("help:"));
+            }
+            Self::Machine(_) | Self::Explore(_) | Self::Replay { .. }
+                if self.exit() == Exit::HostCannot =>
+            {
                 let _ = write!(text, "{}", lab::advice(paint));
             }
             _ => {}
@@ -221,5 +257,17 @@ mod tests {
             assert_eq!(failure.exit(), Exit::HostCannot);
             assert!(failure.render(Paint::Plain).contains("scripts/lab --"));
         }
+        let no_point = DriverError::Engine(EngineError::NoPoint {
+            vcpu: 1,
+            seconds: 10.0,
+            at: "rip 0x1, CPL 0".into(),
+        });
+        let failure = Failure::from(no_point);
+        assert_eq!(failure.exit(), Exit::GuestFailed);
+        let text = failure.render(Paint::Plain);
+        assert!(
+            text.contains("vCPU 1 has not reached a scheduling point in 10 s"),
+            "{text}"
+        );
     }
 }

@@ -244,6 +244,35 @@ mod tests {
     }
 
     proptest! {
+        /// Cursors anywhere, as near to their ends as can be, over records of which some look true.
+        #[test]
+        fn a_hostile_ring_is_drained(
+            from in prop_oneof![0u64..3_000, (u64::MAX - 3_000)..=u64::MAX],
+            by in prop_oneof![0u64..3_000, (u64::MAX - 3_000)..=u64::MAX],
+            records in proptest::collection::vec((any::<[u64; 7]>(), any::<bool>()), 1..40),
+        ) {
+            let ram = GuestRam::new(MIN_MEMORY).unwrap();
+            let head = from.wrapping_add(by);
+            ram.write_value(HEAD, &head).unwrap();
+            let tail = CHANNEL_GPA + offset_of!(Control, ring_tail) as u64;
+            ram.write_value(tail, &from).unwrap();
+            for (back, (words, is_true)) in (1u64..).zip(&records) {
+                let number = head.wrapping_sub(back);
+                let gpa = RING + number % RING_RECORDS as u64 * size_of::<Event>() as u64;
+                ram.write_value(gpa, words).unwrap();
+                let sequence = gpa + offset_of!(Event, sequence) as u64;
+                ram.write_value(sequence, &if *is_true { number } else { words[0] }).unwrap();
+            }
+            let channel = Channel::new(&ram, 0);
+            for events in [channel.unread_events(), channel.events()] {
+                prop_assert!(events.len() <= RING_RECORDS);
+                prop_assert!(events.is_sorted_by(|a, b| a.sequence < b.sequence));
+                prop_assert!(events.iter().all(|event| event.sequence < head));
+            }
+            channel.consume_events();
+            prop_assert_eq!(channel.unread_events().len(), 0);
+        }
+
         /// Whatever the guest writes to its channel, the host reads bounded data.
         #[test]
         fn a_hostile_page_is_harmless(words in proptest::collection::vec(any::<u64>(), 512)) {

@@ -110,6 +110,8 @@ pub struct Limits {
     pub points: u64,
     /// Times that anybody waited for anyone while nobody did anything else.
     pub idle_turns: u64,
+    /// Events: the kernel records about one for each point, a guest that lies as many as it likes.
+    pub events: usize,
 }
 
 impl Default for Limits {
@@ -117,6 +119,7 @@ impl Default for Limits {
         Self {
             points: 1_000_000,
             idle_turns: 1_000,
+            events: 4_000_000,
         }
     }
 }
@@ -332,8 +335,10 @@ impl<E: Engine> Driver<E> {
             points: UNBOUNDED,
             traps: ALWAYS.and(self.awaited()),
         };
-        loop {
+        for _ in 0..=self.limits.points {
             let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
+            // Nobody looks at them, and a guest may record as many as it likes.
+            self.slice.clear();
             if let Halt::Point { point, args } = halt {
                 self.standing[vcpu] = Standing {
                     point: Some(point),
@@ -348,6 +353,9 @@ impl<E: Engine> Driver<E> {
                 halt => return Err(DriverError::SetUp(format!("vCPU {vcpu}: {halt:?}"))),
             }
         }
+        Err(DriverError::SetUp(format!(
+            "vCPU {vcpu} passes points for ever"
+        )))
     }
 
     /// Runs one execution from the start; none where the scheduler has no more. `on_events` is told of
@@ -429,7 +437,10 @@ impl<E: Engine> Driver<E> {
             if self.enabled.is_empty() {
                 return Ok(Ending::Deadlock(self.who_waits()));
             }
-            if points > self.limits.points || self.idle_turns > self.limits.idle_turns {
+            if points > self.limits.points
+                || self.idle_turns > self.limits.idle_turns
+                || run.events.len() > self.limits.events
+            {
                 return Ok(Ending::Livelock(self.standing.clone()));
             }
             let view = View {
@@ -555,7 +566,9 @@ impl<E: Engine> Driver<E> {
         found: &mut Vec<Violation>,
     ) -> Result<Halt, DriverError> {
         let target = self.engine.points_passed(vcpu).saturating_add(limit.points);
+        let mut runs = 0;
         loop {
+            runs += 1;
             let (one, seen) = (Limit { points: 1, ..limit }, self.slice.len());
             let halt = self.engine.run(vcpu, one, &mut self.slice)?;
             found.extend(self.look(Moment::Paused)?);
@@ -564,7 +577,9 @@ impl<E: Engine> Driver<E> {
                 Halt::Point { point, .. }
                     if found.is_empty()
                         && !limit.traps.has(point)
+                        // The count lies in guest memory: it may stand still.
                         && self.engine.points_passed(vcpu) < target
+                        && runs < limit.points
                         && !self.slice[seen..].iter().any(sends) => {}
                 halt => return Ok(halt),
             }

@@ -2,4 +2,5 @@
 
 mod commute;
 mod driver;
+mod lies;
 mod reduction;

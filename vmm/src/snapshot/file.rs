@@ -202,7 +202,15 @@ impl SavedMachine {
             source,
         };
         let most = PREFIX as u64 + MAX_HEADER + MAX_MEMORY / PAGE_SIZE * (4 + PAGE_SIZE);
-        let length = std::fs::metadata(path).map_err(unreadable)?.len();
+        let metadata = std::fs::metadata(path).map_err(unreadable)?;
+        // A device may have no end, and a FIFO no writer.
+        if !metadata.is_file() {
+            return Err(SnapshotError::Malformed {
+                path: path.into(),
+                problem: "is no regular file".into(),
+            });
+        }
+        let length = metadata.len();
         if length > most {
             return Err(SnapshotError::Malformed {
                 path: path.into(),
@@ -325,6 +333,20 @@ fn digest(file: &[u8]) -> [u8; 32] {
     hash.finalize().into()
 }
 
+/// Makes the digest of a file right that was changed.
+#[cfg(test)]
+pub(crate) fn seal(file: &mut [u8]) {
+    let digest = digest(file);
+    file[DIGEST].copy_from_slice(&digest);
+}
+
+/// Bytes of the header of a file.
+#[cfg(test)]
+pub(crate) fn header(file: &[u8]) -> std::ops::Range<usize> {
+    let length = u32::from_le_bytes(file[12..16].try_into().expect("4 bytes"));
+    PREFIX..PREFIX + length as usize
+}
+
 /// Names the two images in this program: a snapshot holds their code and what points into it.
 fn images_hash() -> String {
     let mut hash = Sha256::new();
@@ -385,6 +407,29 @@ mod tests {
         let mut bytes = file(b"", &[]);
         bytes[16..20].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(checked(&bytes).err().unwrap().contains("too many"));
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_cut_is_refused() {
+        let good = file(b"header", &[(3, 7)]);
+        assert!(checked(&good).is_ok());
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << bit;
+                assert!(checked(&bad).is_err(), "bit {bit} of byte {at}");
+                if at >= PREFIX {
+                    break; // One of what the digest covers is enough.
+                }
+            }
+            assert!(checked(&good[..at]).is_err(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_read() {
+        let error = SavedMachine::read(Path::new("/dev/zero")).unwrap_err();
+        assert!(error.to_string().contains("no regular file"), "{error}");
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 //! that state as often as needed by putting back the pages that were written since, and
 //! [cloned](crate::control::Machine::clone_of) into others that share its memory until they write to it.
 
-mod file;
+pub(crate) mod file;
 
 use std::sync::Arc;
 

@@ -40,6 +40,12 @@ const LOOKS: u32 = 4;
 /// tied them into a loop.
 const MAX_CHAINS: u32 = 1 << 16;
 const MAX_TABLES: u32 = 1 << 14;
+/// Most frames that are looked at after one step, and most that are judged at the end: more change in no step,
+/// and the first one that is wrong says it all.
+const MAX_FRAMES: usize = 1 << 10;
+const MAX_JUDGED: usize = 1 << 6;
+/// Most places at which a finding says that a frame is mapped.
+const MAX_MAPPINGS: usize = 8;
 
 /// See the module.
 #[derive(Clone, Debug, Default)]
@@ -56,24 +62,27 @@ impl Rmap {
     fn change(&mut self, frame: u64, by: i32) {
         let entries = self.entries.entry(frame).or_default();
         *entries = entries.saturating_add_signed(by);
-        if !self.changed.contains(&frame) {
+        let room = self.looks > 0 && self.changed.len() < MAX_FRAMES;
+        if room && !self.changed.contains(&frame) {
             self.changed.push(frame);
         }
     }
 
-    fn look(&self, guest: &mut Guest<'_>, frame: u64, found: &mut Vec<Violation>) {
+    /// True where a walk back from `frame` finds what it should.
+    fn is_well(&self, guest: &mut Guest<'_>, frame: u64) -> bool {
         let told = self.entries.get(&frame).copied().unwrap_or(0);
-        if told == 0 {
+        told == 0 || guest.walk_back(frame) == Ok(told)
+    }
+
+    fn look(&self, guest: &mut Guest<'_>, frame: u64, found: &mut Vec<Violation>) {
+        if self.is_well(guest, frame) || guest.is_busy(frame) {
             return;
         }
-        let verdict = match guest.walk_back(frame) {
-            Ok(walked) if walked == told => return,
+        let (id, finding) = match guest.walk_back(frame) {
             Ok(walked) => {
                 let title = "a walk back from a folio does not find its entries";
-                (
-                    FINDS,
-                    finding(guest, title, frame).found(format!("{walked} entries")),
-                )
+                let finding = finding(guest, title, frame).found(format!("{walked} entries"));
+                (FINDS, finding)
             }
             Err((kind, at)) => {
                 let title = format!("a walk back from a folio meets a {kind} that is not alive");
@@ -81,12 +90,9 @@ impl Rmap {
                 (ALIVE, finding.object(kind, at))
             }
         };
-        if !guest.is_busy(frame) {
-            let finding = verdict
-                .1
-                .expected(format!("{told} entries, as the events told"));
-            found.push(violation(INVARIANTS, verdict.0, finding));
-        }
+        let told = self.entries.get(&frame).copied().unwrap_or(0);
+        let finding = finding.expected(format!("{told} entries, as the events told"));
+        found.push(violation(INVARIANTS, id, finding));
     }
 }
 
@@ -125,18 +131,30 @@ impl Monitor for Rmap {
         }
         self.looks -= 1;
         let mut guest = Guest::new(memory, kernel_root);
+        let before = found.len();
         for frame in std::mem::take(&mut self.changed) {
             self.look(&mut guest, frame, found);
+            if found.len() > before {
+                break;
+            }
         }
     }
     fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
         let mut guest = Guest::new(memory, kernel_root);
-        let mut all = Vec::new();
-        for &frame in self.entries.keys() {
-            self.look(&mut guest, frame, &mut all);
-        }
+        let frames = self.entries.keys().copied();
+        let mut wrong: Vec<u64> = frames
+            .filter(|frame| !self.is_well(&mut guest, *frame))
+            .collect();
         // The map has no order of its own that a replay could rely on.
-        found.extend(all.into_iter().min_by_key(|v| v.finding.where_.frame));
+        wrong.sort_unstable();
+        wrong.truncate(MAX_JUDGED);
+        let before = found.len();
+        for frame in wrong {
+            self.look(&mut guest, frame, found);
+            if found.len() > before {
+                break;
+            }
+        }
     }
 }
 
@@ -258,18 +276,13 @@ impl<'m> Guest<'m> {
                 })
     }
 
-    /// Who maps `frame`, found by a walk of all page tables; at most eight.
+    /// Who maps `frame`, found by a walk of all page tables.
     fn mappings(&self, frame: u64) -> Vec<String> {
-        let mut all = Vec::new();
-        for mm in mms(self.memory, self.kernel_root) {
-            let id = self.memory.field(mm, offset_of!(Mm, id));
-            let pgd = self.memory.field(mm, offset_of!(Mm, pgd));
-            for gva in tlb::leaf_addresses(self.memory, pgd, frame) {
-                all.push(format!("mapped by mm {id} at GVA {gva:#x}"));
-            }
-        }
-        all.truncate(8);
-        all
+        let mut all = tlb::leaf_addresses(self.memory, self.kernel_root, frame);
+        all.truncate(MAX_MAPPINGS);
+        all.into_iter()
+            .map(|(mm, gva)| format!("mapped by mm {mm} at GVA {gva:#x}"))
+            .collect()
     }
 }
 

@@ -1,5 +1,7 @@
 //! `stalemate replay`: what a reproducer says, again.
 
+use std::path::Path;
+
 use abi::param::TlbBackEnd;
 use serde_json::json;
 
@@ -15,7 +17,7 @@ use crate::engine::Engine;
 use crate::explore::campaign::{Plan, Worker, failure_id};
 use crate::explore::confirm::Confirmation;
 use crate::explore::probe::{Shown, belongs};
-use crate::explore::{Ending, Execution, Source, compare};
+use crate::explore::{Ending, Execution, Schedule, Source, compare};
 use crate::report::story;
 use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
@@ -60,7 +62,11 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         };
         let mut again = Again::default();
         while again.runs < options.times && !stop.requested() {
-            let run = worker.replay(schedule)?;
+            let run = worker.replay(schedule).map_err(|source| Failure::Replay {
+                path: (*file).clone(),
+                source,
+            })?;
+            is_used_up(file, schedule, &run)?;
             if engines == Engines::Kvm {
                 again.probed(hardware(&mut worker, &run, scenario)?);
             }
@@ -103,6 +109,26 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         "replays": results,
     }))?;
     Ok(exit)
+}
+
+/// A schedule that goes on where nobody can is none of this scenario's.
+fn is_used_up(file: &Path, schedule: &Schedule, run: &Execution) -> Result<(), Failure> {
+    let end = match run.ending {
+        Ending::Finished { .. } => "the end of the test",
+        Ending::Livelock(_) => "all that can run only wait",
+        Ending::Deadlock(_) => "nobody can run",
+        _ => return Ok(()),
+    };
+    let (wanted, passed) = (schedule.points(), run.schedule.points());
+    if passed >= wanted {
+        return Ok(());
+    }
+    Err(Failure::Unreached {
+        path: file.into(),
+        wanted,
+        passed,
+        end,
+    })
 }
 
 /// The first that is not well, but for a defect of ours, which makes every other doubtful.
@@ -256,5 +282,41 @@ mod tests {
         assert!(again.text(&reproducer).contains("event 3"));
         assert_eq!(worse(Exit::Violation, Exit::Internal), Exit::Internal);
         assert_eq!(worse(Exit::Violation, Exit::Held), Exit::Violation);
+    }
+
+    #[test]
+    fn points_behind_the_end_of_the_test_are_none_but_those_behind_a_failure_may_be() {
+        let schedule = |points| {
+            let mut schedule = Schedule::default();
+            schedule.push(crate::explore::Actor::Vcpu(0), points);
+            schedule
+        };
+        let judged = |wanted, ending| {
+            let run = Execution {
+                schedule: schedule(10),
+                fails: Vec::new(),
+                ending,
+                events: Vec::new(),
+            };
+            is_used_up(Path::new("a.repro"), &schedule(wanted), &run)
+        };
+        let over = || Ending::Finished { status: None };
+        assert!(judged(10, over()).is_ok());
+        let text = judged(11, over()).unwrap_err().to_string();
+        assert!(
+            text.contains("a.repro") && text.contains("11 points"),
+            "{text}"
+        );
+        assert!(
+            text.contains("10 that there are until the end of the test"),
+            "{text}"
+        );
+        assert!(judged(11, Ending::Deadlock(Vec::new())).is_err());
+        assert!(judged(11, Ending::Livelock(Vec::new())).is_err());
+        let crash = crate::engine::GuestCrash {
+            reason: "r".into(),
+            details: Vec::new(),
+        };
+        assert!(judged(11, Ending::Crashed { vcpu: 0, crash }).is_ok());
     }
 }

@@ -303,22 +303,27 @@ impl Machine {
         Ok(stop)
     }
 
-    /// Lets `vcpu` alone run until it stops.
+    /// Lets `vcpu` alone run until it stops or `deadline` is over.
     ///
     /// # Errors
     /// A fault of the host's side; the machine should then be dropped.
-    pub fn run_vcpu(&mut self, vcpu: usize) -> Result<Stop, MachineError> {
+    pub fn run_vcpu(
+        &mut self,
+        vcpu: usize,
+        deadline: Option<Duration>,
+    ) -> Result<Stop, MachineError> {
         if let Some(stop) = &self.ended {
             return Ok(stop.clone());
         }
         self.absorb()?;
         self.runs += 1;
         self.run.set(self.runs);
+        let until = deadline.and_then(|deadline| Instant::now().checked_add(deadline));
         self.first_resume.get_or_insert_with(Instant::now);
         self.all(Step::Resume, |handle| {
             handle.index() == vcpu && handle.state() == State::Paused
         })?;
-        let stop = self.wait_for_stop(None);
+        let stop = self.wait_for_stop(until);
         let paused = self.pause_all();
         let stop = stop?;
         paused?;

@@ -4,10 +4,12 @@
 //! by a clone of its snapshot.
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use abi::channel::Event;
 use abi::failpoint::Failpoint;
@@ -19,6 +21,12 @@ use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
 use crate::scenario::Scenario;
 use crate::snapshot::Snapshot;
+
+/// What a guest can be given that shows signs of life, but does not come to the point where it is to stop: so
+/// many times the watchdog's patience,
+const PATIENCE: u32 = 6;
+/// and so many events, which are the host's memory.
+const MOST_EVENTS: usize = 4_000_000;
 
 /// A vCPU and the [`Window`].
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,7 +53,9 @@ pub struct KvmEngine {
     windows: Vec<InWindow>,
     stops: Vec<inspect::Stop>,
     saved_stops: Vec<inspect::Stop>,
-    watchdog: f64,
+    watchdog: Duration,
+    /// See [`MOST_EVENTS`].
+    most_events: usize,
     costs: Costs,
 }
 
@@ -84,7 +94,8 @@ impl KvmEngine {
             windows: vec![InWindow::default(); cpus],
             stops: vec![inspect::Stop::Anywhere; cpus],
             saved_stops: vec![inspect::Stop::Anywhere; cpus],
-            watchdog: config.watchdog.as_secs_f64(),
+            watchdog: config.watchdog,
+            most_events: MOST_EVENTS,
             costs: Costs::default(),
             config,
         }
@@ -137,27 +148,35 @@ impl KvmEngine {
     /// Runs `vcpu` until it halts.
     fn go(&mut self, vcpu: usize, events: &mut Vec<Event>) -> Result<Halt, EngineError> {
         let started = Instant::now();
+        let most = self.watchdog.saturating_mul(PATIENCE);
+        let before = events.len();
         let halt = loop {
-            let stop = self.machine.run_vcpu(vcpu)?;
+            let left = most.saturating_sub(started.elapsed());
+            let stop = self.machine.run_vcpu(vcpu, Some(left))?;
             self.costs.exits += 1;
             events.extend(self.machine.take_events(vcpu)?);
             match stop {
-                Stop::RingFull { .. } => {}
+                Stop::RingFull { .. } if events.len() - before <= self.most_events => {}
+                Stop::RingFull { .. } => {
+                    self.broken = true;
+                    break crashed(format!(
+                        "it recorded {} events without reaching a scheduling point",
+                        events.len() - before
+                    ));
+                }
                 Stop::Point { point, args, .. } => break Halt::Point { point, args },
                 Stop::Stepped { rip, .. } => break Halt::Instruction { rip },
                 Stop::FirstUser { .. } => break Halt::FirstUser,
                 Stop::Report { report, .. } => break Halt::Report(report),
                 Stop::Exited { status } => break Halt::Exited { status },
-                Stop::Interrupted | Stop::Deadline => return Err(EngineError::Interrupted),
+                Stop::Interrupted => return Err(EngineError::Interrupted),
+                Stop::Deadline => return Err(self.no_point(vcpu, most)),
                 Stop::Crashed(crash) => {
                     if let crate::control::CrashCause::NoProgress { .. } = crash.cause {
-                        return Err(self.no_point(vcpu));
+                        return Err(self.no_point(vcpu, self.watchdog));
                     }
                     self.broken = true;
-                    break Halt::Crashed(GuestCrash {
-                        reason: crash.cause.to_string(),
-                        details: Vec::new(),
-                    });
+                    break crashed(crash.cause.to_string());
                 }
             }
         };
@@ -170,14 +189,16 @@ impl KvmEngine {
         Ok(halt)
     }
 
-    fn no_point(&self, vcpu: usize) -> EngineError {
+    /// The vCPU has not come back in this `time`; the machine cannot go on from where it is.
+    fn no_point(&mut self, vcpu: usize, time: Duration) -> EngineError {
+        self.broken = true;
         let at = match self.machine.vcpu_state(vcpu) {
             Ok(state) => format!("rip {:#x}, CPL {}", state.regs.rip, state.cpl()),
             Err(error) => error.to_string(),
         };
         EngineError::NoPoint {
             vcpu,
-            seconds: self.watchdog,
+            seconds: time.as_secs_f64(),
             at,
         }
     }
@@ -231,7 +252,9 @@ impl Engine for KvmEngine {
     }
     fn points_passed(&self, vcpu: usize) -> u64 {
         let now = self.machine.points_passed(vcpu);
-        now.wrapping_sub(self.passed[vcpu]) + self.windows[vcpu].points
+        // It lies in guest memory: any number may be there.
+        now.wrapping_sub(self.passed[vcpu])
+            .saturating_add(self.windows[vcpu].points)
     }
 
     fn in_flight(&self, vcpu: usize) -> bool {
@@ -311,6 +334,13 @@ impl Engine for KvmEngine {
     fn costs(&self) -> Costs {
         self.costs
     }
+}
+
+fn crashed(reason: String) -> Halt {
+    Halt::Crashed(GuestCrash {
+        reason,
+        details: Vec::new(),
+    })
 }
 
 fn config(scenario: &Scenario) -> MachineConfig {

@@ -77,6 +77,12 @@ impl ModelEngine {
                     .into(),
             ));
         }
+        if scenario.program.name == "crash" {
+            return Err(EngineError::Unsupported(
+                "the model engine does not run 'crash', which would take this process with it: use --engine kvm"
+                    .into(),
+            ));
+        }
         let ram = GuestRam::new(scenario.memory_bytes).map_err(MachineError::from)?;
         let image = KernelImage::Embedded.bytes().map_err(MachineError::from)?;
         let program = ProgramSpec {

@@ -13,8 +13,9 @@ use abi::layout::PAGE_SIZE;
 use abi::objects::{Cpu, FrameKind, KernelRoot, Mm};
 use abi::pte::{Pte, PteFlags};
 use abi::syscall::{advice, clone, decode, nr};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::words::{self, Word as _};
 use super::{Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -57,9 +58,6 @@ pub const INVARIANTS: &[Rule] = &[
     ),
     (UNEXPLAINED, "the events explain the page tables"),
 ];
-
-/// Most mms that are looked for.
-const MAX_MMS: usize = 1024;
 
 const FREED: &str = "T-01";
 const FREED_MAPPED: &str = "T-02";
@@ -440,35 +438,25 @@ impl Monitor for TlbModel {
 fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> State {
     let mut state = State {
         vcpus: vec![state::Vcpu::default(); nr_vcpus],
+        memory_bytes: Some(memory.bytes()),
         ..State::default()
     };
-    let word = |gpa: u64| {
-        let mut bytes = [0; 8];
-        let read = memory.read(gpa, &mut bytes);
-        read.map_or(0, |()| u64::from_le_bytes(bytes))
-    };
-    let mut mm = word(kernel_root + offset_of!(KernelRoot, mms) as u64);
-    // A list that the guest has tied into a loop ends here all the same.
-    for _ in 0..MAX_MMS {
-        if mm == 0 {
-            break;
-        }
-        let id = word(mm + offset_of!(Mm, id) as u64);
-        let pgd = word(mm + offset_of!(Mm, pgd) as u64);
+    let mut walk = Walk::new(memory);
+    for mm in words::mms(memory, kernel_root) {
+        let id = memory.field(mm, offset_of!(Mm, id));
+        let pgd = memory.field(mm, offset_of!(Mm, pgd));
         state.roots.insert(id, pgd);
-        let mask = word(mm + offset_of!(Mm, cpumask) as u64);
+        let mask = memory.field(mm, offset_of!(Mm, cpumask));
         state.masks.insert(id, mask);
-        walk(memory, &mut state, id, pgd, 4, 0);
+        walk.all(&mut state, id, pgd);
         for index in 0..nr_vcpus {
             let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
-            let cpu = kernel_root + cpu as u64;
-            if word(cpu + offset_of!(Cpu, loaded_mm) as u64) == mm {
-                let lazy = word(cpu + offset_of!(Cpu, lazy) as u64) != 0;
+            if memory.field(kernel_root, cpu + offset_of!(Cpu, loaded_mm)) == mm {
+                let lazy = memory.field(kernel_root, cpu + offset_of!(Cpu, lazy)) != 0;
                 let vcpu = &mut state.vcpus[index];
                 (vcpu.mm, vcpu.root, vcpu.lazy) = (id, pgd, lazy);
             }
         }
-        mm = word(mm + offset_of!(Mm, next) as u64);
     }
     state
 }
@@ -478,37 +466,69 @@ pub(super) fn leaf_frames(memory: &dyn PhysMem, kernel_root: u64) -> Vec<u64> {
     read(memory, kernel_root, 0).leaf_frames()
 }
 
-/// Addresses at which the tables below `pgd` map `frame`.
-pub(super) fn leaf_addresses(memory: &dyn PhysMem, pgd: u64, frame: u64) -> Vec<u64> {
-    let mut state = State::default();
-    walk(memory, &mut state, 0, pgd, 4, 0);
+/// The mms, and where in each, that map `frame`.
+pub(super) fn leaf_addresses(
+    memory: &dyn PhysMem,
+    kernel_root: u64,
+    frame: u64,
+) -> Vec<(u64, u64)> {
+    let state = read(memory, kernel_root, 0);
     let maps = |entry: Pte| entry.is_present() && entry.address() == frame;
     let leaves = state
         .entries
         .iter()
         .filter(|((_, level, _), _)| *level == 1);
-    let mut found: Vec<u64> = leaves
+    let mut found: Vec<(u64, u64)> = leaves
         .filter(|(_, entry)| maps(**entry))
-        .map(|((_, _, gva), _)| *gva)
+        .map(|((mm, _, gva), _)| (*mm, *gva))
         .collect();
     found.sort_unstable();
     found
 }
 
-fn walk(memory: &dyn PhysMem, state: &mut State, mm: u64, table: u64, level: u8, base: u64) {
-    let Ok(entries) = memory.table(table) else {
-        return;
-    };
-    let used = if level == 4 { 256 } else { 512 };
-    for (index, entry) in entries.iter().take(used).enumerate() {
-        let entry = Pte(entry.load(std::sync::atomic::Ordering::Relaxed));
-        if !entry.is_present() {
-            continue;
+/// Walks of page tables. A guest can tie tables into loops, or reach one by any number of ways: each is entered
+/// once from an mm, and all mms together cannot have more than memory has room for.
+struct Walk<'m> {
+    memory: &'m dyn PhysMem,
+    entered: FxHashSet<(u64, u8)>,
+    left: u64,
+}
+
+impl<'m> Walk<'m> {
+    fn new(memory: &'m dyn PhysMem) -> Self {
+        Self {
+            memory,
+            entered: FxHashSet::default(),
+            left: 2 * memory.bytes() / PAGE_SIZE,
         }
-        let gva = base + index as u64 * abi::pte::level_size(level);
-        state.place((mm, level, gva), entry);
-        if level > 1 && !entry.is_leaf(level) {
-            walk(memory, state, mm, entry.address(), level - 1, gva);
+    }
+
+    /// Places every entry below `pgd`.
+    fn all(&mut self, state: &mut State, mm: u64, pgd: u64) {
+        self.entered.clear();
+        self.table(state, mm, pgd, 4, 0);
+    }
+
+    fn table(&mut self, state: &mut State, mm: u64, table: u64, level: u8, base: u64) {
+        let memory = self.memory;
+        let Ok(entries) = memory.table(table) else {
+            return;
+        };
+        if self.left == 0 || !self.entered.insert((table, level)) {
+            return;
+        }
+        self.left -= 1;
+        let used = if level == 4 { 256 } else { 512 };
+        for (index, entry) in entries.iter().take(used).enumerate() {
+            let entry = Pte(entry.load(std::sync::atomic::Ordering::Relaxed));
+            if !entry.is_present() {
+                continue;
+            }
+            let gva = base + index as u64 * abi::pte::level_size(level);
+            state.place((mm, level, gva), entry);
+            if level > 1 && !entry.is_leaf(level) {
+                self.table(state, mm, entry.address(), level - 1, gva);
+            }
         }
     }
 }

@@ -85,6 +85,8 @@ pub(super) struct State {
     /// Mask of vCPUs by mm.
     pub(super) masks: FxHashMap<u64, u64>,
     pub(super) vcpus: Vec<Vcpu>,
+    /// Where memory ends: what a guest maps behind it is no frame.
+    pub(super) memory_bytes: Option<u64>,
 }
 
 /// Permissions of an entry: what a demotion takes away.
@@ -177,6 +179,9 @@ impl State {
         };
         for page in 0..pages {
             let frame = entry.leaf_address(level) + page * PAGE_SIZE;
+            if self.memory_bytes.is_some_and(|bytes| frame >= bytes) {
+                return;
+            }
             let count = self.mapped.entry(frame).or_default();
             *count = if more {
                 *count + 1

@@ -1,0 +1,195 @@
+//! The state that guest memory shows, to start from and to compare with.
+
+use std::mem::offset_of;
+use std::sync::atomic::Ordering::Relaxed;
+
+use abi::objects::{Cpu, KernelRoot, Mm};
+use abi::pte::{Pte, level_size};
+
+use super::state::State;
+use super::tables::{Tables, same, slot};
+use crate::memory::PhysMem;
+
+/// Most mms that are looked for.
+const MAX_MMS: usize = 1024;
+/// Most tables of one mm that are read: a guest may tie them into a loop.
+const MAX_TABLES: usize = 1 << 14;
+
+/// An mm as memory shows it.
+struct Space {
+    at: u64,
+    id: u64,
+    pgd: u64,
+}
+
+fn word(memory: &dyn PhysMem, gpa: u64) -> u64 {
+    let mut bytes = [0; 8];
+    let read = memory.read(gpa, &mut bytes);
+    read.map_or(0, |()| u64::from_le_bytes(bytes))
+}
+
+fn spaces(memory: &dyn PhysMem, kernel_root: u64) -> impl Iterator<Item = Space> + '_ {
+    let field = |at: u64, offset: usize| word(memory, at.wrapping_add(offset as u64));
+    let mut next = field(kernel_root, offset_of!(KernelRoot, mms));
+    // A list that the guest has tied into a loop ends here all the same.
+    (0..MAX_MMS).map_while(move |_| {
+        let at = next;
+        next = if at == 0 { 0 } else { field(at, offset_of!(Mm, next)) };
+        (at != 0).then(|| Space {
+            at,
+            id: field(at, offset_of!(Mm, id)),
+            pgd: field(at, offset_of!(Mm, pgd)),
+        })
+    })
+}
+
+/// The state that memory shows. Nothing is held besides: what starts here starts with a flush, or
+/// its events have to be told.
+pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> State {
+    let mut state = State::new(nr_vcpus);
+    for Space { at, id, pgd } in spaces(memory, kernel_root) {
+        state.tables.roots.insert(id, pgd);
+        let mask = word(memory, at + offset_of!(Mm, cpumask) as u64);
+        state.masks.insert(id, mask);
+        let mut left = MAX_TABLES;
+        for_each_present(memory, &mut left, (pgd, 4, 0), &mut |table, level, gva, pte| {
+            state.place(table, level, gva, pte);
+        });
+        for (index, vcpu) in state.vcpus.iter_mut().enumerate() {
+            let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
+            let cpu = kernel_root + cpu as u64;
+            if word(memory, cpu + offset_of!(Cpu, loaded_mm) as u64) == at {
+                vcpu.lazy = word(memory, cpu + offset_of!(Cpu, lazy) as u64) != 0;
+                vcpu.place(id, pgd);
+            }
+        }
+    }
+    state
+}
+
+/// An entry that is not what the events say.
+#[derive(Debug)]
+pub(super) struct Unexplained {
+    pub(super) mm: u64,
+    pub(super) level: u8,
+    pub(super) gva: u64,
+    pub(super) told: Pte,
+    pub(super) is: Pte,
+}
+
+/// The first entry in memory that is not what `tables` say.
+pub(super) fn difference(
+    memory: &dyn PhysMem,
+    kernel_root: u64,
+    tables: &Tables,
+) -> Option<Unexplained> {
+    let mut seen = Vec::new();
+    for Space { id, pgd, .. } in spaces(memory, kernel_root) {
+        seen.push(id);
+        let mut left = MAX_TABLES;
+        let found = compare(memory, tables, &mut left, id, (pgd, 4, 0));
+        if found.is_some() {
+            return found;
+        }
+        if tables.roots.get(&id) != Some(&pgd) {
+            return Some(Unexplained {
+                mm: id,
+                level: 5,
+                gva: 0,
+                told: Pte(tables.roots.get(&id).copied().unwrap_or(0)),
+                is: Pte(pgd),
+            });
+        }
+    }
+    // An mm that memory no longer has, with entries that nobody cleared.
+    let gone = tables.roots.iter().filter(|(id, _)| !seen.contains(id));
+    gone.filter_map(|(id, pgd)| {
+        let (index, entry) = tables.present(*pgd).next()?;
+        Some(Unexplained {
+            mm: *id,
+            level: 4,
+            gva: index * level_size(4),
+            told: entry.pte,
+            is: Pte::NONE,
+        })
+    })
+    .min_by_key(|it| it.mm)
+}
+
+fn compare(
+    memory: &dyn PhysMem,
+    tables: &Tables,
+    left: &mut usize,
+    mm: u64,
+    (table, level, base): (u64, u8, u64),
+) -> Option<Unexplained> {
+    let entries = memory.table(table).ok()?;
+    *left = left.checked_sub(1)?;
+    let mut present = 0;
+    let unexplained = |gva: u64, told: Pte, is: Pte| Unexplained {
+        mm,
+        level,
+        gva,
+        told,
+        is,
+    };
+    for (index, entry) in entries.iter().take(used(level)).enumerate() {
+        let is = Pte(entry.load(Relaxed));
+        if !is.is_present() {
+            continue;
+        }
+        present += 1;
+        let gva = base + index as u64 * level_size(level);
+        let told = tables.entry(slot(table, level, gva));
+        let told = told.map_or(Pte::NONE, |entry| entry.pte);
+        if !same(is, told) {
+            return Some(unexplained(gva, told, is));
+        }
+        if !is.is_leaf(level) {
+            let found = compare(memory, tables, left, mm, (is.address(), level - 1, gva));
+            if found.is_some() {
+                return found;
+            }
+        }
+    }
+    if present == tables.used(table) {
+        return None;
+    }
+    // The events told of more than there is.
+    let mut told = tables.present(table).map(|(index, entry)| {
+        let is = Pte(entries[index as usize].load(Relaxed));
+        unexplained(base + index * level_size(level), entry.pte, is)
+    });
+    told.find(|it| !it.is.is_present())
+}
+
+/// Entries of a table that are the mm's own: the upper half is the kernel's.
+fn used(level: u8) -> usize {
+    if level == 4 { 256 } else { 512 }
+}
+
+fn for_each_present(
+    memory: &dyn PhysMem,
+    left: &mut usize,
+    (table, level, base): (u64, u8, u64),
+    f: &mut impl FnMut(u64, u8, u64, Pte),
+) {
+    let Ok(entries) = memory.table(table) else {
+        return;
+    };
+    let Some(rest) = left.checked_sub(1) else {
+        return;
+    };
+    *left = rest;
+    for (index, entry) in entries.iter().take(used(level)).enumerate() {
+        let pte = Pte(entry.load(Relaxed));
+        if !pte.is_present() {
+            continue;
+        }
+        let gva = base + index as u64 * level_size(level);
+        f(table, level, gva, pte);
+        if !pte.is_leaf(level) {
+            for_each_present(memory, left, (pte.address(), level - 1, gva), f);
+        }
+    }
+}

@@ -271,5 +271,4 @@ events! {
     MmUsers = 39, "mm-users", ["mm", "users"];
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
-    FolioClean = 43, "folio-clean", ["frame", "order"];
 }

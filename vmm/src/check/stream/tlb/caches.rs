@@ -13,6 +13,8 @@ use super::tables::{Path, Place, Tables};
 
 /// Most that is written down of one PCID of a vCPU: a hostile guest cannot make the host go out of memory.
 const MAX_HELD: usize = 1 << 13;
+/// Most flushed ranges that are noted of a PCID of unknown past.
+const MAX_SETTLED: usize = 64;
 /// A level above the highest: what refers to a root.
 const ROOT: u8 = 5;
 
@@ -64,6 +66,10 @@ impl Rights {
     #[must_use]
     pub(super) fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
+    }
+    #[must_use]
+    pub(super) fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
     #[must_use]
     pub(super) fn without(self, other: Self) -> Self {
@@ -195,6 +201,9 @@ pub(super) struct Context {
     until: u64,
     /// The event of its last flush of everything.
     since: u64,
+    /// Something may be cached that no event told of, but for pages of `settled`.
+    unknown: bool,
+    settled: Vec<(u64, u64)>,
     pub(super) leaves: Vec<Held>,
     pub(super) pointers: Vec<Held>,
 }
@@ -207,9 +216,19 @@ impl Context {
     fn clear(&mut self, at: u64) {
         self.leaves.clear();
         self.pointers.clear();
+        self.unknown = false;
+        self.settled.clear();
         self.since = at;
         if !self.is_loaded() {
             self.until = 0;
+        }
+    }
+
+    /// Pages of `start..end` are flushed.
+    fn drop_pages(&mut self, start: u64, end: u64, laws: Laws) {
+        drop_range(&mut self.leaves, start, end, laws);
+        if self.unknown && self.settled.len() < MAX_SETTLED {
+            self.settled.push((start, end));
         }
     }
 
@@ -238,7 +257,7 @@ impl Context {
             return;
         }
         for (index, entry) in tables.present(via.entry.address()) {
-            if entry.since <= self.until {
+            if entry.since < self.until {
                 let slot = via.entry.address() + index * 8;
                 let held = through(via, slot, entry.pte, entry.since, laws);
                 self.take_in(held, globals, tables, laws);
@@ -275,8 +294,8 @@ impl Context {
         };
         let was_reached = it.old.is_present()
             && self.root == it.root
-            && it.path.newest <= limit
-            && it.since <= limit;
+            && it.path.newest < limit
+            && it.since < limit;
         if was_reached
             && !it.was_never_cached(laws)
             && !(self.is_loaded() && it.gives_as_much())
@@ -376,6 +395,8 @@ pub(super) enum Flush {
     AllAndGlobal,
     /// INVPCID type 3.
     All,
+    /// A page fault at an address.
+    Fault(u64),
 }
 
 /// One vCPU.
@@ -385,6 +406,8 @@ pub(super) struct Vcpu {
     contexts: Vec<Context>,
     /// Which of them is loaded.
     loaded: usize,
+    /// PCIDs that were not loaded since the start may have something cached.
+    unknown: bool,
     /// Global translations that may be cached though the loaded tables do not say them.
     pub(super) globals: Vec<Held>,
     /// The last invalidation, and its event.
@@ -402,6 +425,7 @@ impl Default for Vcpu {
             lazy: false,
             contexts: vec![context],
             loaded: 0,
+            unknown: false,
             globals: Vec::new(),
             last_flush: None,
         }
@@ -413,6 +437,19 @@ impl Vcpu {
     pub(super) fn place(&mut self, mm: u64, root: u64) {
         let context = &mut self.contexts[self.loaded];
         (context.mm, context.root) = (mm, root);
+    }
+
+    /// Nobody knows what it has cached at the start.
+    pub(super) fn forget_past(&mut self) {
+        self.unknown = true;
+        self.contexts[self.loaded].unknown = true;
+    }
+
+    /// True where something that no event told of may translate `gva`.
+    pub(super) fn is_unknown(&self, gva: u64) -> bool {
+        let context = self.loaded();
+        let is_settled = |range: &(u64, u64)| (range.0..range.1).contains(&gva);
+        context.unknown && !context.settled.iter().any(is_settled)
     }
 
     /// The PCID that is loaded.
@@ -456,6 +493,30 @@ impl Vcpu {
         }
     }
 
+    /// The table at `table` is freed: what lies in it is gone. `tables`: before it is.
+    pub(super) fn table_freed(&mut self, table: u64, by: Change, tables: &Tables, laws: Laws) {
+        for context in &mut self.contexts {
+            if context.root == table && !context.is_loaded() && context.until != 0 {
+                context.expand_root(&mut self.globals, tables, laws);
+                context.until = 0;
+            }
+        }
+        let lists = self.contexts.iter_mut();
+        let lists = lists.flat_map(|it| it.leaves.iter_mut().chain(&mut it.pointers));
+        for held in lists.chain(&mut self.globals) {
+            if held.slot & !0xfff == table && held.taken.is_none() {
+                held.taken = Some(by);
+            }
+        }
+    }
+
+    /// What may be used in the PCID that is loaded.
+    pub(super) fn usable(&self) -> impl Iterator<Item = &Held> {
+        let context = self.loaded();
+        let leaves = context.leaves.iter().chain(&self.globals);
+        leaves.chain(&context.pointers)
+    }
+
     /// CR3 becomes `cr3`.
     pub(super) fn load(&mut self, cr3: u64, mm: u64, at: u64, tables: &Tables, laws: Laws) {
         let pcid = cr3 & abi::channel::cr3::PCID;
@@ -470,6 +531,7 @@ impl Vcpu {
         self.loaded = known.unwrap_or_else(|| {
             self.contexts.push(Context {
                 pcid,
+                unknown: self.unknown,
                 ..Context::default()
             });
             self.contexts.len() - 1
@@ -503,6 +565,7 @@ impl Vcpu {
         let mut all = Context {
             leaves: Vec::new(),
             pointers: Vec::new(),
+            settled: Vec::new(),
             ..*context
         };
         all.expand_root(&mut self.globals, tables, laws);
@@ -511,12 +574,15 @@ impl Vcpu {
     /// What the flush covers is gone.
     pub(super) fn flush(&mut self, flush: Flush, at: u64, tables: &Tables, laws: Laws) {
         self.last_flush = Some((flush, at));
+        if matches!(flush, Flush::Fault(_)) && !laws.obey(Law::FaultsInvalidate) {
+            return;
+        }
         match flush {
             Flush::Invlpg(start, end) => {
                 let others = !laws.obey(Law::InvlpgIsOfOnePcid);
                 for (index, context) in self.contexts.iter_mut().enumerate() {
                     if index == self.loaded || others {
-                        drop_range(&mut context.leaves, start, end, laws);
+                        context.drop_pages(start, end, laws);
                         if start < end && laws.obey(Law::InvlpgDropsAllPointers) {
                             context.pointers.clear();
                         } else {
@@ -537,7 +603,7 @@ impl Vcpu {
                     context.expand_root(&mut self.globals, tables, laws);
                     context.until = 0;
                 }
-                drop_range(&mut context.leaves, start, end, laws);
+                context.drop_pages(start, end, laws);
                 if laws.obey(Law::InvpcidKeepsOtherPointers) {
                     drop_range(&mut context.pointers, start, end, laws);
                 } else {
@@ -549,7 +615,15 @@ impl Vcpu {
                     context.clear(at);
                 }
             }
+            Flush::Fault(gva) => {
+                let (start, end) = (gva & !0xfff, (gva | 0xfff).saturating_add(1));
+                let context = &mut self.contexts[self.loaded];
+                context.drop_pages(start, end, laws);
+                drop_range(&mut context.pointers, start, end, laws);
+                drop_range(&mut self.globals, start, end, laws);
+            }
             Flush::AllAndGlobal | Flush::All => {
+                self.unknown = false;
                 self.contexts.iter_mut().for_each(|it| it.clear(at));
                 if flush == Flush::AllAndGlobal || !laws.obey(Law::OnlyType2DropsGlobal) {
                     self.globals.clear();

@@ -33,6 +33,8 @@ pub(super) enum Law {
     OnlyType2DropsGlobal,
     /// 5.10.4.1, 5.10.4.2: one address in it is enough to drop a page of any size.
     AnyAddressDropsAPage,
+    /// 5.10.4.1: a page fault drops what the address would use.
+    FaultsInvalidate,
 }
 
 /// The rules that hold: all, but in tests of the tests.
@@ -60,7 +62,7 @@ impl Laws {
 #[cfg(test)]
 impl Law {
     /// Every one.
-    pub(super) const EVERY: [Self; 15] = [
+    pub(super) const EVERY: [Self; 16] = [
         Self::OnlyAccessedIsCached,
         Self::OnlyDirtyIsCachedDirty,
         Self::RightsOfTheWholeWalk,
@@ -76,5 +78,6 @@ impl Law {
         Self::InvpcidKeepsOtherPointers,
         Self::OnlyType2DropsGlobal,
         Self::AnyAddressDropsAPage,
+        Self::FaultsInvalidate,
     ];
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use abi::objects::{Cpu, KernelRoot, Mm};
 use abi::pte::{Pte, level_size};
 
+use super::caches::Vcpu;
 use super::state::State;
 use super::tables::{Tables, same, slot};
 use crate::memory::PhysMem;
@@ -43,10 +44,10 @@ fn spaces(memory: &dyn PhysMem, kernel_root: u64) -> impl Iterator<Item = Space>
     })
 }
 
-/// The state that memory shows. Nothing is held besides: what starts here starts with a flush, or
-/// its events have to be told.
+/// The state that memory shows. What else is cached is not known.
 pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> State {
     let mut state = State::new(nr_vcpus);
+    state.vcpus.iter_mut().for_each(Vcpu::forget_past);
     for Space { at, id, pgd } in spaces(memory, kernel_root) {
         state.tables.roots.insert(id, pgd);
         let mask = word(memory, at + offset_of!(Mm, cpumask) as u64);

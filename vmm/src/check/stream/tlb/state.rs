@@ -85,6 +85,14 @@ impl State {
         self.tables.set(slot, level, pte, 0);
     }
 
+    /// The table at `table` is freed.
+    pub(super) fn table_freed(&mut self, table: u64, by: Change) {
+        for vcpu in &mut self.vcpus {
+            vcpu.table_freed(table, by, &self.tables, self.laws);
+        }
+        self.tables.forget(table);
+    }
+
     /// `vcpu` loads CR3.
     pub(super) fn load(&mut self, vcpu: usize, cr3: u64, mm: u64, at: u64) {
         self.vcpus[vcpu].load(cr3, mm, at, &self.tables, self.laws);
@@ -94,33 +102,18 @@ impl State {
     pub(super) fn flush(&mut self, vcpu: usize, flush: Flush, at: u64) {
         self.vcpus[vcpu].flush(flush, at, &self.tables, self.laws);
     }
-
-    /// True where `held` permits in `start..end` what the tables of its mm do not say now: another frame, or any
-    /// of `rights` that is gone.
-    pub(super) fn exceeds(&self, held: &Held, start: u64, end: u64, rights: Rights) -> bool {
-        exceeds(&self.tables, held, (start, end), rights)
-    }
-
-    /// What `vcpu` may do at `gva` with the frame at `gpa`, in each way in which it may translate it.
-    pub(super) fn may_translate(&self, vcpu: usize, gva: u64, gpa: u64) -> Vec<Rights> {
-        let mut all = Vec::new();
-        self.vcpus[vcpu].translate(gva, &self.tables, |frame, rights| {
-            if frame == gpa {
-                all.push(rights);
-            }
-        });
-        all
-    }
 }
 
-/// See [`State::exceeds`].
+/// True where `held` permits in `start..end` what the tables of `mm` do not say now: another frame, or any of
+/// `rights` that is gone.
 pub(super) fn exceeds(
     tables: &Tables,
+    mm: u64,
     held: &Held,
     (start, end): (u64, u64),
     rights: Rights,
 ) -> bool {
-    let Some(&root) = tables.roots.get(&held.mm) else {
+    let Some(&root) = tables.roots.get(&mm) else {
         return true;
     };
     let mut gva = held.gva.max(start & !0xfff);

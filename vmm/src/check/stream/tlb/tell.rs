@@ -30,6 +30,24 @@ impl TlbModel {
         .frame(held.entry.leaf_address(held.level) >> 12)
         .vcpu(vcpu)
         .detail(self.last_flush(vcpu))
+        .details(self.fates(held))
+    }
+
+    /// What became of the frame since the entry changed.
+    fn fates(&self, held: &Held) -> Vec<String> {
+        let since = held.change().map_or(held.since, |change| change.at);
+        let fates = self.now.fates.iter();
+        fates
+            .filter(|fate| fate.change.at > since && held.covers_frame(fate.gpa, fate.bytes))
+            .map(|fate| {
+                let Change { vcpu, task, at } = fate.change;
+                format!(
+                    "its frame was {} by vCPU {vcpu} (task {task}, {})",
+                    if fate.freed { "freed" } else { "allocated again" },
+                    self.event(at)
+                )
+            })
+            .collect()
     }
 
     /// That `vcpu` may hold a pointer to a table.
@@ -66,7 +84,7 @@ impl TlbModel {
     }
 
     fn last_flush(&self, vcpu: usize) -> String {
-        match self.now.vcpus[vcpu].last_flush {
+        match self.now.state.vcpus[vcpu].last_flush {
             None => format!("vCPU {vcpu} has not flushed since the start"),
             Some((flush, at)) => {
                 let what = match flush {
@@ -77,6 +95,7 @@ impl TlbModel {
                     }
                     Flush::Pcid(pcid) => format!("INVPCID of PCID {pcid}"),
                     Flush::AllAndGlobal => "INVPCID of everything".into(),
+                    Flush::Fault(gva) => format!("a page fault at {gva:#x}"),
                     Flush::All => "INVPCID of everything but global pages".into(),
                 };
                 format!("the last flush on vCPU {vcpu} was {what} ({})", self.event(at))

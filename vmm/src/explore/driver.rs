@@ -316,7 +316,8 @@ impl<E: Engine> Driver<E> {
                 Actor::Wire(vcpu) => self.engine.deliver(usize::from(vcpu)),
                 Actor::Vcpu(vcpu) => {
                     let vcpu = usize::from(vcpu);
-                    let halt = self.set_up_step(vcpu, events, |halt| matches!(halt, Halt::Point { .. }))?;
+                    let halt =
+                        self.set_up_step(vcpu, events, |halt| matches!(halt, Halt::Point { .. }))?;
                     if matches!(
                         halt,
                         Halt::Point {

@@ -296,10 +296,7 @@ impl Context {
             && self.root == it.root
             && it.path.newest < limit
             && it.since < limit;
-        if was_reached
-            && !it.was_never_cached(laws)
-            && !(self.is_loaded() && it.gives_as_much())
-        {
+        if was_reached && !it.was_never_cached(laws) && !(self.is_loaded() && it.gives_as_much()) {
             let of_entry = if laws.obey(Law::OnlyDirtyIsCachedDirty) {
                 Rights::of_gone(it.old, level)
             } else {

@@ -35,7 +35,11 @@ fn spaces(memory: &dyn PhysMem, kernel_root: u64) -> impl Iterator<Item = Space>
     // A list that the guest has tied into a loop ends here all the same.
     (0..MAX_MMS).map_while(move |_| {
         let at = next;
-        next = if at == 0 { 0 } else { field(at, offset_of!(Mm, next)) };
+        next = if at == 0 {
+            0
+        } else {
+            field(at, offset_of!(Mm, next))
+        };
         (at != 0).then(|| Space {
             at,
             id: field(at, offset_of!(Mm, id)),
@@ -53,9 +57,14 @@ pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> S
         let mask = word(memory, at + offset_of!(Mm, cpumask) as u64);
         state.masks.insert(id, mask);
         let mut left = MAX_TABLES;
-        for_each_present(memory, &mut left, (pgd, 4, 0), &mut |table, level, gva, pte| {
-            state.place(table, level, gva, pte);
-        });
+        for_each_present(
+            memory,
+            &mut left,
+            (pgd, 4, 0),
+            &mut |table, level, gva, pte| {
+                state.place(table, level, gva, pte);
+            },
+        );
         for (index, vcpu) in state.vcpus.iter_mut().enumerate() {
             let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
             let cpu = kernel_root + cpu as u64;

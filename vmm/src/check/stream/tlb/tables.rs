@@ -174,9 +174,8 @@ impl Tables {
             return Vec::new();
         }
         let region = gva..gva.saturating_add(level_size(level));
-        let is_below = |place: &Place| {
-            place.0 == mm && place.1 + 1 == level && region.contains(&place.2)
-        };
+        let is_below =
+            |place: &Place| place.0 == mm && place.1 + 1 == level && region.contains(&place.2);
         let mut found: Vec<_> = self
             .unlinked
             .iter()

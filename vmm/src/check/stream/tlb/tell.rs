@@ -43,7 +43,11 @@ impl TlbModel {
                 let Change { vcpu, task, at } = fate.change;
                 format!(
                     "its frame was {} by vCPU {vcpu} (task {task}, {})",
-                    if fate.freed { "freed" } else { "allocated again" },
+                    if fate.freed {
+                        "freed"
+                    } else {
+                        "allocated again"
+                    },
                     self.event(at)
                 )
             })
@@ -98,7 +102,10 @@ impl TlbModel {
                     Flush::Fault(gva) => format!("a page fault at {gva:#x}"),
                     Flush::All => "INVPCID of everything but global pages".into(),
                 };
-                format!("the last flush on vCPU {vcpu} was {what} ({})", self.event(at))
+                format!(
+                    "the last flush on vCPU {vcpu} was {what} ({})",
+                    self.event(at)
+                )
             }
         }
     }

@@ -1,1 +1,601 @@
+use abi::channel::{Event, EventKind, access, cr3, flush};
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
+use abi::objects::FrameKind;
+use abi::pte::{Pte, PteFlags};
+use abi::syscall::nr;
+use proptest::prelude::*;
 
+use super::state::State;
+use super::*;
+
+const TABLE: PteFlags = PteFlags::PRESENT
+    .union(PteFlags::USER)
+    .union(PteFlags::WRITE)
+    .union(PteFlags::ACCESSED);
+const RW: PteFlags = TABLE.union(PteFlags::DIRTY);
+/// Tables of mm 1, from level 4 to level 1, and the level-4 table of mm 2.
+const TABLES: [u64; 4] = [0x1000, 0x2000, 0x3000, 0x4000];
+const OTHER: u64 = 0x8000;
+/// In mm 1, of 4 KiB and (not there at first) of 2 MiB.
+const PAGE: u64 = 0x20_0000;
+const HUGE: u64 = 0x40_0000;
+const FRAME: u64 = 0x5000;
+const BLOCK: u64 = 0x80_0000;
+
+/// Two vCPUs that have mm 1 loaded, which maps [`PAGE`] to [`FRAME`], writable; mm 2 has an empty table.
+fn model() -> TlbModel {
+    let mut state = State::new(2);
+    for vcpu in &mut state.vcpus {
+        vcpu.place(1, TABLES[0]);
+    }
+    state.masks.insert(1, 0b11);
+    state.tables.roots.insert(1, TABLES[0]);
+    state.tables.roots.insert(2, OTHER);
+    state.place(TABLES[0], 4, PAGE, Pte::new(TABLES[1], TABLE));
+    state.place(TABLES[1], 3, PAGE, Pte::new(TABLES[2], TABLE));
+    state.place(TABLES[2], 2, PAGE, Pte::new(TABLES[3], TABLE));
+    state.place(TABLES[3], 1, PAGE, Pte::new(FRAME, RW));
+    started(state)
+}
+
+fn started(state: State) -> TlbModel {
+    let mut model = TlbModel {
+        start: Arc::new(Run {
+            state,
+            ..Run::default()
+        }),
+        ..TlbModel::default()
+    };
+    model.reset();
+    model
+}
+
+fn seen(vcpu: usize, kind: EventKind, args: [u64; 5]) -> Seen {
+    let event = Event {
+        kind: kind as u32,
+        task: vcpu as u32 + 1,
+        args,
+        ..Event::default()
+    };
+    Seen { vcpu, event }
+}
+
+/// IDs of what the events violate.
+fn ids(events: &[Seen]) -> Vec<&'static str> {
+    found(events).iter().map(|violation| violation.id).collect()
+}
+fn found(events: &[Seen]) -> Vec<Violation> {
+    let mut model = model();
+    let mut found = Vec::new();
+    for event in events {
+        model.observe(event, &mut found);
+    }
+    found
+}
+
+fn rw() -> u64 {
+    Pte::new(FRAME, RW).0
+}
+fn ro() -> u64 {
+    Pte::new(FRAME, RW.difference(PteFlags::WRITE)).0
+}
+fn pte(old: u64, new: u64) -> Seen {
+    seen(0, EventKind::PteChange, [1, PAGE, 1, old, new])
+}
+fn invlpg(vcpu: usize) -> Seen {
+    let end = PAGE + PAGE_SIZE;
+    seen(vcpu, EventKind::FlushLocal, [1, PAGE, end, 0, 0])
+}
+fn free(kind: FrameKind, gpa: u64) -> Seen {
+    seen(0, EventKind::FrameFree, [gpa, 0, kind as u64, 0, 0])
+}
+fn call(kind: EventKind, number: u64) -> Seen {
+    let args = match kind {
+        EventKind::SyscallEnter => [number, PAGE, PAGE_SIZE, 0, 0],
+        _ => [number, 0, 0, 0, 0],
+    };
+    seen(0, kind, args)
+}
+
+#[test]
+fn a_frame_freed_before_the_other_vcpu_flushed_is_t_01() {
+    let anon = || free(FrameKind::Anon, FRAME);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), anon()]), ["T-01"]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), invlpg(1), anon()]), [""; 0]);
+    let everything = seen(1, EventKind::FlushAll, [1, flush::CURRENT, 0, 0, 0]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), everything, anon()]), [""; 0]);
+}
+
+#[test]
+fn a_flush_of_another_page_is_none() {
+    let other = seen(
+        1,
+        EventKind::FlushLocal,
+        [1, PAGE + PAGE_SIZE, PAGE + 2 * PAGE_SIZE, 0, 0],
+    );
+    assert_eq!(
+        ids(&[pte(rw(), 0), invlpg(0), other, free(FrameKind::Anon, FRAME)]),
+        ["T-01"]
+    );
+}
+
+#[test]
+fn a_violation_names_everything_there_is_to_know() {
+    let violations = found(&[pte(rw(), 0), invlpg(0), free(FrameKind::Anon, FRAME)]);
+    let finding = &violations[0].finding;
+    assert_eq!(
+        finding.summary,
+        "vCPU 1 may still translate 0x200000 to a frame that is freed"
+    );
+    assert_eq!(
+        finding.expected,
+        "a flush of 0x200000..0x201000 of mm 1 on vCPU 1 since the entry changed"
+    );
+    assert_eq!(
+        finding.found,
+        "none: it may hold frame 0x5 UWX, which could be cached from the start on; vCPU 0 (task 1) changed the entry (event 1)"
+    );
+    assert_eq!(
+        finding.details,
+        [
+            "vCPU 1 has not flushed since the start",
+            "freed by vCPU 0 (task 1)"
+        ]
+    );
+}
+
+#[test]
+fn a_page_that_was_put_back_is_as_it_was() {
+    let enter = call(EventKind::SyscallEnter, nr::MPROTECT);
+    let exit = call(EventKind::SyscallExit, nr::MPROTECT);
+    assert_eq!(
+        ids(&[enter, pte(rw(), ro()), pte(ro(), rw()), exit]),
+        [""; 0]
+    );
+}
+
+#[test]
+fn who_has_the_frame_now_is_told() {
+    let leave = seen(1, EventKind::LazyLeave, [1, 2, 0, 0, 0]);
+    let alloc = seen(0, EventKind::FrameAlloc, [FRAME, 0, 1, 0, 0]);
+    let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
+    let violations = found(&[
+        enter,
+        pte(rw(), 0),
+        invlpg(0),
+        free(FrameKind::Anon, FRAME),
+        alloc,
+        leave,
+    ]);
+    assert_eq!(
+        violations[0].finding.details[1..],
+        [
+            "its frame was freed by vCPU 0 (task 1, event 4)",
+            "its frame was allocated again by vCPU 0 (task 1, event 5)"
+        ]
+    );
+}
+
+#[test]
+fn a_lazy_vcpu_may_hold_a_freed_frame_until_it_leaves_lazy_mode() {
+    let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
+    let leave = seen(1, EventKind::LazyLeave, [1, 2, 0, 0, 0]);
+    let freed = [enter, pte(rw(), 0), invlpg(0), free(FrameKind::Anon, FRAME)];
+    assert_eq!(ids(&freed), [""; 0]);
+    assert_eq!(ids(&[&freed[..], &[leave]].concat()), ["T-07"]);
+    assert_eq!(ids(&[&freed[..], &[invlpg(1), leave]].concat()), [""; 0]);
+}
+
+#[test]
+fn what_is_still_to_be_flushed_is_no_miss() {
+    let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
+    let leave = seen(1, EventKind::LazyLeave, [1, 2, 0, 0, 0]);
+    // Whoever changed the entry sees now that vCPU 1 has to flush.
+    let begun = [enter, pte(rw(), 0), leave];
+    assert_eq!(ids(&begun), [""; 0]);
+    let anon = free(FrameKind::Anon, FRAME);
+    assert_eq!(ids(&[&begun[..], &[invlpg(0), anon]].concat()), ["T-01"]);
+}
+
+#[test]
+fn a_frame_freed_while_mapped_is_t_02() {
+    assert_eq!(ids(&[free(FrameKind::Anon, FRAME)]), ["T-02"]);
+    assert_eq!(
+        ids(&[
+            pte(rw(), 0),
+            invlpg(0),
+            invlpg(1),
+            free(FrameKind::Anon, FRAME)
+        ]),
+        [""; 0]
+    );
+    assert_eq!(ids(&[free(FrameKind::Table, TABLES[3])]), ["T-02"]);
+}
+
+#[test]
+fn a_table_freed_while_a_lazy_vcpu_may_walk_it_is_t_03() {
+    let link = Pte::new(TABLES[3], TABLE).0;
+    let unlink = seen(0, EventKind::PteChange, [1, PAGE, 2, link, 0]);
+    let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
+    let table = || free(FrameKind::Table, TABLES[3]);
+    let begun = [enter, pte(rw(), 0), invlpg(0), unlink];
+    assert_eq!(ids(&[&begun[..], &[invlpg(0), table()]].concat()), ["T-03"]);
+    // INVLPG of any page drops every pointer to a table.
+    assert_eq!(
+        ids(&[&begun[..], &[invlpg(0), invlpg(1), table()]].concat()),
+        [""; 0]
+    );
+    assert_eq!(
+        ids(&[free(FrameKind::Table, TABLES[0])]),
+        ["T-03"],
+        "the table in CR3"
+    );
+}
+
+#[test]
+fn a_call_that_returns_too_early_is_t_04() {
+    let enter = || call(EventKind::SyscallEnter, nr::MPROTECT);
+    let exit = || call(EventKind::SyscallExit, nr::MPROTECT);
+    assert_eq!(
+        ids(&[enter(), pte(rw(), ro()), invlpg(0), exit()]),
+        ["T-04"]
+    );
+    let flushed = [enter(), pte(rw(), ro()), invlpg(0), invlpg(1), exit()];
+    assert_eq!(ids(&flushed), [""; 0]);
+}
+
+#[test]
+fn what_another_call_took_away_meanwhile_is_not_this_calls_to_flush() {
+    let other = seen(1, EventKind::PteChange, [1, PAGE, 1, rw(), 0]);
+    let enter = call(EventKind::SyscallEnter, nr::MADVISE);
+    let exit = call(EventKind::SyscallExit, nr::MADVISE);
+    assert_eq!(ids(&[enter, other, exit]), [""; 0]);
+}
+
+#[test]
+fn a_fault_that_replaces_a_page_too_early_is_t_05() {
+    let new = Pte::new(0x6000, RW).0;
+    let enter = seen(0, EventKind::FaultEnter, [PAGE, 7, 0, 0, 0]);
+    let exit = seen(0, EventKind::FaultExit, [PAGE, 0, 0, 0, 0]);
+    assert_eq!(ids(&[enter, pte(rw(), new), exit]), ["T-05"]);
+    assert_eq!(ids(&[enter, pte(rw(), new), invlpg(1), exit]), [""; 0]);
+}
+
+#[test]
+fn a_mapping_over_what_may_still_be_cached_is_t_06() {
+    let attach = seen(
+        0,
+        EventKind::VmaAttach,
+        [1, 0x9000, PAGE, PAGE + PAGE_SIZE, 3],
+    );
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), attach]), ["T-06"]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), invlpg(1), attach]), [""; 0]);
+}
+
+#[test]
+fn a_cr3_load_outside_the_cpumask_is_t_08() {
+    let load = seen(1, EventKind::Cr3Load, [0x8000, 2, 0, 0, 0]);
+    let set = seen(1, EventKind::CpumaskSet, [2, 0, 0, 0, 0]);
+    assert_eq!(ids(&[load]), ["T-08"]);
+    assert_eq!(ids(&[set, load]), [""; 0]);
+}
+
+#[test]
+fn an_access_that_no_tlb_allows_is_t_09() {
+    let read = |frame, how| seen(1, EventKind::Access, [PAGE, frame, 0, how, 0]);
+    assert_eq!(ids(&[read(FRAME, 0)]), [""; 0]);
+    assert_eq!(ids(&[read(0x7000, 0)]), ["T-09"]);
+    let stale = access::HIT | access::STALE | access::WRITE;
+    assert_eq!(
+        ids(&[pte(rw(), ro()), read(FRAME, stale)]),
+        [""; 0],
+        "not flushed yet"
+    );
+    assert_eq!(
+        ids(&[pte(rw(), ro()), invlpg(1), read(FRAME, stale)]),
+        ["T-09"]
+    );
+    // The fault has dropped what it would use.
+    let fault = seen(1, EventKind::FaultEnter, [PAGE, 7, 0, 0, 0]);
+    assert_eq!(ids(&[pte(rw(), ro()), fault, read(FRAME, stale)]), ["T-09"]);
+}
+
+#[test]
+fn what_happened_before_the_start_is_known_or_not_judged() {
+    let stale = |how| seen(1, EventKind::Access, [PAGE, 0x7000, 0, how, 0]);
+    let mut unknown = model().start.state.clone();
+    unknown.vcpus.iter_mut().for_each(caches::Vcpu::forget_past);
+    let ids = |events: &[Seen]| {
+        let mut model = started(unknown.clone());
+        let mut found = Vec::new();
+        for event in events {
+            model.observe(event, &mut found);
+        }
+        found.iter().map(|it| it.id).collect::<Vec<_>>()
+    };
+    let read = stale(access::HIT | access::STALE);
+    assert_eq!(ids(&[read]), [""; 0], "nobody knows");
+    let other = seen(1, EventKind::FlushLocal, [1, 0, PAGE, 0, 0]);
+    assert_eq!(ids(&[other, read]), [""; 0]);
+    assert_eq!(ids(&[invlpg(1), read]), ["T-09"]);
+    let load = seen(1, EventKind::Cr3Load, [TABLES[0], 1, 0, 0, 0]);
+    assert_eq!(ids(&[load, read]), ["T-09"]);
+    let keep = seen(
+        1,
+        EventKind::Cr3Load,
+        [TABLES[0] | 5 | cr3::NO_FLUSH, 1, 0, 0, 0],
+    );
+    assert_eq!(ids(&[load, keep, read]), [""; 0], "another PCID");
+    let all = seen(1, EventKind::FlushAll, [1, flush::ALL, 0, 0, 0]);
+    assert_eq!(ids(&[all, keep, read]), ["T-09"]);
+}
+
+/// Events since boot that make what [`memory_of`] shows.
+fn history() -> Vec<Seen> {
+    let link = |level: u64, table| seen(0, EventKind::PteChange, [1, PAGE, level, 0, table]);
+    let mut events = vec![
+        seen(0, EventKind::MmCreate, [1, TABLES[0], 0, 0, 0]),
+        seen(0, EventKind::CpumaskSet, [1, 0, 0, 0, 0]),
+        seen(0, EventKind::Cr3Load, [TABLES[0], 1, 0, 0, 0]),
+        link(4, Pte::new(TABLES[1], TABLE).0),
+        link(3, Pte::new(TABLES[2], TABLE).0),
+        link(2, Pte::new(TABLES[3], TABLE).0),
+        link(1, rw()),
+        pte(rw(), 0),
+    ];
+    for (sequence, seen) in events.iter_mut().enumerate() {
+        seen.event.sequence = sequence as u64;
+    }
+    events
+}
+
+/// What [`history`] leads to, but for `present`, which it does not have.
+fn memory_of(present: bool) -> crate::memory::GuestRam {
+    use std::mem::offset_of;
+
+    use abi::objects::{KernelRoot, Mm};
+    let ram = crate::memory::GuestRam::new(16 << 20).unwrap();
+    let (root, mm) = (ROOT, 0x1_0000u64);
+    let mut put = |at: u64, value: u64| ram.write(at, &value.to_le_bytes()).unwrap();
+    put(root + offset_of!(KernelRoot, mms) as u64, mm);
+    put(mm + offset_of!(Mm, id) as u64, 1);
+    put(mm + offset_of!(Mm, pgd) as u64, TABLES[0]);
+    for (level, table) in [(4, TABLES[0]), (3, TABLES[1]), (2, TABLES[2])] {
+        let next = TABLES[5 - level as usize];
+        put(tables::slot(table, level, PAGE), Pte::new(next, TABLE).0);
+    }
+    if present {
+        put(tables::slot(TABLES[3], 1, PAGE), rw());
+    }
+    ram
+}
+const ROOT: u64 = 0x2_0000;
+
+#[test]
+fn what_is_stale_at_the_start_is_known_from_the_events_since_boot() {
+    let ids = |events: &[Seen], present| {
+        let mut model = TlbModel::new();
+        model.since_boot(events, 2);
+        model.start(&memory_of(present), ROOT, 2);
+        let mut found = Vec::new();
+        let enter = seen(0, EventKind::LazyLeave, [1, 0, 0, 0, 0]);
+        for event in [enter, free(FrameKind::Slab, FRAME)] {
+            model.observe(&event, &mut found);
+        }
+        let told = found.first().map(|it| it.finding.found.clone());
+        (
+            found.iter().map(|it| it.id).collect::<Vec<_>>(),
+            told.unwrap_or_default(),
+        )
+    };
+    let (known, told) = ids(&history(), false);
+    assert_eq!(known, ["T-01"], "nobody has flushed since");
+    assert!(
+        told.ends_with("could be cached from event 7 of the set-up on; vCPU 0 (task 1) changed the entry (event 8 of the set-up)"),
+        "{told}"
+    );
+    assert_eq!(ids(&[], false).0, [""; 0], "no events");
+    assert_eq!(ids(&history()[1..], false).0, [""; 0], "some are missing");
+    assert_eq!(
+        ids(&history(), true).0,
+        [""; 0],
+        "they do not explain memory"
+    );
+    let mut model = TlbModel::new();
+    model.since_boot(&history(), 2);
+    model.start(&memory_of(false), ROOT, 2);
+    let mut found = Vec::new();
+    model.compare(&memory_of(false), ROOT, &mut found);
+    assert!(found.is_empty(), "{found:?}");
+    model.compare(&memory_of(true), ROOT, &mut found);
+    assert_eq!(found[0].id, "T-10");
+}
+
+/// mm 2 is in the cpumask, and vCPU 1 loads a CR3.
+fn load(cr3: u64, mm: u64) -> Seen {
+    seen(1, EventKind::Cr3Load, [cr3, mm, 0, 0, 0])
+}
+fn listed() -> Seen {
+    seen(1, EventKind::CpumaskSet, [2, 0, 0, 0, 0])
+}
+
+#[test]
+fn what_a_pcid_missed_while_it_was_not_loaded_is_t_11() {
+    let leave = [listed(), load(OTHER | 2, 2)];
+    let back = load(TABLES[0] | cr3::NO_FLUSH, 1);
+    let unmap = [pte(rw(), 0), invlpg(0), free(FrameKind::Anon, FRAME)];
+    let missed = [&leave[..], &unmap].concat();
+    assert_eq!(ids(&[&missed[..], &[back]].concat()), ["T-11"]);
+    assert_eq!(ids(&[&missed[..], &[load(TABLES[0], 1)]].concat()), [""; 0]);
+    let context = seen(1, EventKind::FlushAll, [1, flush::INVPCID_CONTEXT, 0, 0, 0]);
+    assert_eq!(ids(&[&missed[..], &[context, back]].concat()), [""; 0]);
+    let end = PAGE + PAGE_SIZE;
+    let page = |pcid| {
+        seen(
+            1,
+            EventKind::FlushLocal,
+            [1, PAGE, end, flush::INVPCID_ADDRESS, pcid],
+        )
+    };
+    assert_eq!(ids(&[&missed[..], &[page(0), back]].concat()), [""; 0]);
+    assert_eq!(ids(&[&missed[..], &[page(2), back]].concat()), ["T-11"]);
+    // Not freed yet: whoever unmaps it finds this vCPU in the cpumask.
+    let early = [&leave[..], &unmap[..1], &[back]].concat();
+    assert_eq!(ids(&early), [""; 0]);
+    assert_eq!(ids(&[&early[..], &unmap[1..]].concat()), ["T-01"]);
+}
+
+#[test]
+fn a_pcid_that_another_mm_used_is_t_11() {
+    assert_eq!(ids(&[listed(), load(OTHER | cr3::NO_FLUSH, 2)]), ["T-11"]);
+    assert_eq!(
+        ids(&[listed(), load(OTHER | 3 | cr3::NO_FLUSH, 2)]),
+        [""; 0]
+    );
+    assert_eq!(ids(&[listed(), load(OTHER, 2)]), [""; 0]);
+    let global = Pte::new(FRAME, RW | PteFlags::GLOBAL).0;
+    assert_eq!(
+        ids(&[pte(rw(), global), listed(), load(OTHER, 2)]),
+        ["T-11"]
+    );
+    let all = seen(1, EventKind::FlushAll, [1, flush::ALL_AND_GLOBAL, 0, 0, 0]);
+    let kernel = load(0x9000, 0);
+    assert_eq!(
+        ids(&[pte(rw(), global), kernel, all, listed(), load(OTHER, 2)]),
+        [""; 0]
+    );
+}
+
+#[test]
+fn a_table_freed_while_a_pcid_has_a_pointer_to_it_is_t_11_when_that_is_loaded() {
+    let link = Pte::new(TABLES[3], TABLE).0;
+    let unlink = seen(0, EventKind::PteChange, [1, PAGE, 2, link, 0]);
+    let free = [
+        pte(rw(), 0),
+        unlink,
+        invlpg(0),
+        free(FrameKind::Table, TABLES[3]),
+    ];
+    let freed = [&[listed(), load(OTHER | 2, 2)][..], &free].concat();
+    assert_eq!(ids(&freed), [""; 0]);
+    let back = load(TABLES[0] | cr3::NO_FLUSH, 1);
+    assert_eq!(ids(&[&freed[..], &[back]].concat()), ["T-11"]);
+    assert_eq!(ids(&[&freed[..], &[load(TABLES[0], 1)]].concat()), [""; 0]);
+}
+
+#[test]
+fn both_sizes_may_be_cached_while_a_mapping_changes_its_size() {
+    let huge = Pte::new(BLOCK, RW | PteFlags::HUGE).0;
+    let table = Pte::new(0xa000, TABLE).0;
+    let level2 = |old, new| seen(0, EventKind::PteChange, [1, HUGE, 2, old, new]);
+    let small = seen(0, EventKind::PteChange, [1, HUGE, 1, 0, ro()]);
+    let at = HUGE + PAGE_SIZE;
+    let read = |gva, frame| seen(1, EventKind::Access, [gva, frame, 0, 0, 0]);
+    // The table is filled before it is linked in place of the page.
+    let split = [level2(0, huge), small, level2(huge, table)];
+    let reads = [
+        read(HUGE, FRAME),
+        read(HUGE, BLOCK),
+        read(at, BLOCK + PAGE_SIZE),
+    ];
+    assert_eq!(ids(&[&split[..], &reads].concat()), [""; 0]);
+    let flush = |start: u64| {
+        seen(
+            1,
+            EventKind::FlushLocal,
+            [1, start, start + PAGE_SIZE, 0, 0],
+        )
+    };
+    let last = HUGE + HUGE_PAGE_SIZE - PAGE_SIZE;
+    let flushed = [&split[..], &[flush(last)]].concat();
+    assert_eq!(ids(&[&flushed[..], &reads[..1]].concat()), [""; 0]);
+    assert_eq!(ids(&[&flushed[..], &reads[1..2]].concat()), ["T-09"]);
+    // One of the frames of the 2 MiB page is freed.
+    let part = free(FrameKind::Anon, BLOCK + 5 * PAGE_SIZE);
+    assert_eq!(ids(&[&split[..], &[part]].concat()), ["T-01"]);
+    let both = seen(0, EventKind::FlushLocal, [1, HUGE, at, 0, 0]);
+    assert_eq!(ids(&[&flushed[..], &[both, part]].concat()), [""; 0]);
+}
+
+#[test]
+fn a_gigabyte_page_is_one_translation() {
+    let giga = Pte::new(1 << 30, RW | PteFlags::HUGE).0;
+    let gva = 1 << 30;
+    let change = |old, new| seen(0, EventKind::PteChange, [1, gva, 3, old, new]);
+    let read = seen(1, EventKind::Access, [gva + HUGE, gva + HUGE, 0, 0, 0]);
+    let gone = [change(0, giga), change(giga, 0)];
+    assert_eq!(ids(&[&gone[..], &[read]].concat()), [""; 0]);
+    let end = gva + PAGE_SIZE;
+    let flush = seen(1, EventKind::FlushLocal, [1, gva, end, 0, 0]);
+    assert_eq!(ids(&[&gone[..], &[flush, read]].concat()), ["T-09"]);
+}
+
+#[test]
+fn what_is_written_into_an_unlinked_table_is_reached_through_a_held_pointer() {
+    let link = Pte::new(TABLES[3], TABLE).0;
+    let unlink = seen(0, EventKind::PteChange, [1, PAGE, 2, link, 0]);
+    let relink = seen(0, EventKind::PteChange, [1, HUGE, 2, 0, link]);
+    let write = seen(
+        0,
+        EventKind::PteChange,
+        [1, HUGE, 1, rw(), Pte::new(0x6000, RW).0],
+    );
+    let read = seen(1, EventKind::Access, [PAGE, 0x6000, 0, 0, 0]);
+    let moved = [unlink, relink, write];
+    assert_eq!(ids(&[&moved[..], &[read]].concat()), [""; 0]);
+    assert_eq!(ids(&[unlink, invlpg(1), relink, write, read]), ["T-09"]);
+}
+
+#[test]
+fn an_entry_that_was_never_used_was_never_cached() {
+    let unused = Pte::new(FRAME, RW.difference(PteFlags::ACCESSED)).0;
+    let anon = free(FrameKind::Anon, FRAME);
+    let flushed = [pte(rw(), 0), invlpg(0), invlpg(1)];
+    let again = [pte(0, unused), pte(unused, 0), anon];
+    assert_eq!(ids(&[&flushed[..], &again].concat()), [""; 0]);
+    let used = [pte(0, unused), pte(rw(), 0), anon];
+    assert_eq!(ids(&[&flushed[..], &used].concat()), ["T-01"]);
+}
+
+#[test]
+fn forks_and_resets_share_nothing() {
+    let mut model = model();
+    let mut found = Vec::new();
+    model.observe(&pte(rw(), 0), &mut found);
+    let mut fork = model.fork();
+    model.reset();
+    model.observe(&free(FrameKind::Slab, FRAME), &mut found);
+    assert!(found.is_empty(), "{found:?}");
+    fork.observe(&free(FrameKind::Slab, FRAME), &mut found);
+    assert_eq!(found[0].id, "T-01");
+    found.clear();
+    fork.reset();
+    fork.observe(&free(FrameKind::Slab, FRAME), &mut found);
+    assert!(found.is_empty(), "{found:?}");
+}
+
+#[test]
+fn a_change_that_no_event_explains_is_t_10() {
+    assert_eq!(ids(&[pte(Pte::new(0x7000, RW).0, 0)]), ["T-10"]);
+    let mut model = model();
+    let mut found = Vec::new();
+    // Memory in which nothing is mapped at all.
+    let empty = crate::memory::GuestRam::new(16 << 20).unwrap();
+    model.compare(&empty, 0x1000, &mut found);
+    assert_eq!(found[0].id, "T-10");
+    assert!(found[0].finding.summary.contains("unexplained PTE change"));
+}
+
+proptest! {
+    #[test]
+    fn garbage_neither_panics_nor_hangs(
+        events in prop::collection::vec((0usize..5, 0u32..60, any::<[u64; 5]>()), 0..200),
+    ) {
+        let mut model = model();
+        let mut found = Vec::new();
+        for (vcpu, kind, args) in events {
+            let event = Event { kind, args, ..Event::default() };
+            model.observe(&Seen { vcpu, event }, &mut found);
+        }
+    }
+}

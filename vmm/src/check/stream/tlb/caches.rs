@@ -184,7 +184,7 @@ impl Written {
         let kept = PteFlags::ACCESSED | PteFlags::GLOBAL;
         new.is_present()
             && old.is_leaf(level) == new.is_leaf(level)
-            && old.leaf_address(level) == new.leaf_address(level)
+            && old.address() == new.address()
             && Rights::of_gone(new, level).contains(Rights::of_gone(old, level))
             && (!self.is_leaf() || (old.flags() & kept) == (new.flags() & kept))
     }

@@ -3,6 +3,8 @@
 //! `docs/tlb-model.md` explains it with its rules and its limits.
 
 mod caches;
+#[cfg(test)]
+mod exact;
 mod laws;
 mod memory;
 #[cfg(test)]

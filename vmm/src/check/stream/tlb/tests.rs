@@ -356,7 +356,7 @@ fn memory_of(present: bool) -> crate::memory::GuestRam {
     use abi::objects::{KernelRoot, Mm};
     let ram = crate::memory::GuestRam::new(16 << 20).unwrap();
     let (root, mm) = (ROOT, 0x1_0000u64);
-    let mut put = |at: u64, value: u64| ram.write(at, &value.to_le_bytes()).unwrap();
+    let put = |at: u64, value: u64| ram.write(at, &value.to_le_bytes()).unwrap();
     put(root + offset_of!(KernelRoot, mms) as u64, mm);
     put(mm + offset_of!(Mm, id) as u64, 1);
     put(mm + offset_of!(Mm, pgd) as u64, TABLES[0]);
@@ -544,6 +544,17 @@ fn what_is_written_into_an_unlinked_table_is_reached_through_a_held_pointer() {
     let moved = [unlink, relink, write];
     assert_eq!(ids(&[&moved[..], &[read]].concat()), [""; 0]);
     assert_eq!(ids(&[unlink, invlpg(1), relink, write, read]), ["T-09"]);
+}
+
+#[test]
+fn a_table_that_is_replaced_by_its_neighbour_is_gone() {
+    let link = |table| Pte::new(table, TABLE).0;
+    let replace = [1, PAGE, 2, link(TABLES[3]), link(TABLES[3] + PAGE_SIZE)];
+    let replace = seen(0, EventKind::PteChange, replace);
+    let free = free(FrameKind::Table, TABLES[3]);
+    assert_eq!(ids(&[pte(rw(), 0), replace, invlpg(0), free]), ["T-03"]);
+    let flushed = [pte(rw(), 0), replace, invlpg(0), invlpg(1), free];
+    assert_eq!(ids(&flushed), [""; 0]);
 }
 
 #[test]

@@ -77,6 +77,18 @@ pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> S
     state
 }
 
+/// See [`super::leaf_addresses`].
+pub(super) fn leaf_addresses(memory: &dyn PhysMem, pgd: u64, frame: u64) -> Vec<u64> {
+    let mut found = Vec::new();
+    let mut left = MAX_TABLES;
+    for_each_present(memory, &mut left, (pgd, 4, 0), &mut |_, level, gva, pte| {
+        if level == 1 && pte.address() == frame {
+            found.push(gva);
+        }
+    });
+    found
+}
+
 /// An entry that is not what the events say.
 #[derive(Debug)]
 pub(super) struct Unexplained {

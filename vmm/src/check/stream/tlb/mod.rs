@@ -314,6 +314,11 @@ pub(super) fn leaf_frames(memory: &dyn PhysMem, kernel_root: u64) -> Vec<u64> {
     memory::read(memory, kernel_root, 0).tables.leaf_frames()
 }
 
+/// Addresses at which the tables below `pgd` map `frame` with level-1 entries.
+pub(super) fn leaf_addresses(memory: &dyn PhysMem, pgd: u64, frame: u64) -> Vec<u64> {
+    memory::leaf_addresses(memory, pgd, frame)
+}
+
 /// True where nothing is missing in the streams since boot: every vCPU that has one has it from number 0 on.
 fn is_whole(events: &[Seen], nr_vcpus: usize) -> bool {
     let mut next = vec![0; nr_vcpus];

@@ -569,6 +569,30 @@ fn an_entry_that_was_never_used_was_never_cached() {
 }
 
 #[test]
+fn the_kernel_tells_everything_since_boot() {
+    use crate::engine::Engine;
+    let mut driver = crate::engine::model::tests::driver("lazy-tables", None);
+    let since_boot = driver.since_boot();
+    let engine = driver.engine();
+    let (vcpus, root) = (engine.nr_vcpus(), engine.kernel_root().unwrap());
+    let mut model = TlbModel::new();
+    model.since_boot(&since_boot, vcpus);
+    assert!(model.history.is_some(), "{since_boot:?}");
+    model.start(engine.memory(), root, vcpus);
+    assert_eq!(model.begins, since_boot.len() as u64);
+    let there = memory::read(engine.memory(), root, vcpus);
+    for (known, there) in model.now.state.vcpus.iter().zip(&there.vcpus) {
+        assert_eq!(known.loaded().mm, there.loaded().mm);
+        assert_eq!(known.loaded().root, there.loaded().root);
+        assert_eq!(known.lazy, there.lazy);
+        assert!(!known.is_unknown(PAGE), "it has loaded CR3 since");
+    }
+    for (mm, mask) in &there.masks {
+        assert_eq!(model.now.state.masks.get(mm), Some(mask));
+    }
+}
+
+#[test]
 fn forks_and_resets_share_nothing() {
     let mut model = model();
     let mut found = Vec::new();

@@ -17,7 +17,7 @@ fn model_after(steps: &[Step], laws: Laws) -> State {
     state.laws = laws;
     for mm in 0..2 {
         state
-            .tables
+            .tables_mut()
             .roots
             .insert(mm as u64 + 1, reference::root(mm));
     }
@@ -155,7 +155,8 @@ fn pointers(state: &State, vcpu: usize) -> BTreeSet<u64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4000))]
+    // More where PROPTEST_CASES asks for more.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.max(4_000)))]
 
     /// The model says that a vCPU may translate a page to a frame, with these rights, exactly where some legal
     /// content of its TLB does; likewise of pointers to tables.

@@ -53,7 +53,7 @@ pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> S
     let mut state = State::new(nr_vcpus);
     state.vcpus.iter_mut().for_each(Vcpu::forget_past);
     for Space { at, id, pgd } in spaces(memory, kernel_root) {
-        state.tables.roots.insert(id, pgd);
+        state.tables_mut().roots.insert(id, pgd);
         let mask = word(memory, at + offset_of!(Mm, cpumask) as u64);
         state.masks.insert(id, mask);
         let mut left = MAX_TABLES;

@@ -280,10 +280,10 @@ impl Monitor for TlbModel {
                 *self.now.state.masks.entry(args[0]).or_default() &= !bit(vcpu);
             }
             EventKind::MmCreate => {
-                self.now.state.tables.roots.insert(args[0], args[1]);
+                self.now.state.tables_mut().roots.insert(args[0], args[1]);
             }
             EventKind::MmDestroy => {
-                self.now.state.tables.roots.remove(&args[0]);
+                self.now.state.tables_mut().roots.remove(&args[0]);
                 self.now.state.masks.remove(&args[0]);
             }
             EventKind::Access => self.access(seen, found),

@@ -1,5 +1,7 @@
 //! The page tables and what each vCPU may hold besides, as events change them.
 
+use std::sync::Arc;
+
 use abi::pte::{ADDRESS_MASK, Pte};
 use rustc_hash::FxHashMap;
 
@@ -10,7 +12,8 @@ use super::tables::{Place, Tables, same};
 /// Everything.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) tables: Tables,
+    /// Forks share them until one writes: a search over orders forks at every event.
+    pub(super) tables: Arc<Tables>,
     /// Mask of vCPUs by mm.
     pub(super) masks: FxHashMap<u64, u64>,
     pub(super) vcpus: Vec<Vcpu>,
@@ -19,12 +22,19 @@ pub(super) struct State {
 
 impl Clone for State {
     fn clone(&self) -> Self {
-        let mut copy = Self::default();
-        copy.clone_from(self);
-        copy
+        Self {
+            tables: Arc::clone(&self.tables),
+            masks: self.masks.clone(),
+            vcpus: self.vcpus.clone(),
+            laws: self.laws,
+        }
     }
+    /// Keeps its memory: once a schedule.
     fn clone_from(&mut self, from: &Self) {
-        self.tables.clone_from(&from.tables);
+        match Arc::get_mut(&mut self.tables) {
+            Some(tables) => tables.clone_from(&from.tables),
+            None => self.tables = Arc::new(Tables::clone(&from.tables)),
+        }
         self.masks.clone_from(&from.masks);
         self.vcpus.clone_from(&from.vcpus);
         self.laws = from.laws;
@@ -37,6 +47,19 @@ impl State {
         Self {
             vcpus: vec![Vcpu::default(); nr_vcpus],
             ..Self::default()
+        }
+    }
+
+    /// To be written.
+    pub(super) fn tables_mut(&mut self) -> &mut Tables {
+        Arc::make_mut(&mut self.tables)
+    }
+
+    fn take_unlinked(&mut self, place: Place) -> Vec<(Place, Pte)> {
+        if self.tables.has_unlinked() {
+            self.tables_mut().take_unlinked(place)
+        } else {
+            Vec::new()
         }
     }
 
@@ -53,7 +76,7 @@ impl State {
     ) -> Result<(), Pte> {
         let (known, found) = self.tables.find(place);
         let Some((root, path)) = found else {
-            self.tables.set_unlinked(place, new);
+            self.tables_mut().set_unlinked(place, new);
             return if same(old, known) { Ok(()) } else { Err(known) };
         };
         let since = self.tables.entry(path.slot).map_or(0, |entry| entry.since);
@@ -69,9 +92,9 @@ impl State {
         for vcpu in &mut self.vcpus {
             vcpu.written(&written, &self.tables, self.laws);
         }
-        self.tables.set(path.slot, place.1, new, change.at);
+        self.tables_mut().set(path.slot, place.1, new, change.at);
         if new.is_present() && !new.is_leaf(place.1) {
-            for (below, pte) in self.tables.take_unlinked(place) {
+            for (below, pte) in self.take_unlinked(place) {
                 // Nothing was there: the table was not linked.
                 let _ = self.change(below, Pte::NONE, pte, change);
             }
@@ -82,7 +105,7 @@ impl State {
     /// Notes an entry that is there from the start.
     pub(super) fn place(&mut self, table: u64, level: u8, gva: u64, pte: Pte) {
         let slot = super::tables::slot(table, level, gva);
-        self.tables.set(slot, level, pte, 0);
+        self.tables_mut().set(slot, level, pte, 0);
     }
 
     /// The table at `table` is freed.
@@ -90,7 +113,9 @@ impl State {
         for vcpu in &mut self.vcpus {
             vcpu.table_freed(table, by, &self.tables, self.laws);
         }
-        self.tables.forget(table);
+        if self.tables.used(table) != 0 {
+            self.tables_mut().forget(table);
+        }
     }
 
     /// `vcpu` loads CR3.

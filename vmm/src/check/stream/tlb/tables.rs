@@ -168,11 +168,13 @@ impl Tables {
         }
     }
 
+    /// True where tables were filled that are not linked.
+    pub(super) fn has_unlinked(&self) -> bool {
+        !self.unlinked.is_empty()
+    }
+
     /// Entries that were written to the table that `place` now refers to, before it was linked.
     pub(super) fn take_unlinked(&mut self, (mm, level, gva): Place) -> Vec<(Place, Pte)> {
-        if self.unlinked.is_empty() {
-            return Vec::new();
-        }
         let region = gva..gva.saturating_add(level_size(level));
         let is_below =
             |place: &Place| place.0 == mm && place.1 + 1 == level && region.contains(&place.2);
@@ -191,11 +193,9 @@ impl Tables {
 
     /// The table at `table` is no longer one: there is nothing in it to fill from.
     pub(super) fn forget(&mut self, table: u64) {
-        if self.used(table) != 0 {
-            let slots: Vec<u64> = self.present(table).map(|(i, _)| table + i * 8).collect();
-            for slot in slots {
-                self.set(slot, 1, Pte::NONE, 0);
-            }
+        let slots: Vec<u64> = self.present(table).map(|(i, _)| table + i * 8).collect();
+        for slot in slots {
+            self.set(slot, 1, Pte::NONE, 0);
         }
     }
 

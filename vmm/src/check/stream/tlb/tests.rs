@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::state::State;
 use super::*;
+use crate::check::stream::merge;
 
 const TABLE: PteFlags = PteFlags::PRESENT
     .union(PteFlags::USER)
@@ -29,8 +30,8 @@ fn model() -> TlbModel {
         vcpu.place(1, TABLES[0]);
     }
     state.masks.insert(1, 0b11);
-    state.tables.roots.insert(1, TABLES[0]);
-    state.tables.roots.insert(2, OTHER);
+    state.tables_mut().roots.insert(1, TABLES[0]);
+    state.tables_mut().roots.insert(2, OTHER);
     state.place(TABLES[0], 4, PAGE, Pte::new(TABLES[1], TABLE));
     state.place(TABLES[1], 3, PAGE, Pte::new(TABLES[2], TABLE));
     state.place(TABLES[2], 2, PAGE, Pte::new(TABLES[3], TABLE));
@@ -590,6 +591,32 @@ fn the_kernel_tells_everything_since_boot() {
     for (mm, mask) in &there.masks {
         assert_eq!(model.now.state.masks.get(mm), Some(mask));
     }
+}
+
+/// What two streams with these stamps come to.
+fn judged(events: &[(u64, Seen)]) -> merge::Judged {
+    let mut streams = vec![Vec::new(); 2];
+    for (stamp, seen) in events {
+        streams[seen.vcpu].push(Event {
+            stamp: *stamp,
+            ..seen.event
+        });
+    }
+    merge::judge(&streams, 0, vec![Box::new(model())])
+}
+
+#[test]
+fn in_a_parallel_run_a_flush_that_is_stamped_late_is_none_that_is_missing() {
+    let anon = free(FrameKind::Anon, FRAME);
+    let mine = [(1, pte(rw(), 0)), (2, invlpg(0)), (5, anon)];
+    let late = judged(&[&mine[..], &[(6, invlpg(1))]].concat());
+    assert!(late.violation.is_none(), "{:?}", late.violation);
+    assert_eq!((late.reordered, late.undecided), (1, 0));
+    // It had not begun when the frame was freed.
+    let ipi = seen(1, EventKind::IpiReceive, [0; 5]);
+    let missing = judged(&[&mine[..], &[(7, ipi), (8, invlpg(1))]].concat());
+    let violation = missing.violation.map(|it| it.id);
+    assert_eq!(violation, Some("T-01"));
 }
 
 #[test]

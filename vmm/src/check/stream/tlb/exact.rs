@@ -6,10 +6,12 @@ use abi::channel::cr3;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use super::caches::{Change, Flush, Rights};
+use super::held::{Change, Rights};
+use super::history::{Step, history};
 use super::laws::{Law, Laws};
-use super::reference::{self, Allowed, Mmu, POOLS, Step, Told, VCPUS};
+use super::reference::{self, Allowed, Mmu, POOLS, Told, VCPUS};
 use super::state::State;
+use super::vcpu::Flush;
 
 /// What the model says after `steps`.
 fn model_after(steps: &[Step], laws: Laws) -> State {
@@ -161,7 +163,7 @@ proptest! {
     /// The model says that a vCPU may translate a page to a frame, with these rights, exactly where some legal
     /// content of its TLB does; likewise of pointers to tables.
     #[test]
-    fn the_model_is_exact(steps in reference::history()) {
+    fn the_model_is_exact(steps in history()) {
         prop_assert_eq!(difference(&steps, Laws::default()), None);
     }
 }
@@ -179,7 +181,7 @@ fn a_model_without_one_of_the_laws_is_found_out() {
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, rng);
-        let same = runner.run(&reference::history(), |steps| {
+        let same = runner.run(&history(), |steps| {
             let difference = difference(&steps, laws);
             difference.map_or(Ok(()), |it| Err(TestCaseError::fail(it)))
         });

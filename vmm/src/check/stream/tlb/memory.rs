@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use abi::objects::{Cpu, KernelRoot, Mm};
 use abi::pte::{Pte, level_size};
 
-use super::caches::Vcpu;
 use super::state::State;
 use super::tables::{Tables, same, slot};
+use super::vcpu::Vcpu;
 use crate::memory::PhysMem;
 
 /// Most mms that are looked for.

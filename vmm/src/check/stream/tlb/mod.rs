@@ -5,6 +5,9 @@
 mod caches;
 #[cfg(test)]
 mod exact;
+mod held;
+#[cfg(test)]
+mod history;
 mod laws;
 mod memory;
 #[cfg(test)]
@@ -15,6 +18,7 @@ mod tables;
 mod tell;
 #[cfg(test)]
 mod tests;
+mod vcpu;
 
 use std::sync::Arc;
 
@@ -25,9 +29,10 @@ use rustc_hash::FxHashMap;
 use super::{Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
-use caches::{Change, Flush};
+use held::Change;
 use state::State;
 use tell::describe;
+use vcpu::Flush;
 
 /// IDs and predicates, in the order of docs/tlb-model.md.
 pub const INVARIANTS: &[Rule] = &[

@@ -6,9 +6,10 @@ use abi::objects::FrameKind;
 use abi::pte::Pte;
 use abi::syscall::{advice, clone, decode, nr};
 
-use super::caches::{Change, Held, Rights, Vcpu};
+use super::held::{Change, Held, Rights};
 use super::state::exceeds;
 use super::tell::{describe, who};
+use super::vcpu::Vcpu;
 use super::{
     ATTACHED, FREED, FREED_MAPPED, FREED_TABLE, IMPOSSIBLE, LAZY, REPLACED, RETURNED, REUSED,
     TlbModel, UNEXPLAINED, UNLISTED, bit, violation,

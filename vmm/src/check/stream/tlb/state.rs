@@ -5,9 +5,10 @@ use std::sync::Arc;
 use abi::pte::{ADDRESS_MASK, Pte};
 use rustc_hash::FxHashMap;
 
-use super::caches::{Change, Flush, Held, Rights, Vcpu, Written};
+use super::held::{Change, Held, Rights, Written};
 use super::laws::Laws;
 use super::tables::{Place, Tables, same};
+use super::vcpu::{Flush, Vcpu};
 
 /// Everything.
 #[derive(Debug, Default)]

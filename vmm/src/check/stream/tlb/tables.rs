@@ -7,7 +7,7 @@ use abi::layout::ENTRIES_PER_TABLE;
 use abi::pte::{ADDRESS_MASK, Pte, PteFlags, index, level_size};
 use rustc_hash::FxHashMap;
 
-use super::caches::Rights;
+use super::held::Rights;
 
 /// What the processor sets by itself.
 const HARDWARE: u64 = PteFlags::ACCESSED.bits() | PteFlags::DIRTY.bits();

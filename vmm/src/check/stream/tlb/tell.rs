@@ -3,7 +3,8 @@
 use abi::pte::{Pte, PteFlags};
 
 use super::TlbModel;
-use super::caches::{Change, Flush, Held, Rights};
+use super::held::{Change, Held, Rights};
+use super::vcpu::Flush;
 use crate::check::Finding;
 use crate::check::stream::Seen;
 

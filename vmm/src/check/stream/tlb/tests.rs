@@ -9,6 +9,9 @@ use super::state::State;
 use super::*;
 use crate::check::stream::merge;
 
+mod past;
+mod pcid;
+
 const TABLE: PteFlags = PteFlags::PRESENT
     .union(PteFlags::USER)
     .union(PteFlags::WRITE)
@@ -302,189 +305,6 @@ fn an_access_that_no_tlb_allows_is_t_09() {
 }
 
 #[test]
-fn what_happened_before_the_start_is_known_or_not_judged() {
-    let stale = |how| seen(1, EventKind::Access, [PAGE, 0x7000, 0, how, 0]);
-    let mut unknown = model().start.state.clone();
-    unknown.vcpus.iter_mut().for_each(caches::Vcpu::forget_past);
-    let ids = |events: &[Seen]| {
-        let mut model = started(unknown.clone());
-        let mut found = Vec::new();
-        for event in events {
-            model.observe(event, &mut found);
-        }
-        found.iter().map(|it| it.id).collect::<Vec<_>>()
-    };
-    let read = stale(access::HIT | access::STALE);
-    assert_eq!(ids(&[read]), [""; 0], "nobody knows");
-    let other = seen(1, EventKind::FlushLocal, [1, 0, PAGE, 0, 0]);
-    assert_eq!(ids(&[other, read]), [""; 0]);
-    assert_eq!(ids(&[invlpg(1), read]), ["T-09"]);
-    let load = seen(1, EventKind::Cr3Load, [TABLES[0], 1, 0, 0, 0]);
-    assert_eq!(ids(&[load, read]), ["T-09"]);
-    let keep = seen(
-        1,
-        EventKind::Cr3Load,
-        [TABLES[0] | 5 | cr3::NO_FLUSH, 1, 0, 0, 0],
-    );
-    assert_eq!(ids(&[load, keep, read]), [""; 0], "another PCID");
-    let all = seen(1, EventKind::FlushAll, [1, flush::ALL, 0, 0, 0]);
-    assert_eq!(ids(&[all, keep, read]), ["T-09"]);
-}
-
-/// Events since boot that make what [`memory_of`] shows.
-fn history() -> Vec<Seen> {
-    let link = |level: u64, table| seen(0, EventKind::PteChange, [1, PAGE, level, 0, table]);
-    let mut events = vec![
-        seen(0, EventKind::MmCreate, [1, TABLES[0], 0, 0, 0]),
-        seen(0, EventKind::CpumaskSet, [1, 0, 0, 0, 0]),
-        seen(0, EventKind::Cr3Load, [TABLES[0], 1, 0, 0, 0]),
-        link(4, Pte::new(TABLES[1], TABLE).0),
-        link(3, Pte::new(TABLES[2], TABLE).0),
-        link(2, Pte::new(TABLES[3], TABLE).0),
-        link(1, rw()),
-        pte(rw(), 0),
-    ];
-    for (sequence, seen) in events.iter_mut().enumerate() {
-        seen.event.sequence = sequence as u64;
-    }
-    events
-}
-
-/// What [`history`] leads to, but for `present`, which it does not have.
-fn memory_of(present: bool) -> crate::memory::GuestRam {
-    use std::mem::offset_of;
-
-    use abi::objects::{KernelRoot, Mm};
-    let ram = crate::memory::GuestRam::new(16 << 20).unwrap();
-    let (root, mm) = (ROOT, 0x1_0000u64);
-    let put = |at: u64, value: u64| ram.write(at, &value.to_le_bytes()).unwrap();
-    put(root + offset_of!(KernelRoot, mms) as u64, mm);
-    put(mm + offset_of!(Mm, id) as u64, 1);
-    put(mm + offset_of!(Mm, pgd) as u64, TABLES[0]);
-    for (level, table) in [(4, TABLES[0]), (3, TABLES[1]), (2, TABLES[2])] {
-        let next = TABLES[5 - level as usize];
-        put(tables::slot(table, level, PAGE), Pte::new(next, TABLE).0);
-    }
-    if present {
-        put(tables::slot(TABLES[3], 1, PAGE), rw());
-    }
-    ram
-}
-const ROOT: u64 = 0x2_0000;
-
-#[test]
-fn what_is_stale_at_the_start_is_known_from_the_events_since_boot() {
-    let ids = |events: &[Seen], present| {
-        let mut model = TlbModel::new();
-        model.since_boot(events, 2);
-        model.start(&memory_of(present), ROOT, 2);
-        let mut found = Vec::new();
-        let enter = seen(0, EventKind::LazyLeave, [1, 0, 0, 0, 0]);
-        for event in [enter, free(FrameKind::Slab, FRAME)] {
-            model.observe(&event, &mut found);
-        }
-        let told = found.first().map(|it| it.finding.found.clone());
-        (
-            found.iter().map(|it| it.id).collect::<Vec<_>>(),
-            told.unwrap_or_default(),
-        )
-    };
-    let (known, told) = ids(&history(), false);
-    assert_eq!(known, ["T-01"], "nobody has flushed since");
-    assert!(
-        told.ends_with("could be cached from event 7 of the set-up on; vCPU 0 (task 1) changed the entry (event 8 of the set-up)"),
-        "{told}"
-    );
-    assert_eq!(ids(&[], false).0, [""; 0], "no events");
-    assert_eq!(ids(&history()[1..], false).0, [""; 0], "some are missing");
-    assert_eq!(
-        ids(&history(), true).0,
-        [""; 0],
-        "they do not explain memory"
-    );
-    let mut model = TlbModel::new();
-    model.since_boot(&history(), 2);
-    model.start(&memory_of(false), ROOT, 2);
-    let mut found = Vec::new();
-    model.compare(&memory_of(false), ROOT, &mut found);
-    assert!(found.is_empty(), "{found:?}");
-    model.compare(&memory_of(true), ROOT, &mut found);
-    assert_eq!(found[0].id, "T-10");
-}
-
-/// mm 2 is in the cpumask, and vCPU 1 loads a CR3.
-fn load(cr3: u64, mm: u64) -> Seen {
-    seen(1, EventKind::Cr3Load, [cr3, mm, 0, 0, 0])
-}
-fn listed() -> Seen {
-    seen(1, EventKind::CpumaskSet, [2, 0, 0, 0, 0])
-}
-
-#[test]
-fn what_a_pcid_missed_while_it_was_not_loaded_is_t_11() {
-    let leave = [listed(), load(OTHER | 2, 2)];
-    let back = load(TABLES[0] | cr3::NO_FLUSH, 1);
-    let unmap = [pte(rw(), 0), invlpg(0), free(FrameKind::Anon, FRAME)];
-    let missed = [&leave[..], &unmap].concat();
-    assert_eq!(ids(&[&missed[..], &[back]].concat()), ["T-11"]);
-    assert_eq!(ids(&[&missed[..], &[load(TABLES[0], 1)]].concat()), [""; 0]);
-    let context = seen(1, EventKind::FlushAll, [1, flush::INVPCID_CONTEXT, 0, 0, 0]);
-    assert_eq!(ids(&[&missed[..], &[context, back]].concat()), [""; 0]);
-    let end = PAGE + PAGE_SIZE;
-    let page = |pcid| {
-        seen(
-            1,
-            EventKind::FlushLocal,
-            [1, PAGE, end, flush::INVPCID_ADDRESS, pcid],
-        )
-    };
-    assert_eq!(ids(&[&missed[..], &[page(0), back]].concat()), [""; 0]);
-    assert_eq!(ids(&[&missed[..], &[page(2), back]].concat()), ["T-11"]);
-    // Not freed yet: whoever unmaps it finds this vCPU in the cpumask.
-    let early = [&leave[..], &unmap[..1], &[back]].concat();
-    assert_eq!(ids(&early), [""; 0]);
-    assert_eq!(ids(&[&early[..], &unmap[1..]].concat()), ["T-01"]);
-}
-
-#[test]
-fn a_pcid_that_another_mm_used_is_t_11() {
-    assert_eq!(ids(&[listed(), load(OTHER | cr3::NO_FLUSH, 2)]), ["T-11"]);
-    assert_eq!(
-        ids(&[listed(), load(OTHER | 3 | cr3::NO_FLUSH, 2)]),
-        [""; 0]
-    );
-    assert_eq!(ids(&[listed(), load(OTHER, 2)]), [""; 0]);
-    let global = Pte::new(FRAME, RW | PteFlags::GLOBAL).0;
-    assert_eq!(
-        ids(&[pte(rw(), global), listed(), load(OTHER, 2)]),
-        ["T-11"]
-    );
-    let all = seen(1, EventKind::FlushAll, [1, flush::ALL_AND_GLOBAL, 0, 0, 0]);
-    let kernel = load(0x9000, 0);
-    assert_eq!(
-        ids(&[pte(rw(), global), kernel, all, listed(), load(OTHER, 2)]),
-        [""; 0]
-    );
-}
-
-#[test]
-fn a_table_freed_while_a_pcid_has_a_pointer_to_it_is_t_11_when_that_is_loaded() {
-    let link = Pte::new(TABLES[3], TABLE).0;
-    let unlink = seen(0, EventKind::PteChange, [1, PAGE, 2, link, 0]);
-    let free = [
-        pte(rw(), 0),
-        unlink,
-        invlpg(0),
-        free(FrameKind::Table, TABLES[3]),
-    ];
-    let freed = [&[listed(), load(OTHER | 2, 2)][..], &free].concat();
-    assert_eq!(ids(&freed), [""; 0]);
-    let back = load(TABLES[0] | cr3::NO_FLUSH, 1);
-    assert_eq!(ids(&[&freed[..], &[back]].concat()), ["T-11"]);
-    assert_eq!(ids(&[&freed[..], &[load(TABLES[0], 1)]].concat()), [""; 0]);
-}
-
-#[test]
 fn both_sizes_may_be_cached_while_a_mapping_changes_its_size() {
     let huge = Pte::new(BLOCK, RW | PteFlags::HUGE).0;
     let table = Pte::new(0xa000, TABLE).0;
@@ -567,30 +387,6 @@ fn an_entry_that_was_never_used_was_never_cached() {
     assert_eq!(ids(&[&flushed[..], &again].concat()), [""; 0]);
     let used = [pte(0, unused), pte(rw(), 0), anon];
     assert_eq!(ids(&[&flushed[..], &used].concat()), ["T-01"]);
-}
-
-#[test]
-fn the_kernel_tells_everything_since_boot() {
-    use crate::engine::Engine;
-    let mut driver = crate::engine::model::tests::driver("lazy-tables", None);
-    let since_boot = driver.since_boot();
-    let engine = driver.engine();
-    let (vcpus, root) = (engine.nr_vcpus(), engine.kernel_root().unwrap());
-    let mut model = TlbModel::new();
-    model.since_boot(&since_boot, vcpus);
-    assert!(model.history.is_some(), "{since_boot:?}");
-    model.start(engine.memory(), root, vcpus);
-    assert_eq!(model.begins, since_boot.len() as u64);
-    let there = memory::read(engine.memory(), root, vcpus);
-    for (known, there) in model.now.state.vcpus.iter().zip(&there.vcpus) {
-        assert_eq!(known.loaded().mm, there.loaded().mm);
-        assert_eq!(known.loaded().root, there.loaded().root);
-        assert_eq!(known.lazy, there.lazy);
-        assert!(!known.is_unknown(PAGE), "it has loaded CR3 since");
-    }
-    for (mm, mask) in &there.masks {
-        assert_eq!(model.now.state.masks.get(mm), Some(mask));
-    }
 }
 
 /// What two streams with these stamps come to.

@@ -3,7 +3,7 @@
 /// A rule (SDM vol. 3A, section 5.10 and its subsections).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Law {
-    /// 5.10.2.2: a translation is cached only with A set in its entry.
+    /// 5.10.2.3: a translation is cached only with A set in its entry.
     OnlyAccessedIsCached,
     /// 5.8, 5.10.2.2: stores go without setting D only where D was set when the translation was cached.
     OnlyDirtyIsCachedDirty,
@@ -31,7 +31,7 @@ pub(super) enum Law {
     InvpcidKeepsOtherPointers,
     /// 5.10.4.1, INVPCID: types 0, 1 and 3 may keep global translations.
     OnlyType2DropsGlobal,
-    /// 5.10.4.1, 5.10.4.2: one address in it is enough to drop a page of any size.
+    /// 5.10.2.3, 5.10.4.1: one address in it is enough to drop a page of any size.
     AnyAddressDropsAPage,
     /// 5.10.4.1: a page fault drops what the address would use.
     FaultsInvalidate,

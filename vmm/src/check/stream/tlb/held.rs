@@ -159,7 +159,7 @@ impl Written {
     fn is_leaf(&self) -> bool {
         self.old.is_leaf(self.place.1)
     }
-    /// Entries without A were never cached (5.10.2.2). Not used for pointers: kernels set A in advance there.
+    /// Entries without A were never cached (5.10.2.3). Not used for pointers: kernels set A in advance there.
     pub(super) fn was_never_cached(&self, laws: Laws) -> bool {
         laws.obey(Law::OnlyAccessedIsCached)
             && self.is_leaf()

@@ -23,14 +23,15 @@ struct Space {
     pgd: u64,
 }
 
-fn word(memory: &dyn PhysMem, gpa: u64) -> u64 {
+/// A word of the object at `gpa`, which may be anything.
+fn field(memory: &dyn PhysMem, gpa: u64, offset: usize) -> u64 {
     let mut bytes = [0; 8];
-    let read = memory.read(gpa, &mut bytes);
+    let read = memory.read(gpa.wrapping_add(offset as u64), &mut bytes);
     read.map_or(0, |()| u64::from_le_bytes(bytes))
 }
 
 fn spaces(memory: &dyn PhysMem, kernel_root: u64) -> impl Iterator<Item = Space> + '_ {
-    let field = |at: u64, offset: usize| word(memory, at.wrapping_add(offset as u64));
+    let field = move |at: u64, offset: usize| field(memory, at, offset);
     let mut next = field(kernel_root, offset_of!(KernelRoot, mms));
     // A list that the guest has tied into a loop ends here all the same.
     (0..MAX_MMS).map_while(move |_| {
@@ -54,7 +55,7 @@ pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> S
     state.vcpus.iter_mut().for_each(Vcpu::forget_past);
     for Space { at, id, pgd } in spaces(memory, kernel_root) {
         state.tables_mut().roots.insert(id, pgd);
-        let mask = word(memory, at + offset_of!(Mm, cpumask) as u64);
+        let mask = field(memory, at, offset_of!(Mm, cpumask));
         state.masks.insert(id, mask);
         let mut left = MAX_TABLES;
         for_each_present(
@@ -67,9 +68,9 @@ pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> S
         );
         for (index, vcpu) in state.vcpus.iter_mut().enumerate() {
             let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
-            let cpu = kernel_root + cpu as u64;
-            if word(memory, cpu + offset_of!(Cpu, loaded_mm) as u64) == at {
-                vcpu.lazy = word(memory, cpu + offset_of!(Cpu, lazy) as u64) != 0;
+            let cpu = kernel_root.wrapping_add(cpu as u64);
+            if field(memory, cpu, offset_of!(Cpu, loaded_mm)) == at {
+                vcpu.lazy = field(memory, cpu, offset_of!(Cpu, lazy)) != 0;
                 vcpu.place(id, pgd);
             }
         }

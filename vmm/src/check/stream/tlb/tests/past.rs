@@ -1,6 +1,10 @@
 //! What happened before the start.
 
 use super::*;
+use crate::engine::Engine;
+use crate::engine::kvm::KvmEngine;
+use crate::engine::model::tests::{driver, litmus};
+use crate::explore::{Driver, Limits};
 
 #[test]
 fn what_happened_before_the_start_is_known_or_not_judged() {
@@ -114,9 +118,28 @@ fn what_is_stale_at_the_start_is_known_from_the_events_since_boot() {
 }
 
 #[test]
-fn the_kernel_tells_everything_since_boot() {
-    use crate::engine::Engine;
-    let mut driver = crate::engine::model::tests::driver("lazy-tables", None);
+fn garbage_in_memory_is_no_harm() {
+    let ram = memory_of(true);
+    let mms = ROOT + std::mem::offset_of!(abi::objects::KernelRoot, mms) as u64;
+    for mm in [u64::MAX - 7, 1, ROOT] {
+        ram.write(mms, &mm.to_le_bytes()).unwrap();
+        let mut model = TlbModel::new();
+        model.start(&ram, ROOT, 2);
+        model.compare(&ram, ROOT, &mut Vec::new());
+    }
+    let ram = memory_of(true);
+    // A table that refers to itself, at every level.
+    let own = Pte::new(TABLES[0], TABLE).0.to_le_bytes();
+    (0..512).for_each(|index| ram.write(TABLES[0] + index * 8, &own).unwrap());
+    let mut model = TlbModel::new();
+    model.start(&ram, ROOT, 2);
+    let mut found = Vec::new();
+    model.compare(&ram, ROOT, &mut found);
+    assert!(found.is_empty(), "{found:?}");
+}
+
+/// Everything that the kernel tells since boot is there, and comes to what memory shows.
+fn knows_the_past<E: Engine>(mut driver: Driver<E>) {
     let since_boot = driver.since_boot();
     let engine = driver.engine();
     let (vcpus, root) = (engine.nr_vcpus(), engine.kernel_root().unwrap());
@@ -130,9 +153,20 @@ fn the_kernel_tells_everything_since_boot() {
         assert_eq!(known.loaded().mm, there.loaded().mm);
         assert_eq!(known.loaded().root, there.loaded().root);
         assert_eq!(known.lazy, there.lazy);
-        assert!(!known.is_unknown(PAGE), "it has loaded CR3 since");
+        assert!(!known.is_unknown(PAGE));
     }
     for (mm, mask) in &there.masks {
         assert_eq!(model.now.state.masks.get(mm), Some(mask));
     }
+}
+
+#[test]
+fn the_kernel_tells_everything_since_boot() {
+    knows_the_past(driver("lazy-tables", None));
+}
+
+#[test]
+fn on_kvm_the_kernel_tells_everything_since_boot() {
+    let engine = KvmEngine::new(&litmus("lazy-tables", None)).expect("this test needs /dev/kvm");
+    knows_the_past(Driver::new(engine, Limits::default(), true).unwrap());
 }

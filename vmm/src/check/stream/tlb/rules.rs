@@ -44,7 +44,7 @@ impl TlbModel {
     pub(super) fn frame_free(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, order, kind, ..] = seen.event.args;
         let bytes = PAGE_SIZE << order.min(10);
-        if kind == FrameKind::Table as u64 {
+        if FrameKind::from_u64(kind).is_some_and(FrameKind::is_table) {
             return self.table_free(seen, gpa, found);
         }
         // A lazy vCPU runs no user code, and what another PCID has cached is out of reach: both have to flush

@@ -176,6 +176,30 @@ pub mod access {
     pub const FAULT: u64 = 8;
 }
 
+/// Argument `how` of [`EventKind::FlushLocal`] and [`EventKind::FlushAll`]: which instruction invalidated (SDM
+/// vol. 3A, 5.10.4.1). With those of `INVPCID_*` that name one, the argument `pcid` says which PCID.
+pub mod flush {
+    /// In the current PCID: INVLPG of each page, or for everything a load of CR3.
+    pub const CURRENT: u64 = 0;
+    /// INVPCID type 0 of each page, in one PCID.
+    pub const INVPCID_ADDRESS: u64 = 1;
+    /// INVPCID type 1: everything of one PCID but global translations.
+    pub const INVPCID_CONTEXT: u64 = 2;
+    /// INVPCID type 2, or a change of CR4.PGE: everything of every PCID, and global translations.
+    pub const ALL_AND_GLOBAL: u64 = 3;
+    /// INVPCID type 3: everything of every PCID but global translations.
+    pub const ALL: u64 = 4;
+}
+
+/// Argument `cr3` of [`EventKind::Cr3Load`]: the operand of the MOV to CR3. Besides the address of the
+/// level-4 table, where CR4.PCIDE is set:
+pub mod cr3 {
+    /// The PCID.
+    pub const PCID: u64 = 0xfff;
+    /// What is cached for the PCID stays.
+    pub const NO_FLUSH: u64 = 1 << 63;
+}
+
 /// Argument `cause` of [`EventKind::MapcountChange`] and [`EventKind::RefcountChange`].
 pub mod cause {
     /// An entry begins to map the folio: a fault, or a process's first segments.
@@ -274,8 +298,8 @@ events! {
     FaultExit = 3, "fault-exit", ["gva", "result"];
     PteChange = 4, "pte-change", ["mm", "gva", "level", "old", "new"];
     Cr3Load = 5, "cr3-load", ["cr3", "mm"];
-    FlushLocal = 6, "flush-local", ["mm", "start", "end"];
-    FlushAll = 7, "flush-all", ["mm"];
+    FlushLocal = 6, "flush-local", ["mm", "start", "end", "how", "pcid"];
+    FlushAll = 7, "flush-all", ["mm", "how", "pcid"];
     ShootdownBegin = 8, "shootdown-begin", ["mm", "start", "end", "targets"];
     ShootdownEnd = 9, "shootdown-end", ["mm", "targets"];
     IpiSend = 10, "ipi-send", ["vector", "targets"];

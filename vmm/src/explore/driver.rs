@@ -1,6 +1,7 @@
 //! Runs one schedule on an engine.
 
 use std::mem::offset_of;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use abi::channel::{Event, EventKind, ReportKind};
@@ -160,6 +161,8 @@ pub struct Driver<E> {
     /// Where each vCPU stands now, and where at the start of a schedule.
     standing: Vec<Standing>,
     at_start: Vec<Standing>,
+    /// What happened from boot to there; nothing, where it is not known.
+    since_boot: Arc<[Seen]>,
     /// For each vCPU, number of the step in which it began to wait for anyone.
     steps: u64,
     stopped_in: Vec<u64>,
@@ -195,21 +198,30 @@ impl<E: Engine> Driver<E> {
             args: [0; 2],
         };
         let vcpus = engine.nr_vcpus();
-        let mut driver = Self::resume(engine, limits, vec![none; vcpus]);
-        driver.set_up(to_begin)?;
+        let mut driver = Self::resume(engine, limits, vec![none; vcpus], Arc::default());
+        let mut events = Vec::new();
+        driver.set_up(to_begin, &mut events)?;
         driver.engine.save()?;
+        driver.since_boot = events.into();
         driver.at_start = driver.standing.clone();
         Ok(driver)
     }
 
-    /// Goes on with an engine that has saved its state, in which its vCPUs stand at `at_start`.
-    pub fn resume(engine: E, limits: Limits, at_start: Vec<Standing>) -> Self {
+    /// Goes on with an engine that has saved its state, in which its vCPUs stand at `at_start`; `since_boot` is
+    /// what happened up to there, or nothing, where that is not known.
+    pub fn resume(
+        engine: E,
+        limits: Limits,
+        at_start: Vec<Standing>,
+        since_boot: Arc<[Seen]>,
+    ) -> Self {
         let vcpus = at_start.len();
         Self {
             engine,
             limits,
             standing: at_start.clone(),
             at_start,
+            since_boot,
             steps: 0,
             stopped_in: vec![0; vcpus],
             enabled: Vec::new(),
@@ -248,6 +260,11 @@ impl<E: Engine> Driver<E> {
         &self.at_start
     }
 
+    /// What happened from boot to the start of every schedule; nothing, where that is not known.
+    pub fn since_boot(&self) -> Arc<[Seen]> {
+        Arc::clone(&self.since_boot)
+    }
+
     /// Starts `monitors` from the state at the start of every schedule.
     ///
     /// # Errors
@@ -256,6 +273,7 @@ impl<E: Engine> Driver<E> {
         self.engine.reset()?;
         let root = self.engine.kernel_root().unwrap_or(0);
         for monitor in monitors {
+            monitor.since_boot(&self.since_boot, self.standing.len());
             monitor.start(self.engine.memory(), root, self.standing.len());
         }
         Ok(())
@@ -281,15 +299,15 @@ impl<E: Engine> Driver<E> {
 
     /// The first vCPU runs to the first user instruction, then every other one until it waits; then
     /// always the first that can, until it waits or has sent an IPI, which is delivered at once.
-    fn set_up(&mut self, to_begin: bool) -> Result<(), DriverError> {
-        self.set_up_step(0, |halt| matches!(halt, Halt::FirstUser))?;
+    fn set_up(&mut self, to_begin: bool, events: &mut Vec<Seen>) -> Result<(), DriverError> {
+        self.set_up_step(0, events, |halt| matches!(halt, Halt::FirstUser))?;
         for vcpu in 1..self.standing.len() {
             // It may wait for an interrupt that the first one sent while it was not yet there.
             self.engine.deliver(vcpu);
-            self.set_up_step(vcpu, is_wait)?;
+            self.set_up_step(vcpu, events, is_wait)?;
             if self.engine.pending(vcpu) {
                 // It came before interrupts were on. A test that begins at once begins without it.
-                self.set_up_step(vcpu, is_wait)?;
+                self.set_up_step(vcpu, events, is_wait)?;
             }
         }
         for turn in 0.. {
@@ -309,7 +327,8 @@ impl<E: Engine> Driver<E> {
                 Actor::Wire(vcpu) => self.engine.deliver(usize::from(vcpu)),
                 Actor::Vcpu(vcpu) => {
                     let vcpu = usize::from(vcpu);
-                    let halt = self.set_up_step(vcpu, |halt| matches!(halt, Halt::Point { .. }))?;
+                    let halt =
+                        self.set_up_step(vcpu, events, |halt| matches!(halt, Halt::Point { .. }))?;
                     if matches!(
                         halt,
                         Halt::Point {
@@ -328,17 +347,21 @@ impl<E: Engine> Driver<E> {
     fn set_up_step(
         &mut self,
         vcpu: usize,
+        events: &mut Vec<Seen>,
         wanted: impl Fn(&Halt) -> bool,
     ) -> Result<Halt, DriverError> {
-        self.slice.clear();
         let limit = Limit {
             points: UNBOUNDED,
             traps: ALWAYS.and(self.awaited()),
         };
         for _ in 0..=self.limits.points {
-            let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
-            // Nobody looks at them, and a guest may record as many as it likes.
             self.slice.clear();
+            let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
+            events.extend(self.slice.iter().map(|&event| Seen { vcpu, event }));
+            if events.len() > self.limits.events {
+                // A guest may record as many as it likes. With holes they say nothing of the past.
+                events.clear();
+            }
             if let Halt::Point { point, args } = halt {
                 self.standing[vcpu] = Standing {
                     point: Some(point),

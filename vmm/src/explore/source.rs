@@ -3,11 +3,20 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Driver, DriverError, Limits, Standing};
+use crate::check::stream::Seen;
 use crate::engine::kvm::KvmEngine;
 use crate::engine::model::ModelEngine;
 use crate::engine::{Engine, EngineKind, Window};
 use crate::scenario::Scenario;
 use crate::snapshot::{SavedMachine, Snapshot};
+
+/// A machine at the start of its schedules.
+#[derive(Clone, Debug)]
+struct First {
+    snapshot: Arc<Snapshot>,
+    standing: Vec<Standing>,
+    since_boot: Arc<[Seen]>,
+}
 
 /// Makes engines of one kind that stand at the start of one scenario's schedules. On vCPUs only the first
 /// one boots: the others are clones of it.
@@ -17,7 +26,7 @@ pub struct Source {
     scenario: Scenario,
     window: Option<Window>,
     /// The machine that others are clones of, once there is one.
-    first: Mutex<Option<(Arc<Snapshot>, Vec<Standing>)>>,
+    first: Mutex<Option<First>>,
 }
 
 impl Source {
@@ -51,7 +60,11 @@ impl Source {
             kind: EngineKind::Kvm,
             scenario: saved.scenario,
             window: None,
-            first: Mutex::new(Some((saved.snapshot, saved.standing))),
+            first: Mutex::new(Some(First {
+                snapshot: saved.snapshot,
+                standing: saved.standing,
+                since_boot: Arc::default(),
+            })),
         }
     }
 
@@ -87,16 +100,20 @@ impl Source {
         }
         // Held while the first one boots: the others wait for it and are clones of it.
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((snapshot, standing)) = &*first {
-            let (snapshot, standing) = (Arc::clone(snapshot), standing.clone());
+        if let Some(it) = first.clone() {
             drop(first);
-            let engine = KvmEngine::clone_of(&self.scenario, snapshot)?;
-            return Ok(Driver::resume(Box::new(engine), limits, standing));
+            let engine = Box::new(KvmEngine::clone_of(&self.scenario, it.snapshot)?);
+            return Ok(Driver::resume(engine, limits, it.standing, it.since_boot));
         }
         let engine: Box<dyn Engine> = Box::new(KvmEngine::new(&self.scenario)?);
         let mut driver = Driver::new(engine, limits, true)?;
         let standing = driver.start_standing().to_vec();
-        *first = driver.engine().snapshot().map(|it| (it, standing));
+        let since_boot = driver.since_boot();
+        *first = driver.engine().snapshot().map(|snapshot| First {
+            snapshot,
+            standing,
+            since_boot,
+        });
         Ok(driver)
     }
 

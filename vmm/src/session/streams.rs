@@ -8,7 +8,7 @@ use abi::point::Point;
 use serde::Serialize;
 
 use super::Place;
-use crate::check::stream::{self, Monitor, merge};
+use crate::check::stream::{self, Monitor, Seen, merge};
 use crate::control::{Machine, MachineError, Stop};
 use crate::report::Violation;
 
@@ -56,14 +56,25 @@ impl Streams {
             return Ok(None);
         }
         streams.take(machine)?;
-        streams.events.iter_mut().for_each(Vec::clear);
+        let since_boot = streams.take_since_boot();
         let root = machine.kernel_root().unwrap_or(0);
         let ticket = root + std::mem::offset_of!(KernelRoot, ticket) as u64;
         streams.start = machine.ram().read_value(ticket).unwrap_or(0);
         for monitor in &mut streams.monitors {
+            monitor.since_boot(&since_boot, machine.nr_vcpus());
             monitor.start(machine.ram(), root, machine.nr_vcpus());
         }
         Ok(Some(streams))
+    }
+
+    /// Until there one vCPU after the other has started and all but one wait: the tickets say the order.
+    fn take_since_boot(&mut self) -> Vec<Seen> {
+        let streams = self.events.iter_mut().enumerate();
+        let mut all: Vec<Seen> = streams
+            .flat_map(|(vcpu, events)| events.drain(..).map(move |event| Seen { vcpu, event }))
+            .collect();
+        all.sort_by_key(|seen| seen.event.stamp);
+        all
     }
 
     /// Takes what the rings hold. Every vCPU is paused.

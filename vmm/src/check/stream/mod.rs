@@ -157,6 +157,8 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
 pub trait Monitor {
     /// Starts over from this state of the machine, in which no vCPU runs. Expensive: once a campaign.
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize);
+    /// Told before [`Monitor::start`], where it is known: everything that has happened since boot, in order.
+    fn since_boot(&mut self, _events: &[Seen], _nr_vcpus: usize) {}
     /// A copy that goes on from here by itself.
     fn fork(&self) -> Box<dyn Monitor>;
     /// Goes back to the state of the last [`Monitor::start`]. Cheap: once a schedule.

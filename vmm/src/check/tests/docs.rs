@@ -15,6 +15,7 @@ const TESTS: &str = concat!(
 /// Tests of rules on the stream, beside the monitors.
 const STREAM_TESTS: &str = concat!(
     include_str!("../stream/tlb/tests.rs"),
+    include_str!("../stream/tlb/tests/pcid.rs"),
     include_str!("../stream/locks.rs"),
     include_str!("../stream/order.rs"),
     include_str!("../stream/lifetime.rs"),

@@ -200,7 +200,7 @@ fn driver(seed: u64) -> Driver<Liar> {
         args: [number(&mut rng), number(&mut rng)],
     };
     let standing = (0..VCPUS).map(|_| anywhere()).collect();
-    Driver::resume(Liar::new(seed), LIMITS, standing)
+    Driver::resume(Liar::new(seed), LIMITS, standing, [].into())
 }
 
 /// Everything that shows an execution to somebody; it is within its bounds.
@@ -318,7 +318,7 @@ fn a_count_that_stands_still_does_not_hold_up_a_look_at_every_point() {
         point: None,
         args: [0; 2],
     };
-    let mut driver = Driver::resume(Liar::still(), LIMITS, vec![none; VCPUS]);
+    let mut driver = Driver::resume(Liar::still(), LIMITS, vec![none; VCPUS], [].into());
     driver.look_everywhere(true);
     let run = driver
         .execute(&mut Random::new(1, 0, 50), &mut [])

@@ -2,24 +2,37 @@
 //!
 //! `docs/tlb-model.md` explains it with its rules and its limits.
 
+mod caches;
+#[cfg(test)]
+mod exact;
+mod held;
+#[cfg(test)]
+mod history;
+mod laws;
+mod memory;
+#[cfg(test)]
+mod reference;
+mod rules;
 mod state;
+mod tables;
+mod tell;
 #[cfg(test)]
 mod tests;
+mod vcpu;
 
-use std::mem::offset_of;
+use std::sync::Arc;
 
-use abi::channel::{Event, EventKind, access};
-use abi::layout::PAGE_SIZE;
-use abi::objects::{Cpu, FrameKind, KernelRoot, Mm};
-use abi::pte::{Pte, PteFlags};
-use abi::syscall::{advice, clone, decode, nr};
-use rustc_hash::{FxHashMap, FxHashSet};
+use abi::channel::{Event, EventKind, flush};
+use abi::pte::level_size;
+use rustc_hash::FxHashMap;
 
-use super::words::{self, Word as _};
 use super::{Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
-use state::{Change, Stale, State};
+use held::Change;
+use state::State;
+use tell::describe;
+use vcpu::Flush;
 
 /// IDs and predicates, in the order of docs/tlb-model.md.
 pub const INVARIANTS: &[Rule] = &[
@@ -57,6 +70,10 @@ pub const INVARIANTS: &[Rule] = &[
         "an access uses only translations that its vCPU may hold",
     ),
     (UNEXPLAINED, "the events explain the page tables"),
+    (
+        REUSED,
+        "a vCPU that loads CR3 holds nothing there that it missed, or that another mm left in the PCID",
+    ),
 ];
 
 const FREED: &str = "T-01";
@@ -69,6 +86,10 @@ const LAZY: &str = "T-07";
 const UNLISTED: &str = "T-08";
 const IMPOSSIBLE: &str = "T-09";
 const UNEXPLAINED: &str = "T-10";
+const REUSED: &str = "T-11";
+
+/// Frames that were freed or allocated last: so many are remembered, to tell what became of one.
+const MAX_FATES: usize = 128;
 
 /// A system call or a fault that a task is in.
 #[derive(Clone, Copy, Debug)]
@@ -77,15 +98,52 @@ struct Begun {
     args: [u64; 5],
 }
 
+/// What became of frames.
+#[derive(Clone, Copy, Debug)]
+struct Fate {
+    gpa: u64,
+    bytes: u64,
+    freed: bool,
+    change: Change,
+}
+
+/// What is known after so many events.
+#[derive(Debug, Default)]
+struct Run {
+    state: State,
+    calls: FxHashMap<u32, Begun>,
+    faults: FxHashMap<u32, Begun>,
+    fates: Vec<Fate>,
+    /// Events so far, those of the set-up included.
+    at: u64,
+}
+
+impl Clone for Run {
+    fn clone(&self) -> Self {
+        let mut copy = Self::default();
+        copy.clone_from(self);
+        copy
+    }
+    /// Keeps its memory: once a schedule.
+    fn clone_from(&mut self, from: &Self) {
+        self.state.clone_from(&from.state);
+        self.calls.clone_from(&from.calls);
+        self.faults.clone_from(&from.faults);
+        self.fates.clone_from(&from.fates);
+        self.at = from.at;
+    }
+}
+
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct TlbModel {
-    start: State,
-    now: State,
-    calls: FxHashMap<u32, Begun>,
-    faults: FxHashMap<u32, Begun>,
-    /// Events so far.
-    at: u64,
+    /// Shared by all forks.
+    start: Arc<Run>,
+    now: Run,
+    /// Events of the set-up.
+    begins: u64,
+    /// What the events since boot came to, until [`Monitor::start`].
+    history: Option<Run>,
 }
 
 impl TlbModel {
@@ -95,251 +153,55 @@ impl TlbModel {
         Self::default()
     }
 
-    fn pte_change(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [mm, gva, level, old, new] = seen.event.args;
-        let level = level.clamp(1, 4) as u8;
-        let gva = gva & !(abi::pte::level_size(level) - 1);
-        let change = self.change_of(seen);
-        let (old, new) = (Pte(old), Pte(new));
-        if let Err(known) = self.now.change((mm, level, gva), old, new, change) {
-            found.push(violation(
-                UNEXPLAINED,
-                Finding::new("an entry was changed that was not what the events say it was")
-                    .expected(describe(known, level))
-                    .found(describe(old, level))
-                    .mm(mm)
-                    .gva(gva)
-                    .vcpu(seen.vcpu),
-            ));
-        }
-    }
-
     fn change_of(&self, seen: &Seen) -> Change {
         Change {
             vcpu: seen.vcpu,
             task: seen.event.task,
-            at: self.at,
+            at: self.now.at,
         }
     }
 
-    fn frame_free(&self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [gpa, order, kind, ..] = seen.event.args;
-        let bytes = PAGE_SIZE << order.min(10);
-        if FrameKind::from_u64(kind).is_some_and(FrameKind::is_table) {
-            return self.table_free(seen, gpa, found);
-        }
-        let frame = gpa >> 12;
-        for (index, vcpu) in self.now.vcpus.iter().enumerate() {
-            // A lazy vCPU runs no user code, and flushes before it does (docs/tlb-model.md, X-I1).
-            let held = vcpu.stale.iter().find(|s| s.covers_frame(gpa, bytes));
-            if let Some(stale) = held.filter(|_| !vcpu.lazy) {
-                found.push(violation(
-                    FREED,
-                    self.tell(index, stale, "is freed")
-                        .frame(frame)
-                        .detail(format!("freed by {}", who(seen))),
-                ));
-                return;
-            }
-        }
-        if kind == FrameKind::Anon as u64 && self.now.mapped.get(&gpa).is_some_and(|n| *n > 0) {
-            found.push(violation(
-                FREED_MAPPED,
-                Finding::new("a frame is freed that page tables map")
-                    .expected("no present entry")
-                    .found(format!("{} entries", self.now.mapped[&gpa]))
-                    .frame(frame)
-                    .vcpu(seen.vcpu),
-            ));
-        }
+    fn flush(&mut self, vcpu: usize, flush: Flush) {
+        self.now.state.flush(vcpu, flush, self.now.at);
     }
 
-    fn table_free(&self, seen: &Seen, gpa: u64, found: &mut Vec<Violation>) {
-        for (index, vcpu) in self.now.vcpus.iter().enumerate() {
-            let held = vcpu.tables.iter().find(|table| table.table == gpa);
-            if let Some(table) = held {
-                found.push(violation(
-                    FREED_TABLE,
-                    Finding::new(format!(
-                        "a page-table page is freed that vCPU {index}{} may still walk",
-                        if vcpu.lazy { ", which is lazy," } else { "" }
-                    ))
-                    .expected("a flush on that vCPU since the table was unlinked")
-                    .found(format!(
-                        "none: it may hold a pointer to the table for {:#x}, unlinked at level {} by vCPU {} (event {})",
-                        table.gva, table.level, table.change.vcpu, table.change.at
-                    ))
-                    .mm(table.mm)
-                    .gva(table.gva)
-                    .frame(gpa >> 12)
-                    .vcpu(index)
-                    .detail(format!("freed by {}", who(seen))),
-                ));
-                return;
-            }
-            if vcpu.root == gpa {
-                found.push(violation(
-                    FREED_TABLE,
-                    Finding::new(format!("the level-4 table in CR3 of vCPU {index} is freed"))
-                        .frame(gpa >> 12)
-                        .vcpu(index)
-                        .detail(format!("freed by {}", who(seen))),
-                ));
-                return;
-            }
-        }
-    }
-
-    /// The range and what counts in it, of a call that has succeeded.
-    fn call_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [number, result, ..] = seen.event.args;
-        let Some(call) = self.calls.remove(&seen.event.task) else {
-            return;
+    fn flush_local(&mut self, vcpu: usize, [_, start, end, how, pcid]: [u64; 5]) {
+        let flush = match how {
+            flush::INVPCID_ADDRESS => Flush::Address(pcid, start, end),
+            _ => Flush::Invlpg(start, end),
         };
-        let [_, start, len, third, _] = call.args;
-        if decode(result).is_err() {
-            return;
-        }
-        let (start, end) = match number {
-            nr::MUNMAP | nr::MPROTECT => (start, start.saturating_add(len)),
-            nr::MADVISE if third == advice::DONTNEED => (start, start.saturating_add(len)),
-            nr::FORK => (0, u64::MAX),
-            nr::CLONE if start & clone::VM == 0 => (0, u64::MAX),
-            _ => return,
+        self.flush(vcpu, flush);
+    }
+
+    fn flush_all(&mut self, vcpu: usize, [_, how, pcid, ..]: [u64; 5]) {
+        let flush = match how {
+            flush::INVPCID_CONTEXT => Flush::Pcid(pcid),
+            flush::ALL_AND_GLOBAL => Flush::AllAndGlobal,
+            flush::ALL => Flush::All,
+            _ => Flush::Current,
         };
-        let mm = self.now.vcpus[seen.vcpu].mm;
-        let task = seen.event.task;
-        // What a concurrent operation took away after this call began is that operation's to flush.
-        let blamed = |s: &&Stale| {
-            s.mm == mm && s.overlaps(start, end) && (s.change.at < call.at || s.change.task == task)
-        };
-        let held = self.holder(|_| true, blamed);
-        if let Some((index, stale)) = held {
-            found.push(violation(
-                RETURNED,
-                self.tell(index, stale, "has left the tables")
-                    .detail(format!("the call returned on {}", who(seen))),
-            ));
+        self.flush(vcpu, flush);
+    }
+
+    fn remember(&mut self, seen: &Seen, freed: bool) {
+        let [gpa, order, ..] = seen.event.args;
+        let change = self.change_of(seen);
+        let fates = &mut self.now.fates;
+        if fates.len() == MAX_FATES {
+            fates.drain(..MAX_FATES / 2);
         }
+        fates.push(Fate {
+            gpa,
+            bytes: level_size(1) << order.min(10),
+            freed,
+            change,
+        });
     }
 
-    fn fault_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let task = seen.event.task;
-        let Some(fault) = self.faults.remove(&task) else {
-            return;
-        };
-        let blamed = |s: &&Stale| s.change.task == task && s.change.at > fault.at;
-        let held = self.holder(|index| index != seen.vcpu, blamed);
-        if let Some((index, stale)) = held {
-            found.push(violation(
-                REPLACED,
-                self.tell(index, stale, "was replaced by a fault")
-                    .detail(format!("the fault was handled by {}", who(seen))),
-            ));
-        }
-    }
-
-    fn attach(&self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [mm, _, start, end, _] = seen.event.args;
-        let blamed = |s: &&Stale| s.mm == mm && s.overlaps(start, end);
-        if let Some((index, stale)) = self.holder(|_| true, blamed) {
-            found.push(violation(
-                ATTACHED,
-                self.tell(index, stale, "belongs to a mapping that is gone")
-                    .detail(format!("mapped again by {}", who(seen))),
-            ));
-        }
-    }
-
-    /// The first vCPU that runs user code, of those asked for, with a stale entry that counts.
-    fn holder(
-        &self,
-        asked: impl Fn(usize) -> bool,
-        counts: impl Fn(&&Stale) -> bool,
-    ) -> Option<(usize, &Stale)> {
-        self.now.vcpus.iter().enumerate().find_map(|(index, vcpu)| {
-            if vcpu.lazy || !asked(index) {
-                return None;
-            }
-            Some((index, vcpu.stale.iter().find(&counts)?))
-        })
-    }
-
-    fn tell(&self, vcpu: usize, stale: &Stale, why: &str) -> Finding {
-        Finding::new(format!(
-            "vCPU {vcpu} may still translate {:#x} to a frame that {why}",
-            stale.gva
-        ))
-        .expected(format!(
-            "a flush of {:#x}..{:#x} of mm {} on vCPU {vcpu} since the entry changed",
-            stale.gva,
-            stale.gva + stale.bytes(),
-            stale.mm
-        ))
-        .found(format!(
-            "none: it may hold {} since before vCPU {} (task {}) changed the entry (event {})",
-            describe(stale.entry, stale.level),
-            stale.change.vcpu,
-            stale.change.task,
-            stale.change.at
-        ))
-        .mm(stale.mm)
-        .gva(stale.gva)
-        .vcpu(vcpu)
-    }
-
-    fn cr3_load(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [root, mm, ..] = seen.event.args;
-        self.now.flush_all(seen.vcpu);
-        let mask = self.now.masks.get(&mm).copied().unwrap_or(0);
-        let vcpu = &mut self.now.vcpus[seen.vcpu];
-        (vcpu.mm, vcpu.root, vcpu.lazy) = (mm, root, false);
-        if mm != 0 && mask & 1 << seen.vcpu == 0 {
-            found.push(violation(
-                UNLISTED,
-                Finding::new(format!(
-                    "vCPU {} loads the page tables of mm {mm} and is not in its cpumask: no flush will reach it",
-                    seen.vcpu
-                ))
-                .expected(format!("bit {}", seen.vcpu))
-                .found(format!("{mask:#b}"))
-                .mm(mm)
-                .vcpu(seen.vcpu),
-            ));
-        }
-    }
-
-    fn access(&self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [gva, frame, _, how, _] = seen.event.args;
-        if how & access::FAULT != 0 {
-            return;
-        }
-        let write = how & access::WRITE != 0;
-        let may = self.now.may_translate(seen.vcpu, gva, frame);
-        if may.is_none_or(|writable| write && !writable) {
-            found.push(violation(
-                IMPOSSIBLE,
-                Finding::new(format!(
-                    "vCPU {} used a translation of {gva:#x} that it cannot hold: the soft TLB and the model disagree",
-                    seen.vcpu
-                ))
-                .expected("a translation of the tables, or one that no flush has covered")
-                .found(format!("frame {:#x}", frame >> 12))
-                .gva(gva)
-                .frame(frame >> 12)
-                .vcpu(seen.vcpu),
-            ));
-        }
-    }
-
-    fn leave_lazy(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let vcpu = &mut self.now.vcpus[seen.vcpu];
-        vcpu.lazy = false;
-        if let Some(stale) = vcpu.stale.first().copied() {
-            found.push(violation(
-                LAZY,
-                self.tell(seen.vcpu, &stale, "left the tables while it was lazy"),
-            ));
+    fn begun(&self, seen: &Seen) -> Begun {
+        Begun {
+            at: self.now.at,
+            args: seen.event.args,
         }
     }
 }
@@ -348,58 +210,86 @@ impl Monitor for TlbModel {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
     }
+
+    fn since_boot(&mut self, events: &[Seen], nr_vcpus: usize) {
+        self.history = None;
+        if !is_whole(events, nr_vcpus) {
+            return;
+        }
+        let mut model = Self::default();
+        model.now.state = State::new(nr_vcpus);
+        // Nobody asked what was wrong before the start.
+        let mut ignored = Vec::new();
+        for seen in events {
+            model.observe(seen, &mut ignored);
+            ignored.clear();
+        }
+        self.history = Some(model.now);
+    }
+
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
-        self.start = read(memory, kernel_root, nr_vcpus);
+        let explains =
+            |run: &Run| memory::difference(memory, kernel_root, &run.state.tables).is_none();
+        let run = self.history.take().filter(explains).unwrap_or_else(|| {
+            let state = memory::read(memory, kernel_root, nr_vcpus);
+            Run {
+                state,
+                ..Run::default()
+            }
+        });
+        self.begins = run.at;
+        self.start = Arc::new(run);
         self.reset();
     }
 
     fn reset(&mut self) {
         self.now.clone_from(&self.start);
-        self.calls.clear();
-        self.faults.clear();
-        self.at = 0;
     }
 
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        self.at += 1;
+        self.now.at += 1;
         let Event { task, args, .. } = seen.event;
         let Some(kind) = EventKind::from_id(seen.event.kind) else {
             return;
         };
-        if seen.vcpu >= self.now.vcpus.len() {
+        let vcpu = seen.vcpu;
+        if vcpu >= self.now.state.vcpus.len() {
             return;
         }
         match kind {
             EventKind::PteChange => self.pte_change(seen, found),
-            EventKind::FlushLocal => self.now.flush_range(seen.vcpu, args[1], args[2]),
-            EventKind::FlushAll => self.now.flush_all(seen.vcpu),
+            EventKind::FlushLocal => self.flush_local(vcpu, args),
+            EventKind::FlushAll => self.flush_all(vcpu, args),
             EventKind::Cr3Load => self.cr3_load(seen, found),
-            EventKind::FrameFree => self.frame_free(seen, found),
+            EventKind::FrameAlloc => self.remember(seen, false),
+            EventKind::FrameFree => {
+                self.frame_free(seen, found);
+                self.remember(seen, true);
+            }
             EventKind::VmaAttach => self.attach(seen, found),
             EventKind::SyscallEnter => {
-                let begun = Begun { at: self.at, args };
-                self.calls.insert(task, begun);
+                self.now.calls.insert(task, self.begun(seen));
             }
             EventKind::SyscallExit => self.call_over(seen, found),
             EventKind::FaultEnter => {
-                let begun = Begun { at: self.at, args };
-                self.faults.insert(task, begun);
+                self.flush(vcpu, Flush::Fault(args[0]));
+                self.now.faults.insert(task, self.begun(seen));
             }
             EventKind::FaultExit => self.fault_over(seen, found),
-            EventKind::LazyEnter => self.now.vcpus[seen.vcpu].lazy = true,
+            EventKind::LazyEnter => self.now.state.vcpus[vcpu].lazy = true,
             EventKind::LazyLeave => self.leave_lazy(seen, found),
             EventKind::CpumaskSet => {
-                *self.now.masks.entry(args[0]).or_default() |= 1 << seen.vcpu;
+                *self.now.state.masks.entry(args[0]).or_default() |= bit(vcpu);
             }
             EventKind::CpumaskClear => {
-                *self.now.masks.entry(args[0]).or_default() &= !(1 << seen.vcpu);
+                *self.now.state.masks.entry(args[0]).or_default() &= !bit(vcpu);
             }
             EventKind::MmCreate => {
-                self.now.roots.insert(args[0], args[1]);
+                self.now.state.tables_mut().roots.insert(args[0], args[1]);
             }
             EventKind::MmDestroy => {
-                self.now.roots.remove(&args[0]);
-                self.now.masks.remove(&args[0]);
+                self.now.state.tables_mut().roots.remove(&args[0]);
+                self.now.state.masks.remove(&args[0]);
             }
             EventKind::Access => self.access(seen, found),
             _ => {}
@@ -407,155 +297,55 @@ impl Monitor for TlbModel {
     }
 
     fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
-        let there = read(memory, kernel_root, self.now.vcpus.len());
-        let hardware = (PteFlags::ACCESSED | PteFlags::DIRTY).bits();
-        let differs = |a: Option<&Pte>, b: Option<&Pte>| match (a, b) {
-            (Some(a), Some(b)) => (a.0 ^ b.0) & !hardware != 0,
-            (a, b) => a.is_some() != b.is_some(),
-        };
-        let places = self.now.entries.keys().chain(there.entries.keys());
-        for place in places {
-            let (told, is) = (self.now.entries.get(place), there.entries.get(place));
-            if differs(told, is) {
-                let (mm, level, gva) = *place;
-                let text =
-                    |entry: Option<&Pte>| describe(entry.copied().unwrap_or(Pte::NONE), level);
-                found.push(violation(
-                    UNEXPLAINED,
-                    Finding::new(format!("unexplained PTE change at {gva:#x}, level {level}"))
-                        .expected(text(told))
-                        .found(text(is))
-                        .mm(mm)
-                        .gva(gva),
-                ));
-                return;
-            }
+        let tables = &self.now.state.tables;
+        if let Some(it) = memory::difference(memory, kernel_root, tables) {
+            found.push(violation(
+                UNEXPLAINED,
+                Finding::new(format!(
+                    "unexplained PTE change at {:#x}, level {}",
+                    it.gva, it.level
+                ))
+                .expected(describe(it.told, it.level))
+                .found(describe(it.is, it.level))
+                .mm(it.mm)
+                .gva(it.gva),
+            ));
         }
     }
-}
-
-/// The state that memory shows: nothing stale, because what starts here starts with a flush.
-fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> State {
-    let mut state = State {
-        vcpus: vec![state::Vcpu::default(); nr_vcpus],
-        memory_bytes: Some(memory.bytes()),
-        ..State::default()
-    };
-    let mut walk = Walk::new(memory);
-    for mm in words::mms(memory, kernel_root) {
-        let id = memory.field(mm, offset_of!(Mm, id));
-        let pgd = memory.field(mm, offset_of!(Mm, pgd));
-        state.roots.insert(id, pgd);
-        let mask = memory.field(mm, offset_of!(Mm, cpumask));
-        state.masks.insert(id, mask);
-        walk.all(&mut state, id, pgd);
-        for index in 0..nr_vcpus {
-            let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
-            if memory.field(kernel_root, cpu + offset_of!(Cpu, loaded_mm)) == mm {
-                let lazy = memory.field(kernel_root, cpu + offset_of!(Cpu, lazy)) != 0;
-                let vcpu = &mut state.vcpus[index];
-                (vcpu.mm, vcpu.root, vcpu.lazy) = (id, pgd, lazy);
-            }
-        }
-    }
-    state
 }
 
 /// The frames that level-1 entries of any mm map, once for each entry.
 pub(super) fn leaf_frames(memory: &dyn PhysMem, kernel_root: u64) -> Vec<u64> {
-    read(memory, kernel_root, 0).leaf_frames()
+    memory::read(memory, kernel_root, 0).tables.leaf_frames()
 }
 
-/// The mms, and where in each, that map `frame`.
+/// The mms, and where in each, whose tables map `frame` with level-1 entries.
 pub(super) fn leaf_addresses(
     memory: &dyn PhysMem,
     kernel_root: u64,
     frame: u64,
 ) -> Vec<(u64, u64)> {
-    let state = read(memory, kernel_root, 0);
-    let maps = |entry: Pte| entry.is_present() && entry.address() == frame;
-    let leaves = state
-        .entries
-        .iter()
-        .filter(|((_, level, _), _)| *level == 1);
-    let mut found: Vec<(u64, u64)> = leaves
-        .filter(|(_, entry)| maps(**entry))
-        .map(|((mm, _, gva), _)| (*mm, *gva))
-        .collect();
-    found.sort_unstable();
-    found
+    memory::leaf_addresses(memory, kernel_root, frame)
 }
 
-/// Walks of page tables. A guest can tie tables into loops, or reach one by any number of ways: each is entered
-/// once from an mm, and all mms together cannot have more than memory has room for.
-struct Walk<'m> {
-    memory: &'m dyn PhysMem,
-    entered: FxHashSet<(u64, u8)>,
-    left: u64,
-}
-
-impl<'m> Walk<'m> {
-    fn new(memory: &'m dyn PhysMem) -> Self {
-        Self {
-            memory,
-            entered: FxHashSet::default(),
-            left: 2 * memory.bytes() / PAGE_SIZE,
-        }
-    }
-
-    /// Places every entry below `pgd`.
-    fn all(&mut self, state: &mut State, mm: u64, pgd: u64) {
-        self.entered.clear();
-        self.table(state, mm, pgd, 4, 0);
-    }
-
-    fn table(&mut self, state: &mut State, mm: u64, table: u64, level: u8, base: u64) {
-        let memory = self.memory;
-        let Ok(entries) = memory.table(table) else {
-            return;
+/// True where nothing is missing in the streams since boot: every vCPU that has one has it from number 0 on.
+fn is_whole(events: &[Seen], nr_vcpus: usize) -> bool {
+    let mut next = vec![0; nr_vcpus];
+    let in_order = |seen: &Seen| {
+        let Some(next) = next.get_mut(seen.vcpu) else {
+            return false;
         };
-        if self.left == 0 || !self.entered.insert((table, level)) {
-            return;
-        }
-        self.left -= 1;
-        let used = if level == 4 { 256 } else { 512 };
-        for (index, entry) in entries.iter().take(used).enumerate() {
-            let entry = Pte(entry.load(std::sync::atomic::Ordering::Relaxed));
-            if !entry.is_present() {
-                continue;
-            }
-            let gva = base + index as u64 * abi::pte::level_size(level);
-            state.place((mm, level, gva), entry);
-            if level > 1 && !entry.is_leaf(level) {
-                self.table(state, mm, entry.address(), level - 1, gva);
-            }
-        }
-    }
+        let is_next = seen.event.sequence == *next;
+        *next += 1;
+        is_next
+    };
+    !events.is_empty() && events.iter().all(in_order)
+}
+
+fn bit(vcpu: usize) -> u64 {
+    1 << (vcpu % 64)
 }
 
 fn violation(id: &'static str, finding: Finding) -> Violation {
     super::violation(INVARIANTS, id, finding)
-}
-
-fn who(seen: &Seen) -> String {
-    format!("vCPU {} (task {})", seen.vcpu, seen.event.task)
-}
-
-fn describe(entry: Pte, level: u8) -> String {
-    if !entry.is_present() {
-        return "nothing".into();
-    }
-    if level > 1 && !entry.is_leaf(level) {
-        return format!("a table at {:#x}", entry.address());
-    }
-    let flags = entry.flags();
-    let mut text = format!("frame {:#x} ", entry.leaf_address(level) >> 12);
-    for (flag, letter) in [
-        (PteFlags::USER, 'U'),
-        (PteFlags::WRITE, 'W'),
-        (PteFlags::NO_EXECUTE, 'N'),
-    ] {
-        text.push(if flags.contains(flag) { letter } else { '-' });
-    }
-    text
 }

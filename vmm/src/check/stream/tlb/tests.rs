@@ -1,38 +1,57 @@
-use abi::channel::{Event, EventKind, access};
+use abi::channel::{Event, EventKind, access, cr3, flush};
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::objects::FrameKind;
 use abi::pte::{Pte, PteFlags};
 use abi::syscall::nr;
 use proptest::prelude::*;
 
-use super::state::{Change, State, Vcpu};
+use super::state::State;
 use super::*;
+use crate::check::stream::merge;
 
-const RW: PteFlags = PteFlags::PRESENT
+mod past;
+mod pcid;
+
+const TABLE: PteFlags = PteFlags::PRESENT
     .union(PteFlags::USER)
     .union(PteFlags::WRITE)
     .union(PteFlags::ACCESSED);
+const RW: PteFlags = TABLE.union(PteFlags::DIRTY);
+/// Tables of mm 1, from level 4 to level 1, and the level-4 table of mm 2.
+const TABLES: [u64; 4] = [0x1000, 0x2000, 0x3000, 0x4000];
+const OTHER: u64 = 0x8000;
+/// In mm 1, of 4 KiB and (not there at first) of 2 MiB.
 const PAGE: u64 = 0x20_0000;
+const HUGE: u64 = 0x40_0000;
 const FRAME: u64 = 0x5000;
+const BLOCK: u64 = 0x80_0000;
 
-/// Two vCPUs that have mm 1 loaded, which maps [`PAGE`] to [`FRAME`], writable.
+/// Two vCPUs that have mm 1 loaded, which maps [`PAGE`] to [`FRAME`], writable; mm 2 has an empty table.
 fn model() -> TlbModel {
-    let vcpu = Vcpu {
-        mm: 1,
-        root: 0x1000,
-        ..Vcpu::default()
-    };
-    let mut state = State {
-        vcpus: vec![vcpu.clone(), vcpu],
-        ..State::default()
-    };
-    state.masks.insert(1, 0b11);
-    state.place((1, 2, PAGE), Pte::new(0x3000, RW));
-    state.place((1, 1, PAGE), Pte::new(FRAME, RW));
-    TlbModel {
-        now: state.clone(),
-        start: state,
-        ..TlbModel::default()
+    let mut state = State::new(2);
+    for vcpu in &mut state.vcpus {
+        vcpu.place(1, TABLES[0]);
     }
+    state.masks.insert(1, 0b11);
+    state.tables_mut().roots.insert(1, TABLES[0]);
+    state.tables_mut().roots.insert(2, OTHER);
+    state.place(TABLES[0], 4, PAGE, Pte::new(TABLES[1], TABLE));
+    state.place(TABLES[1], 3, PAGE, Pte::new(TABLES[2], TABLE));
+    state.place(TABLES[2], 2, PAGE, Pte::new(TABLES[3], TABLE));
+    state.place(TABLES[3], 1, PAGE, Pte::new(FRAME, RW));
+    started(state)
+}
+
+fn started(state: State) -> TlbModel {
+    let mut model = TlbModel {
+        start: Arc::new(Run {
+            state,
+            ..Run::default()
+        }),
+        ..TlbModel::default()
+    };
+    model.reset();
+    model
 }
 
 fn seen(vcpu: usize, kind: EventKind, args: [u64; 5]) -> Seen {
@@ -47,12 +66,15 @@ fn seen(vcpu: usize, kind: EventKind, args: [u64; 5]) -> Seen {
 
 /// IDs of what the events violate.
 fn ids(events: &[Seen]) -> Vec<&'static str> {
+    found(events).iter().map(|violation| violation.id).collect()
+}
+fn found(events: &[Seen]) -> Vec<Violation> {
     let mut model = model();
     let mut found = Vec::new();
     for event in events {
         model.observe(event, &mut found);
     }
-    found.iter().map(|violation| violation.id).collect()
+    found
 }
 
 fn rw() -> u64 {
@@ -64,7 +86,7 @@ fn ro() -> u64 {
 fn pte(old: u64, new: u64) -> Seen {
     seen(0, EventKind::PteChange, [1, PAGE, 1, old, new])
 }
-fn flush(vcpu: usize) -> Seen {
+fn invlpg(vcpu: usize) -> Seen {
     let end = PAGE + PAGE_SIZE;
     seen(vcpu, EventKind::FlushLocal, [1, PAGE, end, 0, 0])
 }
@@ -82,10 +104,10 @@ fn call(kind: EventKind, number: u64) -> Seen {
 #[test]
 fn a_frame_freed_before_the_other_vcpu_flushed_is_t_01() {
     let anon = || free(FrameKind::Anon, FRAME);
-    assert_eq!(ids(&[pte(rw(), 0), flush(0), anon()]), ["T-01"]);
-    assert_eq!(ids(&[pte(rw(), 0), flush(0), flush(1), anon()]), [""; 0]);
-    let everything = seen(1, EventKind::FlushAll, [1, 0, 0, 0, 0]);
-    assert_eq!(ids(&[pte(rw(), 0), flush(0), everything, anon()]), [""; 0]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), anon()]), ["T-01"]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), invlpg(1), anon()]), [""; 0]);
+    let everything = seen(1, EventKind::FlushAll, [1, flush::CURRENT, 0, 0, 0]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), everything, anon()]), [""; 0]);
 }
 
 #[test]
@@ -96,8 +118,65 @@ fn a_flush_of_another_page_is_none() {
         [1, PAGE + PAGE_SIZE, PAGE + 2 * PAGE_SIZE, 0, 0],
     );
     assert_eq!(
-        ids(&[pte(rw(), 0), flush(0), other, free(FrameKind::Anon, FRAME)]),
+        ids(&[pte(rw(), 0), invlpg(0), other, free(FrameKind::Anon, FRAME)]),
         ["T-01"]
+    );
+}
+
+#[test]
+fn a_violation_names_everything_there_is_to_know() {
+    let violations = found(&[pte(rw(), 0), invlpg(0), free(FrameKind::Anon, FRAME)]);
+    let finding = &violations[0].finding;
+    assert_eq!(
+        finding.summary,
+        "vCPU 1 may still translate 0x200000 to a frame that is freed"
+    );
+    assert_eq!(
+        finding.expected,
+        "a flush of 0x200000..0x201000 of mm 1 on vCPU 1 since the entry changed"
+    );
+    assert_eq!(
+        finding.found,
+        "none: it may hold frame 0x5 UWX, which could be cached from the start on; vCPU 0 (task 1) changed the entry (event 1)"
+    );
+    assert_eq!(
+        finding.details,
+        [
+            "vCPU 1 has not flushed since the start",
+            "freed by vCPU 0 (task 1)"
+        ]
+    );
+}
+
+#[test]
+fn a_page_that_was_put_back_is_as_it_was() {
+    let enter = call(EventKind::SyscallEnter, nr::MPROTECT);
+    let exit = call(EventKind::SyscallExit, nr::MPROTECT);
+    assert_eq!(
+        ids(&[enter, pte(rw(), ro()), pte(ro(), rw()), exit]),
+        [""; 0]
+    );
+}
+
+#[test]
+fn who_has_the_frame_now_is_told() {
+    let leave = seen(1, EventKind::LazyLeave, [1, 2, 0, 0, 0]);
+    let alloc = seen(0, EventKind::FrameAlloc, [FRAME, 0, 1, 0, 0]);
+    let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
+    let violations = found(&[
+        enter,
+        pte(rw(), 0),
+        invlpg(0),
+        free(FrameKind::Anon, FRAME),
+        alloc,
+        leave,
+    ]);
+    assert_eq!(
+        violations[0].finding.details[1..],
+        [
+            "its frame was freed by vCPU 0 (task 1, event 4)",
+            "its frame was allocated again by vCPU 0 (task 1, event 5)"
+        ]
     );
 }
 
@@ -105,32 +184,53 @@ fn a_flush_of_another_page_is_none() {
 fn a_lazy_vcpu_may_hold_a_freed_frame_until_it_leaves_lazy_mode() {
     let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
     let leave = seen(1, EventKind::LazyLeave, [1, 2, 0, 0, 0]);
-    let freed = [enter, pte(rw(), 0), flush(0), free(FrameKind::Anon, FRAME)];
+    let freed = [enter, pte(rw(), 0), invlpg(0), free(FrameKind::Anon, FRAME)];
     assert_eq!(ids(&freed), [""; 0]);
     assert_eq!(ids(&[&freed[..], &[leave]].concat()), ["T-07"]);
-    assert_eq!(ids(&[&freed[..], &[flush(1), leave]].concat()), [""; 0]);
+    assert_eq!(ids(&[&freed[..], &[invlpg(1), leave]].concat()), [""; 0]);
+}
+
+#[test]
+fn what_is_still_to_be_flushed_is_no_miss() {
+    let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
+    let leave = seen(1, EventKind::LazyLeave, [1, 2, 0, 0, 0]);
+    // Whoever changed the entry sees now that vCPU 1 has to flush.
+    let begun = [enter, pte(rw(), 0), leave];
+    assert_eq!(ids(&begun), [""; 0]);
+    let anon = free(FrameKind::Anon, FRAME);
+    assert_eq!(ids(&[&begun[..], &[invlpg(0), anon]].concat()), ["T-01"]);
 }
 
 #[test]
 fn a_frame_freed_while_mapped_is_t_02() {
     assert_eq!(ids(&[free(FrameKind::Anon, FRAME)]), ["T-02"]);
+    assert_eq!(
+        ids(&[
+            pte(rw(), 0),
+            invlpg(0),
+            invlpg(1),
+            free(FrameKind::Anon, FRAME)
+        ]),
+        [""; 0]
+    );
+    assert_eq!(ids(&[free(FrameKind::Table, TABLES[3])]), ["T-02"]);
 }
 
 #[test]
 fn a_table_freed_while_a_lazy_vcpu_may_walk_it_is_t_03() {
-    let link = Pte::new(0x3000, RW).0;
+    let link = Pte::new(TABLES[3], TABLE).0;
     let unlink = seen(0, EventKind::PteChange, [1, PAGE, 2, link, 0]);
     let enter = seen(1, EventKind::LazyEnter, [1, 0, 0, 0, 0]);
-    let table = || free(FrameKind::Table, 0x3000);
-    let begun = [enter, pte(rw(), 0), flush(0), unlink];
-    assert_eq!(ids(&[&begun[..], &[flush(0), table()]].concat()), ["T-03"]);
+    let table = || free(FrameKind::Table, TABLES[3]);
+    let begun = [enter, pte(rw(), 0), invlpg(0), unlink];
+    assert_eq!(ids(&[&begun[..], &[invlpg(0), table()]].concat()), ["T-03"]);
     // INVLPG of any page drops every pointer to a table.
     assert_eq!(
-        ids(&[&begun[..], &[flush(0), flush(1), table()]].concat()),
+        ids(&[&begun[..], &[invlpg(0), invlpg(1), table()]].concat()),
         [""; 0]
     );
     assert_eq!(
-        ids(&[free(FrameKind::Table, 0x1000)]),
+        ids(&[free(FrameKind::Table, TABLES[0])]),
         ["T-03"],
         "the table in CR3"
     );
@@ -140,8 +240,11 @@ fn a_table_freed_while_a_lazy_vcpu_may_walk_it_is_t_03() {
 fn a_call_that_returns_too_early_is_t_04() {
     let enter = || call(EventKind::SyscallEnter, nr::MPROTECT);
     let exit = || call(EventKind::SyscallExit, nr::MPROTECT);
-    assert_eq!(ids(&[enter(), pte(rw(), ro()), flush(0), exit()]), ["T-04"]);
-    let flushed = [enter(), pte(rw(), ro()), flush(0), flush(1), exit()];
+    assert_eq!(
+        ids(&[enter(), pte(rw(), ro()), invlpg(0), exit()]),
+        ["T-04"]
+    );
+    let flushed = [enter(), pte(rw(), ro()), invlpg(0), invlpg(1), exit()];
     assert_eq!(ids(&flushed), [""; 0]);
 }
 
@@ -159,7 +262,7 @@ fn a_fault_that_replaces_a_page_too_early_is_t_05() {
     let enter = seen(0, EventKind::FaultEnter, [PAGE, 7, 0, 0, 0]);
     let exit = seen(0, EventKind::FaultExit, [PAGE, 0, 0, 0, 0]);
     assert_eq!(ids(&[enter, pte(rw(), new), exit]), ["T-05"]);
-    assert_eq!(ids(&[enter, pte(rw(), new), flush(1), exit]), [""; 0]);
+    assert_eq!(ids(&[enter, pte(rw(), new), invlpg(1), exit]), [""; 0]);
 }
 
 #[test]
@@ -169,8 +272,8 @@ fn a_mapping_over_what_may_still_be_cached_is_t_06() {
         EventKind::VmaAttach,
         [1, 0x9000, PAGE, PAGE + PAGE_SIZE, 3],
     );
-    assert_eq!(ids(&[pte(rw(), 0), flush(0), attach]), ["T-06"]);
-    assert_eq!(ids(&[pte(rw(), 0), flush(0), flush(1), attach]), [""; 0]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), attach]), ["T-06"]);
+    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), invlpg(1), attach]), [""; 0]);
 }
 
 #[test]
@@ -193,9 +296,140 @@ fn an_access_that_no_tlb_allows_is_t_09() {
         "not flushed yet"
     );
     assert_eq!(
-        ids(&[pte(rw(), ro()), flush(1), read(FRAME, stale)]),
+        ids(&[pte(rw(), ro()), invlpg(1), read(FRAME, stale)]),
         ["T-09"]
     );
+    // The fault has dropped what it would use.
+    let fault = seen(1, EventKind::FaultEnter, [PAGE, 7, 0, 0, 0]);
+    assert_eq!(ids(&[pte(rw(), ro()), fault, read(FRAME, stale)]), ["T-09"]);
+}
+
+#[test]
+fn both_sizes_may_be_cached_while_a_mapping_changes_its_size() {
+    let huge = Pte::new(BLOCK, RW | PteFlags::HUGE).0;
+    let table = Pte::new(0xa000, TABLE).0;
+    let level2 = |old, new| seen(0, EventKind::PteChange, [1, HUGE, 2, old, new]);
+    let small = seen(0, EventKind::PteChange, [1, HUGE, 1, 0, ro()]);
+    let at = HUGE + PAGE_SIZE;
+    let read = |gva, frame| seen(1, EventKind::Access, [gva, frame, 0, 0, 0]);
+    // The table is filled before it is linked in place of the page.
+    let split = [level2(0, huge), small, level2(huge, table)];
+    let reads = [
+        read(HUGE, FRAME),
+        read(HUGE, BLOCK),
+        read(at, BLOCK + PAGE_SIZE),
+    ];
+    assert_eq!(ids(&[&split[..], &reads].concat()), [""; 0]);
+    let flush = |start: u64| {
+        seen(
+            1,
+            EventKind::FlushLocal,
+            [1, start, start + PAGE_SIZE, 0, 0],
+        )
+    };
+    let last = HUGE + HUGE_PAGE_SIZE - PAGE_SIZE;
+    let flushed = [&split[..], &[flush(last)]].concat();
+    assert_eq!(ids(&[&flushed[..], &reads[..1]].concat()), [""; 0]);
+    assert_eq!(ids(&[&flushed[..], &reads[1..2]].concat()), ["T-09"]);
+    // One of the frames of the 2 MiB page is freed.
+    let part = free(FrameKind::Anon, BLOCK + 5 * PAGE_SIZE);
+    assert_eq!(ids(&[&split[..], &[part]].concat()), ["T-01"]);
+    let both = seen(0, EventKind::FlushLocal, [1, HUGE, at, 0, 0]);
+    assert_eq!(ids(&[&flushed[..], &[both, part]].concat()), [""; 0]);
+}
+
+#[test]
+fn a_gigabyte_page_is_one_translation() {
+    let giga = Pte::new(1 << 30, RW | PteFlags::HUGE).0;
+    let gva = 1 << 30;
+    let change = |old, new| seen(0, EventKind::PteChange, [1, gva, 3, old, new]);
+    let read = seen(1, EventKind::Access, [gva + HUGE, gva + HUGE, 0, 0, 0]);
+    let gone = [change(0, giga), change(giga, 0)];
+    assert_eq!(ids(&[&gone[..], &[read]].concat()), [""; 0]);
+    let end = gva + PAGE_SIZE;
+    let flush = seen(1, EventKind::FlushLocal, [1, gva, end, 0, 0]);
+    assert_eq!(ids(&[&gone[..], &[flush, read]].concat()), ["T-09"]);
+}
+
+#[test]
+fn what_is_written_into_an_unlinked_table_is_reached_through_a_held_pointer() {
+    let link = Pte::new(TABLES[3], TABLE).0;
+    let unlink = seen(0, EventKind::PteChange, [1, PAGE, 2, link, 0]);
+    let relink = seen(0, EventKind::PteChange, [1, HUGE, 2, 0, link]);
+    let write = seen(
+        0,
+        EventKind::PteChange,
+        [1, HUGE, 1, rw(), Pte::new(0x6000, RW).0],
+    );
+    let read = seen(1, EventKind::Access, [PAGE, 0x6000, 0, 0, 0]);
+    let moved = [unlink, relink, write];
+    assert_eq!(ids(&[&moved[..], &[read]].concat()), [""; 0]);
+    assert_eq!(ids(&[unlink, invlpg(1), relink, write, read]), ["T-09"]);
+}
+
+#[test]
+fn a_table_that_is_replaced_by_its_neighbour_is_gone() {
+    let link = |table| Pte::new(table, TABLE).0;
+    let replace = [1, PAGE, 2, link(TABLES[3]), link(TABLES[3] + PAGE_SIZE)];
+    let replace = seen(0, EventKind::PteChange, replace);
+    let free = free(FrameKind::Table, TABLES[3]);
+    assert_eq!(ids(&[pte(rw(), 0), replace, invlpg(0), free]), ["T-03"]);
+    let flushed = [pte(rw(), 0), replace, invlpg(0), invlpg(1), free];
+    assert_eq!(ids(&flushed), [""; 0]);
+}
+
+#[test]
+fn an_entry_that_was_never_used_was_never_cached() {
+    let unused = Pte::new(FRAME, RW.difference(PteFlags::ACCESSED)).0;
+    let anon = free(FrameKind::Anon, FRAME);
+    let flushed = [pte(rw(), 0), invlpg(0), invlpg(1)];
+    let again = [pte(0, unused), pte(unused, 0), anon];
+    assert_eq!(ids(&[&flushed[..], &again].concat()), [""; 0]);
+    let used = [pte(0, unused), pte(rw(), 0), anon];
+    assert_eq!(ids(&[&flushed[..], &used].concat()), ["T-01"]);
+}
+
+/// What two streams with these stamps come to.
+fn judged(events: &[(u64, Seen)]) -> merge::Judged {
+    let mut streams = vec![Vec::new(); 2];
+    for (stamp, seen) in events {
+        streams[seen.vcpu].push(Event {
+            stamp: *stamp,
+            ..seen.event
+        });
+    }
+    merge::judge(&streams, 0, vec![Box::new(model())])
+}
+
+#[test]
+fn in_a_parallel_run_a_flush_that_is_stamped_late_is_none_that_is_missing() {
+    let anon = free(FrameKind::Anon, FRAME);
+    let mine = [(1, pte(rw(), 0)), (2, invlpg(0)), (5, anon)];
+    let late = judged(&[&mine[..], &[(6, invlpg(1))]].concat());
+    assert!(late.violation.is_none(), "{:?}", late.violation);
+    assert_eq!((late.reordered, late.undecided), (1, 0));
+    // It had not begun when the frame was freed.
+    let ipi = seen(1, EventKind::IpiReceive, [0; 5]);
+    let missing = judged(&[&mine[..], &[(7, ipi), (8, invlpg(1))]].concat());
+    let violation = missing.violation.map(|it| it.id);
+    assert_eq!(violation, Some("T-01"));
+}
+
+#[test]
+fn forks_and_resets_share_nothing() {
+    let mut model = model();
+    let mut found = Vec::new();
+    model.observe(&pte(rw(), 0), &mut found);
+    let mut fork = model.fork();
+    model.reset();
+    model.observe(&free(FrameKind::Slab, FRAME), &mut found);
+    assert!(found.is_empty(), "{found:?}");
+    fork.observe(&free(FrameKind::Slab, FRAME), &mut found);
+    assert_eq!(found[0].id, "T-01");
+    found.clear();
+    fork.reset();
+    fork.observe(&free(FrameKind::Slab, FRAME), &mut found);
+    assert!(found.is_empty(), "{found:?}");
 }
 
 #[test]
@@ -220,107 +454,6 @@ proptest! {
         for (vcpu, kind, args) in events {
             let event = Event { kind, args, ..Event::default() };
             model.observe(&Seen { vcpu, event }, &mut found);
-        }
-    }
-}
-
-/// A tiny MMU that does everything the architecture permits: what it may hold is the set of all that was
-/// ever there to be cached since the last invalidation that covers it.
-mod reference {
-    use std::collections::BTreeSet;
-
-    /// One step of a history, on few pages and frames.
-    #[derive(Clone, Copy, Debug)]
-    pub(super) enum Step {
-        /// The entry of a page becomes this: frame and W, or none.
-        Write(u64, Option<(u64, bool)>),
-        Flush(usize, u64),
-        FlushAll(usize),
-    }
-
-    /// For each vCPU every (page, frame, W) that some execution of the MMU may hold.
-    pub(super) fn may_hold(vcpus: usize, steps: &[Step]) -> Vec<BTreeSet<(u64, u64, bool)>> {
-        let mut table: [Option<(u64, bool)>; 4] = [None; 4];
-        let mut held: Vec<BTreeSet<(u64, u64, bool)>> = vec![BTreeSet::new(); vcpus];
-        // Speculation fills whatever is present, at every moment, on every vCPU.
-        let fill = |table: &[Option<(u64, bool)>; 4],
-                    held: &mut Vec<BTreeSet<(u64, u64, bool)>>| {
-            for set in held {
-                for (page, entry) in table.iter().enumerate() {
-                    if let Some((frame, write)) = entry {
-                        set.insert((page as u64, *frame, *write));
-                    }
-                }
-            }
-        };
-        for step in steps {
-            match *step {
-                Step::Write(page, entry) => table[page as usize] = entry,
-                Step::Flush(vcpu, page) => held[vcpu].retain(|(p, ..)| *p != page),
-                Step::FlushAll(vcpu) => held[vcpu].clear(),
-            }
-            fill(&table, &mut held);
-        }
-        held
-    }
-}
-
-fn step() -> impl Strategy<Value = reference::Step> {
-    use reference::Step;
-    prop_oneof![
-        3 => (0u64..4, prop::option::of((0u64..4, any::<bool>()))).prop_map(|(p, e)| Step::Write(p, e)),
-        2 => (0usize..3, 0u64..4).prop_map(|(v, p)| Step::Flush(v, p)),
-        1 => (0usize..3).prop_map(Step::FlushAll),
-    ]
-}
-
-proptest! {
-    /// The model says that a vCPU may translate a page to a frame, or write there, exactly where some
-    /// legal TLB content does.
-    #[test]
-    fn the_model_is_exact(steps in prop::collection::vec(step(), 0..40)) {
-        use reference::Step;
-        let address = |page: u64| PAGE + page * PAGE_SIZE;
-        let frame = |frame: u64| 0x10_0000 + frame * PAGE_SIZE;
-        let entry_of = |entry: Option<(u64, bool)>| match entry {
-            None => Pte::NONE,
-            Some((number, true)) => Pte::new(frame(number), RW),
-            Some((number, false)) => Pte::new(frame(number), RW.difference(PteFlags::WRITE)),
-        };
-        let mut state = State {
-            vcpus: vec![Vcpu { mm: 1, ..Vcpu::default() }; 3],
-            ..State::default()
-        };
-        let mut now = [None; 4];
-        for (at, step) in steps.iter().enumerate() {
-            let change = Change { vcpu: 0, task: 1, at: at as u64 };
-            match *step {
-                Step::Write(page, entry) => {
-                    let old = entry_of(now[page as usize]);
-                    now[page as usize] = entry;
-                    let place = (1, 1, address(page));
-                    prop_assert!(state.change(place, old, entry_of(entry), change).is_ok());
-                }
-                Step::Flush(vcpu, page) => {
-                    state.flush_range(vcpu, address(page), address(page) + PAGE_SIZE);
-                }
-                Step::FlushAll(vcpu) => state.flush_all(vcpu),
-            }
-        }
-        let held = reference::may_hold(3, &steps);
-        for (vcpu, held) in held.iter().enumerate() {
-            for page in 0..4 {
-                for number in 0..4 {
-                    let may = |write| held.contains(&(page, number, write));
-                    let expected = match (may(false), may(true)) {
-                        (_, true) => Some(true),
-                        (true, false) => Some(false),
-                        (false, false) => None,
-                    };
-                    let says = state.may_translate(vcpu, address(page), frame(number));
-                    prop_assert_eq!(says, expected, "vCPU {} page {} frame {}", vcpu, page, number);
-                }
-            }
         }
     }
 }

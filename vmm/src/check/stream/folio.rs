@@ -65,7 +65,7 @@ impl Section {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Folios {
     start: FxHashMap<u64, Frame>,
     frames: FxHashMap<u64, Frame>,

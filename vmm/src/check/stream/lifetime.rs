@@ -42,7 +42,7 @@ enum Vma {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Lifetime {
     vmas: FxHashMap<u64, Vma>,
     freed_mms: FxHashSet<u64>,

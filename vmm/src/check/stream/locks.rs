@@ -38,7 +38,7 @@ enum Holder {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Locks {
     held: Vec<(Holder, u64, LockClass)>,
     /// Locks whose history is known: those taken at least once since the start.

@@ -6,6 +6,7 @@
 pub mod folio;
 pub mod lifetime;
 pub mod locks;
+pub mod merge;
 pub mod tlb;
 pub mod walk;
 
@@ -60,8 +61,20 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
     ]
 }
 
+/// A copy of a monitor, with all that it knows.
+pub trait Fork {
+    /// The copy.
+    fn fork(&self) -> Box<dyn Monitor>;
+}
+
+impl<T: Monitor + Clone + 'static> Fork for T {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
+}
+
 /// Judges a stream of events.
-pub trait Monitor {
+pub trait Monitor: Fork {
     /// Starts over from this state of the machine, in which no vCPU runs. Expensive: once a campaign.
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize);
     /// Goes back to the state of the last [`Monitor::start`]. Cheap: once a schedule.

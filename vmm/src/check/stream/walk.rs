@@ -41,7 +41,7 @@ struct Unlinked {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Walks {
     walks: Vec<Walk>,
     unlinked: FxHashMap<u64, Unlinked>,

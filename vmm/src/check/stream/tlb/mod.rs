@@ -80,7 +80,7 @@ struct Begun {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct TlbModel {
     start: State,
     now: State,

@@ -1,0 +1,79 @@
+//! Which events a violation has to do with.
+
+use abi::channel::EventKind;
+use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
+use abi::pte::{Pte, level_size};
+
+use super::Action;
+use crate::check::Violation;
+
+/// What a violation is about, and whose event showed it.
+#[derive(Clone, Debug)]
+pub(super) struct Subject {
+    mm: Option<u64>,
+    page: Option<u64>,
+    /// Address of a frame.
+    frame: Option<u64>,
+    vcpu: Option<usize>,
+    object: Option<u64>,
+    task: u32,
+    ticket: u64,
+}
+
+impl Subject {
+    pub(super) fn of(violation: &Violation, shown: &Action) -> Self {
+        let place = &violation.finding.where_;
+        Self {
+            mm: place.mm,
+            page: place.gva.map(|gva| gva & !(PAGE_SIZE - 1)),
+            frame: place.frame.map(|frame| frame << PAGE_SHIFT),
+            vcpu: place.vcpu,
+            object: place.object.map(|(_, gpa)| gpa),
+            task: shown.seen.event.task,
+            ticket: shown.seen.event.stamp,
+        }
+    }
+
+    /// True where the violation may depend on when `action` happened. Too much costs orders to try; too little
+    /// would make the search blind, so whatever names the same thing counts.
+    pub(super) fn concerns(&self, action: &Action) -> bool {
+        use EventKind as K;
+        let event = &action.seen.event;
+        let [a, b, c, d, e] = event.args;
+        let Some(kind) = EventKind::from_id(event.kind) else {
+            return false;
+        };
+        let here = self.vcpu.is_none_or(|vcpu| vcpu == action.seen.vcpu);
+        let object = |gpa| self.object == Some(gpa) || self.frame == Some(gpa);
+        let mm = |id| self.mm == Some(id);
+        let within = |start: u64, end| {
+            let page = self.page;
+            page.is_some_and(|page| start < page.saturating_add(PAGE_SIZE) && page < end)
+        };
+        let about = match kind {
+            K::PteChange => {
+                let size = level_size(c.clamp(1, 4) as u8);
+                let start = b & !(size - 1);
+                let frames = [d, e].map(Pte).map(|entry| entry.address());
+                (self.mm.is_none_or(|mm| mm == a) && within(start, start.saturating_add(size)))
+                    || frames.into_iter().any(object)
+            }
+            // Any INVLPG drops all paging-structure caches, and who is lazy is asked for every entry.
+            K::FlushLocal | K::FlushAll | K::LazyEnter | K::LazyLeave => here,
+            K::Cr3Load => here || mm(b),
+            K::CpumaskSet | K::CpumaskClear => here && mm(a),
+            K::FrameAlloc | K::FrameFree | K::MapcountChange | K::RefcountChange => object(a),
+            K::VmaAttach | K::VmaDetach => object(b) || mm(a) && within(c, d),
+            K::VmaAlloc | K::VmaFree => object(a),
+            K::VmaFound => object(b),
+            K::LockAcquire | K::LockRelease | K::LockWait => object(a),
+            K::MmCreate | K::MmDestroy | K::MmFree | K::MmCount | K::MmUsers | K::TlbGen => mm(a),
+            K::WalkBegin | K::WalkEnd => mm(a) && within(b, b.saturating_add(1)),
+            K::SyscallEnter | K::SyscallExit | K::FaultEnter | K::FaultExit => {
+                event.task == self.task
+            }
+            _ => false,
+        };
+        about || event.stamp == self.ticket
+    }
+}

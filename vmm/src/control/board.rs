@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use abi::boot::InterruptMode;
+use abi::channel::Doorbell;
 use abi::layout::{LAPIC_GPA, PAGE_SIZE};
 use abi::port;
 use devices::channel::DoorbellPort;
@@ -15,8 +17,10 @@ use devices::{Bus, Effect};
 
 use super::channel::Channel;
 use super::console::Console;
+use super::disturb::Disturber;
 use crate::kvm::vcpu::{Access, Event, Fault, Kick, Notice, Platform};
 use crate::memory::GuestRam;
+use crate::scenario::Disturb;
 
 /// What the controller is told.
 #[derive(Debug)]
@@ -52,6 +56,8 @@ pub(super) struct Board {
     kicks: Vec<Arc<Kick>>,
     /// In serialised runs: IPIs that were sent and not delivered, by target, and guest memory.
     held: Option<(Mutex<Vec<BTreeSet<u8>>>, GuestRam)>,
+    /// In other runs: what disturbs them, and guest memory.
+    disturber: Option<(Disturber, GuestRam)>,
     messages: Sender<Message>,
 }
 
@@ -91,6 +97,7 @@ impl Board {
             apics,
             kicks: (0..vcpus).map(|_| Arc::default()).collect(),
             held: hold.map(|ram| (Mutex::new(vec![BTreeSet::new(); vcpus]), ram)),
+            disturber: None,
             messages,
         }
     }
@@ -121,6 +128,18 @@ impl Board {
         let sink = Box::new(self.console.clone());
         self.serial.set_registers(image.serial, sink);
         self.console.set_text(&image.console);
+    }
+
+    /// The same board, disturbed by these rules.
+    pub(super) fn disturbed(mut self, rules: &Disturb, ram: &GuestRam) -> std::io::Result<Self> {
+        let disturber = Disturber::new(rules, &self.kicks, self.apics.as_ref())?;
+        self.disturber = disturber.map(|disturber| (disturber, ram.clone()));
+        Ok(self)
+    }
+
+    /// What disturbs the run.
+    pub(super) fn disturber(&self) -> Option<&Disturber> {
+        self.disturber.as_ref().map(|(disturber, _)| disturber)
     }
 
     /// Where kicks for `vcpu` go.
@@ -174,9 +193,15 @@ impl Board {
         }
         for (cpu, kick) in self.kicks.iter().enumerate() {
             if request.targets & 1 << cpu != 0 {
-                apics.deliver(cpu, vector);
+                let arrives = match self.disturber() {
+                    Some(disturber) => disturber.send(apics, request.from, cpu, vector),
+                    None => {
+                        apics.deliver(cpu, vector);
+                        true
+                    }
+                };
                 // The sender looks at its own local APIC before it enters the guest again.
-                if cpu != request.from {
+                if arrives && cpu != request.from {
                     kick.kick();
                 }
             }
@@ -200,6 +225,7 @@ impl Platform for Board {
             .map_err(|_| nothing_there("write", access, data.len()))?;
         match effect {
             Effect::None => Ok(()),
+            Effect::Doorbell(value) if self.is_disturbed(cpu, value) => Ok(()),
             Effect::Doorbell(value) => Err(Event::Doorbell(value)),
             Effect::Exit(status) => Err(Event::Exit(status)),
             Effect::Ipi(request) => self.deliver(request),
@@ -211,7 +237,16 @@ impl Platform for Board {
     }
 
     fn accept_interrupt(&self, cpu: usize) -> Option<u8> {
-        self.apics.as_ref()?.accept(cpu)
+        let apics = self.apics.as_ref()?;
+        let vector = apics.accept(cpu)?;
+        if let Some(disturber) = self.disturber() {
+            disturber.accepted(apics, cpu);
+        }
+        Some(vector)
+    }
+
+    fn held_back(&self, cpu: usize) -> Option<Duration> {
+        self.disturber()?.held_back(cpu)
     }
 
     fn notify(&self, notice: Notice) {
@@ -221,6 +256,21 @@ impl Platform for Board {
 }
 
 impl Board {
+    /// Lets rules look at the point that the doorbell of `cpu` is about. True where nobody else need be told.
+    fn is_disturbed(&self, cpu: usize, value: u32) -> bool {
+        let Some((disturber, ram)) = &self.disturber else {
+            return false;
+        };
+        let channel = Channel::new(ram, cpu);
+        match channel.point() {
+            Ok((point, _)) if value == Doorbell::Point as u32 => {
+                disturber.passed(cpu, point);
+                disturber.is_own(cpu, point) && channel.budget() != 0
+            }
+            _ => false,
+        }
+    }
+
     fn bus(&self, access: Access) -> (&Bus, u64) {
         match access {
             Access::Port(port) => (&self.ports, port.into()),

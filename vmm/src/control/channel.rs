@@ -50,6 +50,11 @@ impl<'a> Channel<'a> {
         self.control[word!(budget)].store(points, Relaxed);
     }
 
+    /// Points that are left until the next exit.
+    pub(crate) fn budget(&self) -> u64 {
+        self.control[word!(budget)].load(Relaxed)
+    }
+
     /// Kinds of events that are recorded.
     pub(crate) fn set_event_mask(&self, mask: u64) {
         self.control[word!(event_mask)].store(mask, Relaxed);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use abi::channel::EventKind;
 
 use crate::boot::{KernelImage, ProgramSpec};
+use crate::scenario::Disturb;
 
 pub use abi::boot::InterruptMode as Interrupts;
 
@@ -53,6 +54,8 @@ pub struct MachineConfig {
     /// Which events the kernel records: bit `k` for [`abi::channel::EventKind`] `k`. By default all but
     /// the [noisy](NOISY_EVENTS) ones.
     pub events: u64,
+    /// How vCPUs that run at once are disturbed.
+    pub disturb: Disturb,
 }
 
 impl Default for MachineConfig {
@@ -68,6 +71,7 @@ impl Default for MachineConfig {
             pin: true,
             watchdog: Duration::from_secs(10),
             events: !NOISY_EVENTS,
+            disturb: Disturb::default(),
         }
     }
 }

@@ -14,7 +14,7 @@ mod failing_tests;
 mod footprint;
 mod minimise;
 pub mod probe;
-mod rng;
+pub(crate) mod rng;
 mod sample;
 mod schedule;
 mod scheduler;

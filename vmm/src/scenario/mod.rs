@@ -4,6 +4,7 @@
 //! [`Scenario`]. Nothing here touches a machine, and nothing that leaves here is unchecked.
 
 pub mod catalog;
+pub mod disturb;
 mod error;
 mod excerpt;
 pub mod fail;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use abi::boot::InterruptMode;
 use abi::bug::Bug;
 
+pub use disturb::Disturb;
 pub use error::{Located, ScenarioError};
 pub use fail::Fail;
 pub use file::parse;
@@ -67,6 +69,10 @@ pub struct Scenario {
     pub bugs: Vec<Bug>,
     /// Passages of failpoints that fail, in every schedule that is explored.
     pub fails: Vec<Fail>,
+    /// How a run is disturbed in which vCPUs run at once.
+    pub disturb: Disturb,
+    /// Whether the merged event streams of such a run are judged.
+    pub monitor: bool,
     /// When the invariants are checked.
     pub check: CheckWhen,
     /// Longest wall time of one run.

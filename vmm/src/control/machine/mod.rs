@@ -175,13 +175,15 @@ impl Machine {
         let io_error = |step| move |source| MachineError::Io { step, source };
         let console = Console::new().map_err(io_error("create the console"))?;
         let (sender, messages) = mpsc::channel();
-        let board = Arc::new(Board::new(
+        let board = Board::new(
             config.vcpus as usize,
             config.interrupts,
             &console,
             config.serialised.then(|| ram.clone()),
             sender.clone(),
-        ));
+        );
+        let board = board.disturbed(&config.disturb, &ram);
+        let board = Arc::new(board.map_err(io_error("start the wire thread"))?);
         let host_cpus = if config.pin {
             host::allowed_cpus()
         } else {
@@ -214,6 +216,10 @@ impl Machine {
         }
         if let Start::Snapshot(snapshot) = start {
             board.restore(&snapshot.board);
+        }
+        for vcpu in 0..vcpus.len() {
+            let traps = board.disturber().map(|disturber| disturber.traps(vcpu));
+            Channel::new(&ram, vcpu).set_traps(traps.unwrap_or_default());
         }
         let run = RunNumber::default();
         let io = IoThread::start(

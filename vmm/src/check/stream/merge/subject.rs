@@ -54,7 +54,7 @@ impl Subject {
             K::PteChange => {
                 let size = level_size(c.clamp(1, 4) as u8);
                 let start = b & !(size - 1);
-                let frames = [d, e].map(Pte).map(|entry| entry.address());
+                let frames = [d, e].map(Pte).map(Pte::address);
                 (self.mm.is_none_or(|mm| mm == a) && within(start, start.saturating_add(size)))
                     || frames.into_iter().any(object)
             }

@@ -10,6 +10,7 @@ use abi::point::Point;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::engine::Window;
+use crate::scenario::disturb::{Delay, IpiFault};
 use crate::scenario::{CheckWhen, Fail, values};
 
 const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
@@ -35,7 +36,9 @@ Examples:
   stalemate run smoke --interrupts controlled --vcpus 1
   stalemate run unmap-race --bug shootdown-skip-remote --param flush_ceiling=1
   stalemate run smoke --check every-point --json result.json
-  stalemate run trace-python3 --vcpus 4 --out results/python3";
+  stalemate run trace-python3 --vcpus 4 --out results/python3
+  stalemate run unmap-race --monitor --delay flush-dispatch@0=0..200us --seed 7
+  stalemate run mprotect-race --interrupts controlled --ipi shootdown:p0.2=dup";
 
 const INSPECT_EXAMPLES: &str = "\
 Examples:
@@ -353,6 +356,15 @@ pub struct Run {
     /// Repeat until a run is not clean, at most N times
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
+    /// Hold vCPUs at a scheduling point while others run; repeatable (docs/parallel.md)
+    #[arg(long = "delay", value_name = "POINT[@VCPU][:WHEN]=TIME", value_parser = delay, help_heading = "Disturbances")]
+    pub delays: Vec<Delay>,
+    /// Delay, drop, duplicate or reorder IPIs; repeatable; needs --interrupts controlled
+    #[arg(long = "ipi", value_name = "VECTOR[@FROM-TO][:WHEN]=FAULT", value_parser = ipi, help_heading = "Disturbances")]
+    pub ipis: Vec<IpiFault>,
+    /// Judge the merged event streams of all vCPUs by the TLB model and all other monitors
+    #[arg(long)]
+    pub monitor: bool,
     /// `--json`.
     #[command(flatten)]
     pub json: Json,
@@ -511,6 +523,16 @@ fn bug(text: &str) -> Result<Bug, String> {
 }
 
 fn fail(text: &str) -> Result<Fail, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn delay(text: &str) -> Result<Delay, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn ipi(text: &str) -> Result<IpiFault, String> {
     text.parse()
         .map_err(|refused: values::Refused| refused.to_string())
 }

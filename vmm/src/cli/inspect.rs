@@ -141,7 +141,7 @@ fn until(options: &Inspect) -> Until {
 fn stopped_at(place: Place, options: &Inspect) -> StoppedAt {
     let (vcpu, point) = match place {
         Place::Point(vcpu, point) => (Some(vcpu), Some(point.name())),
-        Place::Anywhere | Place::End => (None, None),
+        Place::Anywhere | Place::End | Place::Event(_) => (None, None),
     };
     let after = options
         .after

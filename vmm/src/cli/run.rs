@@ -14,6 +14,7 @@ use super::{interrupt, lab};
 use crate::report::json::{OutDirectory, Overwrite};
 use crate::report::verdict::{self, Detail, Paint};
 use crate::report::{HostFacts, RunResult, SCHEMA, ScenarioFacts, Verdict};
+use crate::scenario::values::Refused;
 use crate::scenario::{Scenario, catalog};
 use crate::session::{self, Finished};
 
@@ -24,6 +25,7 @@ pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, F
     let mut scenario = Scenario::load(name)?;
     override_with(&mut scenario, &options.machine);
     refuse_fails(&scenario)?;
+    disturb_with(&mut scenario, options)?;
     scenario.check = options.check.unwrap_or(scenario.check);
     let out = prepare(&options.out, output)?;
     let host = session::host()?;
@@ -34,6 +36,7 @@ pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, F
     let mut done = 0;
     let finished = loop {
         seed(&mut scenario, options.machine.seed, done);
+        scenario.disturb.seed = options.machine.seed.unwrap_or(0).wrapping_add(done.into());
         let finished = session::run(&scenario, kernel, interrupt)
             .map_err(|error| Failure::of_machine(error, kernel))?;
         done += 1;
@@ -64,6 +67,36 @@ pub(super) fn override_with(scenario: &mut Scenario, options: &MachineOptions) {
     for bug in &options.bugs {
         scenario.add_bug(*bug);
     }
+}
+
+/// Delays, faults of IPIs and the judgement of merged streams.
+fn disturb_with(scenario: &mut Scenario, options: &Run) -> Result<(), Failure> {
+    let disturb = &mut scenario.disturb;
+    disturb.delays.extend(options.delays.iter().copied());
+    disturb.ipis.extend(options.ipis.iter().copied());
+    let refuse = |refused: Refused| Failure::Usage {
+        problem: refused.problem,
+        help: refused.help.unwrap_or_default(),
+    };
+    disturb
+        .check(scenario.vcpus, scenario.interrupts)
+        .map_err(refuse)?;
+    let stamp = scenario.params.iter().rfind(|(name, _)| name == "stamp");
+    match stamp.map(|(_, value)| value.as_str()) {
+        Some("ticket") => scenario.monitor = true,
+        Some(_) if scenario.monitor || options.monitor => {
+            return Err(Failure::Usage {
+                problem: "streams are merged by tickets, and stamp=tsc was asked for".into(),
+                help: "leave the parameter stamp out".into(),
+            });
+        }
+        None if scenario.monitor || options.monitor => {
+            scenario.monitor = true;
+            scenario.params.push(("stamp".into(), "ticket".into()));
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// A passage of a failpoint is counted from the start of a schedule, which only `explore` has.
@@ -137,6 +170,8 @@ fn assemble(
         violations: observed.violations,
         crash,
         crash_text,
+        stream: finished.stream,
+        disturbances: finished.disturbances,
         trace: scenario
             .program
             .trace
@@ -173,7 +208,10 @@ pub(super) fn facts(scenario: &Scenario, seed: Option<u64>) -> ScenarioFacts {
 /// What a person must know before believing the verdict.
 fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict) -> Vec<String> {
     let mut notes = Vec::new();
-    if options.machine.seed.is_some() && !catalog::has_argument(&scenario.program.name, SEED) {
+    if options.machine.seed.is_some()
+        && scenario.disturb.is_empty()
+        && !catalog::has_argument(&scenario.program.name, SEED)
+    {
         notes.push(format!(
             "--seed changed nothing: program '{}' makes no random choice",
             scenario.program.name
@@ -182,7 +220,8 @@ fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict)
     if !matches!(verdict, Verdict::Held | Verdict::Interrupted) {
         return notes;
     }
-    if !host.shows_stale_translations {
+    // The merged streams say what a TLB may hold, whatever this host's holds.
+    if !host.shows_stale_translations && !scenario.monitor {
         let bugs: Vec<&str> = scenario.bugs.iter().map(|bug| bug.name()).collect();
         let bugs = match bugs[..] {
             [] => String::new(),

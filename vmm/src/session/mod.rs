@@ -9,6 +9,7 @@ mod crash;
 mod interrupt;
 mod live;
 mod observe;
+mod parallel;
 
 use std::fmt;
 use std::time::Duration;
@@ -101,6 +102,8 @@ pub enum Place {
     Anywhere,
     /// The first process has ended.
     End,
+    /// Behind the event with this ticket, of the merged streams.
+    Event(u64),
 }
 
 impl fmt::Display for Place {
@@ -109,6 +112,7 @@ impl fmt::Display for Place {
             Self::Point(vcpu, point) => write!(f, "{} on vCPU {vcpu}", point.name()),
             Self::Anywhere => f.write_str("a pause"),
             Self::End => f.write_str("the end of the run"),
+            Self::Event(ticket) => write!(f, "event {ticket} of the merged streams"),
         }
     }
 }

@@ -1,12 +1,15 @@
 //! One monitor, and the order of actions that it was told.
 
 use super::search::{self, Outcome};
-use super::{Action, Judged};
+use super::subject::Subject;
+use super::{Action, Judged, Shown};
 use crate::check::Violation;
-use crate::check::stream::Monitor;
+use crate::check::stream::{Monitor, Seen};
 
 /// Actions between two states that are kept to go back to.
 const SPACING: usize = 512;
+/// Events that a report shows.
+const CONTEXT: usize = 16;
 
 /// A monitor, and what it was told.
 pub(super) struct Line {
@@ -59,7 +62,12 @@ impl Line {
         let ticket = actions[self.order[at]].seen.event.stamp;
         match search::search(self, actions, at, &violation) {
             Outcome::Every => {
-                judged.violations.push((violation, ticket));
+                let context = self.context(actions, at, &violation);
+                judged.violations.push(Shown {
+                    violation,
+                    ticket,
+                    context,
+                });
                 self.over = true;
             }
             Outcome::Clean { from, order } => {
@@ -74,6 +82,19 @@ impl Line {
                 self.over = true;
             }
         }
+    }
+
+    /// The last events that have to do with what place `at` shows.
+    fn context(&self, actions: &[Action], at: usize, violation: &Violation) -> Vec<Seen> {
+        let subject = Subject::of(violation, &actions[self.order[at]]);
+        let told = self.order[..=at].iter().rev().map(|index| &actions[*index]);
+        let mut context: Vec<Seen> = told
+            .filter(|action| subject.concerns(action))
+            .map(|action| action.seen)
+            .take(CONTEXT)
+            .collect();
+        context.reverse();
+        context
     }
 
     /// Goes back to before the `first` that is told differently and forward to `end`.

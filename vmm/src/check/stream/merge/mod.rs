@@ -39,11 +39,14 @@ mod subject;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
 
 use abi::channel::{Event, EventKind};
+use abi::layout::{ENTRIES_PER_TABLE, PAGE_SIZE};
 
 use super::{Monitor, Seen};
 use crate::check::Violation;
+use crate::memory::{OutOfRange, PhysMem};
 use line::Line;
 
 /// Actions behind the one that is judged which are known when it is: with it they may have happened in
@@ -54,13 +57,19 @@ const KEPT: usize = 1 << 16;
 /// How many are taken in before they are judged.
 const BATCH: usize = 1 << 15;
 
-/// What an event tells of, and when it may have happened: after the ticket `after` and before the ticket
-/// `before` was drawn.
+/// What an event tells of, and when it may have happened. Moments are tickets plus one: 0 is the start.
 #[derive(Clone, Copy, Debug)]
 struct Action {
     seen: Seen,
+    /// The latest moment that it certainly comes after.
     after: u64,
+    /// The earliest moment that it certainly comes before.
     before: u64,
+}
+
+/// The moment at which a ticket was drawn.
+fn behind(ticket: u64) -> u64 {
+    ticket.saturating_add(1)
 }
 
 impl Action {
@@ -95,11 +104,39 @@ fn announces(event: &Event) -> bool {
     )
 }
 
+/// The memory of a machine before its first instruction, as far as its kernel's objects go.
+struct Nothing;
+
+impl PhysMem for Nothing {
+    fn bytes(&self) -> u64 {
+        0
+    }
+    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), OutOfRange> {
+        let len = buf.len() as u64;
+        Err(OutOfRange { gpa, len })
+    }
+    fn table(&self, gpa: u64) -> Result<&[AtomicU64; ENTRIES_PER_TABLE], OutOfRange> {
+        let len = PAGE_SIZE;
+        Err(OutOfRange { gpa, len })
+    }
+}
+
+/// A violation, and where it was seen.
+#[derive(Debug)]
+pub struct Shown {
+    /// What every possible order violates.
+    pub violation: Violation,
+    /// Ticket of the event that showed it.
+    pub ticket: u64,
+    /// The last events that have to do with it, up to that one, in the order of their tickets.
+    pub context: Vec<Seen>,
+}
+
 /// What the merged streams showed.
 #[derive(Debug, Default)]
 pub struct Judged {
-    /// What every possible order violates, and the ticket of the event that showed it.
-    pub violations: Vec<(Violation, u64)>,
+    /// What every possible order violates.
+    pub violations: Vec<Shown>,
     /// Violations, by ID, of the order of the tickets that another possible order may not have.
     pub undecided: BTreeMap<&'static str, u64>,
     /// Events that were judged.
@@ -149,6 +186,16 @@ impl Merge {
             lines: monitors.into_iter().map(Line::new).collect(),
             judged: Judged::default(),
         }
+    }
+
+    /// A merge of everything since the first instruction of a machine, judged by every monitor there is.
+    #[must_use]
+    pub fn from_boot(vcpus: usize) -> Self {
+        let mut monitors = super::all();
+        for monitor in &mut monitors {
+            monitor.start(&Nothing, 0, vcpus);
+        }
+        Self::new(vcpus, 0, monitors)
     }
 
     /// Takes the next events of `vcpu`: all of them, in order. Only what has enough behind it is judged.
@@ -204,7 +251,7 @@ impl Merge {
         };
         // What the last event has announced, has happened by now.
         if let Some(announced) = last.and_then(|last| self.action(last)) {
-            announced.before = announced.before.min(ticket);
+            announced.before = announced.before.min(behind(ticket));
         }
         let announces = announces(event);
         let action = Action {
@@ -212,8 +259,12 @@ impl Merge {
                 vcpu,
                 event: *event,
             },
-            after: if announces { ticket } else { last.unwrap_or(0) },
-            before: if announces { u64::MAX } else { ticket },
+            after: match (announces, last) {
+                (true, _) => behind(ticket),
+                (false, Some(last)) => behind(last),
+                (false, None) => 0,
+            },
+            before: if announces { u64::MAX } else { behind(ticket) },
         };
         match self.waiting.insert(ticket, action) {
             Some(_) => Err(format!("two events have the ticket {ticket}")),

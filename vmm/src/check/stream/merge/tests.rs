@@ -12,26 +12,6 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::check::stream::{lifetime, locks, tlb};
-use crate::memory::{OutOfRange, PhysMem};
-
-/// The memory of a machine that has not started: nothing.
-struct Nothing;
-
-impl PhysMem for Nothing {
-    fn bytes(&self) -> u64 {
-        0
-    }
-    fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), OutOfRange> {
-        let len = buf.len() as u64;
-        Err(OutOfRange { gpa, len })
-    }
-    fn table(
-        &self,
-        gpa: u64,
-    ) -> Result<&[std::sync::atomic::AtomicU64; abi::layout::ENTRIES_PER_TABLE], OutOfRange> {
-        Err(OutOfRange { gpa, len: 4096 })
-    }
-}
 
 const PAGES: usize = 3;
 /// Arguments of events about the only lock.
@@ -377,7 +357,7 @@ fn ids(judged: &Judged) -> Vec<&'static str> {
     judged
         .violations
         .iter()
-        .map(|(violation, _)| violation.id)
+        .map(|shown| shown.violation.id)
         .collect()
 }
 

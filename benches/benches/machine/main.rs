@@ -1,4 +1,4 @@
-//! What a machine costs: boot to the first user instruction, pause and resume of all vCPUs, and the
+//! What a machine costs: boot to the first user instruction, pause and resume of all vCPUs, resets, and the
 //! parts of a whole `run` of an empty program. Prints tables; `--json FILE` writes them for programs.
 //!
 //! As with criterion, `--bench` (which `cargo bench` gives) means to measure; without it everything
@@ -7,6 +7,7 @@
 mod boot;
 mod options;
 mod pause;
+mod reset;
 mod run;
 mod setting;
 mod stats;
@@ -30,6 +31,8 @@ struct Results {
     pause: Option<pause::Pause>,
     #[serde(skip_serializing_if = "Option::is_none")]
     run: Option<run::Run>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reset: Option<reset::Reset>,
 }
 
 type Failure = Box<dyn std::error::Error>;
@@ -69,6 +72,7 @@ fn measure(options: &Options) -> Result<(), Failure> {
         boot: None,
         pause: None,
         run: None,
+        reset: None,
     };
     if options.wants("machine/boot") {
         let boot = boot::measure(options.quick)?;
@@ -79,6 +83,11 @@ fn measure(options: &Options) -> Result<(), Failure> {
         let run = run::measure(options.quick)?;
         run.print();
         results.run = Some(run);
+    }
+    if options.wants("machine/reset") {
+        let reset = reset::measure(options.quick)?;
+        reset.print();
+        results.reset = Some(reset);
     }
     results.pause = pause::measure(options)?;
     if let Some(pause) = &results.pause {

@@ -9,7 +9,7 @@ usage: machine [--bench] [--quick] [--json FILE] [FILTER]
   --bench      measure (cargo bench gives this); without it, a few times only, as --quick
   --quick      a few times only, to see that it works: no percentiles
   --json FILE  also write everything to FILE
-  FILTER       only what has this in its name: machine/boot, machine/run, and machine/pause/user/N,
+  FILTER       only what has this in its name: machine/boot, machine/run, machine/reset, and machine/pause/user/N,
                machine/pause/kernel/N for machines of N vCPUs busy at CPL 3 and in the kernel";
 
 /// What was asked for.

@@ -63,6 +63,10 @@ bugs! {
     /// munmap and madvise count a mapping less only after they have dropped the page-table lock under which
     /// they cleared its entry: an rmap walk in between counts fewer entries than mappings.
     MapcountAfterUnlock = 12, "mapcount-after-unlock";
+    /// A CPU that was lazy in one mm and switches to another still counts as lazy when it has loaded the new
+    /// CR3: who changes entries of the new mm in that window passes it by (class C5). This kernel had it, until
+    /// exploration found it in its 60,306th schedule of `litmus-fork`.
+    SwitchClearsLazyLate = 13, "switch-clears-lazy-late";
 }
 
 /// A set of seeded bugs.

@@ -246,6 +246,11 @@ impl<A: Arch> Kernel<A> {
         }
         self.mm_grab(next);
         let (space, bit) = (self.obj(next), 1 << self.arch.cpu());
+        let lazy_late = self.config.bugs.has(Bug::SwitchClearsLazyLate);
+        if !lazy_late {
+            // SeqCst, before it is in the cpumask: a flusher that finds it there must not pass it by as lazy.
+            cpu.lazy.store(0, SeqCst);
+        }
         let late = self.config.bugs.has(Bug::Cr3BeforeCpumask);
         if !late {
             self.join_cpumask(space, bit);
@@ -258,7 +263,9 @@ impl<A: Arch> Kernel<A> {
         }
         cpu.loaded_mm.set(next);
         cpu.tlb_gen.set(tlb_gen);
-        cpu.lazy.store(0, SeqCst);
+        if lazy_late {
+            cpu.lazy.store(0, SeqCst);
+        }
         self.forget_mm(prev, bit);
     }
 

@@ -12,6 +12,7 @@
 //! | `protect` | mprotects A to read-only | writes A | a write that works once mprotect has returned |
 //! | `dontneed` | madvise(DONTNEED) of A, then reads it | the same | the old value after one's own call |
 //! | `apart` | madvise(DONTNEED) of A's first page, then reads both | the same with the second | the old value of a page whose call has returned |
+//! | `wake` | wakes the other, whose CPU idles after another process has exited there, and munmaps A | sleeps, then reads A | as `unmap` |
 //! | `lazy` | munmaps A while the other's CPU idles, maps B, wakes it | sleeps, then reads A | as `unmap` |
 //! | `lazy-tables` | the same, and A's page tables go too | the same | the same, or a walk of a freed table |
 //! | `switch` | munmaps A, maps B | reads A, yields to another process on its CPU, reads A | as `unmap` |
@@ -37,8 +38,8 @@ pub(super) const PROGRAM: Program = Program {
     args: &[
         Arg {
             name: "test",
-            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart",
-            range: 0..=9,
+            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart|wake",
+            range: 0..=10,
             help: "which race",
         },
         Arg {
@@ -69,9 +70,10 @@ enum Test {
     Fork,
     Remap,
     Apart,
+    Wake,
 }
 
-const TESTS: [Test; 10] = [
+const TESTS: [Test; 11] = [
     Test::Unmap,
     Test::Protect,
     Test::Dontneed,
@@ -82,12 +84,13 @@ const TESTS: [Test; 10] = [
     Test::Fork,
     Test::Remap,
     Test::Apart,
+    Test::Wake,
 ];
 
 impl Test {
-    /// The other thread sleeps until the leader is done.
+    /// The other thread sleeps until the leader is done, or in `wake` until it begins.
     fn sleeps(self) -> bool {
-        matches!(self, Self::Lazy | Self::LazyTables)
+        matches!(self, Self::Lazy | Self::LazyTables | Self::Wake)
     }
     /// Pages behind the raced ones, which stay: they keep the page tables.
     fn spare_pages(self) -> u64 {
@@ -158,6 +161,13 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         let child = match shared.test {
             Test::Switch => Some(bystander(sys, findings, 1, 4 * shared.passes)),
             Test::Cow => Some(bystander(sys, findings, 2, 1)),
+            Test::Wake => {
+                // Its end leaves the other thread's CPU lazy in an mm that is no longer the team's.
+                if let Some(pid) = bystander(sys, findings, 1, 0) {
+                    findings.reap(sys, pid);
+                }
+                None
+            }
             _ => None,
         };
         if shared.test == Test::Cow {
@@ -220,6 +230,11 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
         Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Remap => {
             sys.munmap(SUBJECT_GVA, bytes)
         }
+        Test::Wake => {
+            shared.ready.store(2, Ordering::Release);
+            sys.futex_wake(&shared.ready);
+            sys.munmap(SUBJECT_GVA, bytes)
+        }
         Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
         Test::Dontneed => return drop_and_look(sys, shared),
         Test::Apart => {
@@ -259,7 +274,7 @@ fn wake<S: Sys>(sys: &S, shared: &Shared) {
 fn after<S: Sys>(sys: &S, shared: &Shared) {
     if !matches!(
         shared.test,
-        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables
+        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Wake
     ) {
         return;
     }
@@ -468,11 +483,12 @@ mod tests {
     use crate::native;
     use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
 
-    const TESTS: [&str; 10] = [
+    const TESTS: [&str; 11] = [
         "unmap",
         "protect",
         "dontneed",
         "apart",
+        "wake",
         "lazy",
         "lazy-tables",
         "switch",

@@ -179,6 +179,15 @@ pub struct Explore {
     /// In each schedule one passage of this failpoint fails, drawn from the seed; repeatable
     #[arg(long = "fail-any", value_name = "NAME", value_parser = failpoint, help_heading = "Failures")]
     pub fail_any: Vec<Failpoint>,
+    /// When all invariants look at the state: at the end of every --state-every-th schedule, or at every point
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        default_value = "end",
+        help_heading = "Checks"
+    )]
+    pub check: CheckWhen,
     /// Replay every Nth schedule and compare all events (0: none)
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
     pub verify: u64,
@@ -356,15 +365,17 @@ pub struct Run {
     /// Repeat until a run is not clean, at most N times
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
-    /// Hold vCPUs at a scheduling point while others run; repeatable (docs/parallel.md)
-    #[arg(long = "delay", value_name = "POINT[@VCPU][:WHEN]=TIME", value_parser = delay, help_heading = "Disturbances")]
-    pub delays: Vec<Delay>,
-    /// Delay, drop, duplicate or reorder IPIs; repeatable; needs --interrupts controlled
-    #[arg(long = "ipi", value_name = "VECTOR[@FROM-TO][:WHEN]=FAULT", value_parser = ipi, help_heading = "Disturbances")]
-    pub ipis: Vec<IpiFault>,
-    /// Judge the merged event streams of all vCPUs by the TLB model and all other monitors
-    #[arg(long)]
+    /// Record all events and judge the merged streams of all vCPUs by the TLB model and the other monitors of `explore`
+    #[arg(long, help_heading = "Parallel runs")]
     pub monitor: bool,
+    /// Hold vCPUs at a scheduling point while others run; repeatable: pte-clear=50us, flush-issue@0:every3=0..200us,
+    /// pte-clear:p0.1=until:flush-sync@1
+    #[arg(long = "delay", value_name = "POINT[@VCPU][:WHEN]=TIME", value_parser = delay, help_heading = "Parallel runs")]
+    pub delays: Vec<Delay>,
+    /// Delay, drop, duplicate or reorder IPIs; repeatable: any=dup, shootdown@0-1:nth3=drop, any:p0.2=delay:100us
+    /// (controlled interrupts)
+    #[arg(long = "ipi", value_name = "VECTOR[@FROM-TO][:WHEN]=FAULT", value_parser = ipi, help_heading = "Parallel runs")]
+    pub ipis: Vec<IpiFault>,
     /// `--json`.
     #[command(flatten)]
     pub json: Json,

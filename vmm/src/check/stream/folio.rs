@@ -168,6 +168,9 @@ impl Folios {
 }
 
 impl Monitor for Folios {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
         self.start.clear();
         for gpa in tlb::leaf_frames(memory, kernel_root) {

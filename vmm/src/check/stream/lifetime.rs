@@ -116,6 +116,9 @@ impl Lifetime {
 }
 
 impl Monitor for Lifetime {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
         self.reset();
     }

@@ -61,22 +61,12 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
     ]
 }
 
-/// A copy of a monitor, with all that it knows.
-pub trait Fork {
-    /// The copy.
-    fn fork(&self) -> Box<dyn Monitor>;
-}
-
-impl<T: Monitor + Clone + 'static> Fork for T {
-    fn fork(&self) -> Box<dyn Monitor> {
-        Box::new(self.clone())
-    }
-}
-
 /// Judges a stream of events.
-pub trait Monitor: Fork {
+pub trait Monitor {
     /// Starts over from this state of the machine, in which no vCPU runs. Expensive: once a campaign.
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize);
+    /// A copy that goes on from here by itself.
+    fn fork(&self) -> Box<dyn Monitor>;
     /// Goes back to the state of the last [`Monitor::start`]. Cheap: once a schedule.
     fn reset(&mut self);
     /// Takes the next event; appends what it shows to be wrong to `found`.

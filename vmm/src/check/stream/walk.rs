@@ -104,6 +104,9 @@ impl Walks {
 }
 
 impl Monitor for Walks {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
         self.reset();
     }

@@ -17,7 +17,7 @@ use abi::point::Point;
 use devices::lapic::LocalApics;
 use serde::Serialize;
 
-use crate::explore::rng::Rng;
+use crate::explore::Rng;
 use crate::kvm::vcpu::Kick;
 use crate::scenario::disturb::{Disturb, Fault, Hold, Span, When, vector_name};
 use wire::Wire;

@@ -347,6 +347,9 @@ impl TlbModel {
 }
 
 impl Monitor for TlbModel {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
         self.start = read(memory, kernel_root, nr_vcpus);
         self.reset();

@@ -52,7 +52,7 @@ impl<A: Arch> Kernel<A> {
             space.next.set(root.mms.get());
             root.mms.set(mm);
         }
-        self.event(EventKind::MmCreate, [id, pgd, 0, 0, 0]);
+        self.event(EventKind::MmCreate, [id, pgd, mm.0, 0, 0]);
         Ok(mm)
     }
 

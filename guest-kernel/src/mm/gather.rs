@@ -9,6 +9,7 @@ use core::convert::Infallible;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use abi::bug::Bug;
+use abi::channel::{Walker, cause};
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{AnonVmaChain, Mm, Pa};
 use abi::point::Point;
@@ -95,16 +96,17 @@ impl<A: Arch> Kernel<A> {
     /// Clears the entries of `start..end`.
     pub(super) fn zap_range(&self, gather: &mut Gather, start: u64, end: u64) {
         let mm = self.obj(gather.mm);
-        let Ok(()) = self.for_each_leaf_table(mm, start, end, |table, from, to| {
-            let mut gva = from;
-            while gva < to {
-                gva = self.zap_table(gather, table, gva, to);
-                if gather.is_full() {
-                    self.gather_flush(gather);
+        let Ok(()) =
+            self.for_each_leaf_table(mm, Walker::Unmap, (start, end), |table, from, to| {
+                let mut gva = from;
+                while gva < to {
+                    gva = self.zap_table(gather, table, gva, to);
+                    if gather.is_full() {
+                        self.gather_flush(gather);
+                    }
                 }
-            }
-            Ok::<(), Infallible>(())
-        });
+                Ok::<(), Infallible>(())
+            });
     }
 
     /// Clears entries of one table until the gather is full; returns where it stopped.
@@ -163,7 +165,7 @@ impl<A: Arch> Kernel<A> {
             if self.config.bugs.has(Bug::MapcountAfterUnlock) {
                 self.folio_unmap(gpa);
             }
-            self.folio_put(gpa);
+            self.folio_put(gpa, cause::UNMAP);
         }
         gather.nr_frames = 0;
     }

@@ -485,6 +485,17 @@ impl<E: Engine> Driver<E> {
                     break; // What comes after it tells nothing more.
                 }
             }
+            let others = self.standing.iter().enumerate();
+            let mut others = others.filter(|(other, _)| *other != vcpu);
+            if found.is_empty()
+                && matches!(halt, Halt::Point { .. })
+                && others.all(|(_, standing)| standing.point.is_some())
+            {
+                let root = self.engine.kernel_root().unwrap_or(0);
+                for monitor in monitors.iter_mut() {
+                    monitor.settled(self.engine.memory(), root, &mut found);
+                }
+            }
             self.checks += started.elapsed();
             if !found.is_empty() {
                 if let Halt::Point { point, args } = halt {

@@ -18,40 +18,51 @@ pub(super) const MONITORED: u64 = !(1 << EventKind::LockWait as u32);
 const ASK: Duration = Duration::from_millis(200);
 
 /// The merged streams of a run, judged.
-pub(super) struct Streams(Merge);
+pub(super) struct Streams {
+    /// By vCPU: what was taken before the kernel said where its objects are.
+    early: Vec<Vec<Event>>,
+    merge: Option<Merge>,
+}
 
 impl Streams {
     /// Of a machine that has not run yet: from now on a full ring stops it.
     pub(super) fn of(machine: &mut Machine) -> Self {
         machine.set_ring_exits(true);
-        Self(Merge::from_boot(machine.nr_vcpus()))
+        Self {
+            early: vec![Vec::new(); machine.nr_vcpus()],
+            merge: None,
+        }
     }
 
     /// Takes what the rings hold.
     pub(super) fn drain(&mut self, machine: &mut Machine) -> Result<(), MachineError> {
-        for vcpu in 0..machine.nr_vcpus() {
-            let events: Vec<Event> = machine.take_events(vcpu)?;
-            self.0.push(vcpu, &events);
+        for (vcpu, early) in self.early.iter_mut().enumerate() {
+            early.extend(machine.take_events(vcpu)?);
+        }
+        if self.merge.is_some() || machine.kernel_root().is_some() {
+            self.merge(machine);
         }
         Ok(())
     }
 
-    /// The streams are over. Where no vCPU is in the middle of anything (`at_rest`) the page tables are
+    fn merge(&mut self, machine: &Machine) -> &mut Merge {
+        let merge = self.merge.get_or_insert_with(|| {
+            Merge::from_boot(machine.nr_vcpus(), machine.ram(), machine.kernel_root())
+        });
+        for (vcpu, early) in self.early.iter_mut().enumerate() {
+            merge.push(vcpu, &std::mem::take(early));
+        }
+        merge
+    }
+
+    /// The streams are over. Where no vCPU is in the middle of anything (`at_rest`) the state of the machine is
     /// compared with what the events told.
     pub(super) fn end(mut self, machine: &Machine, at_rest: bool) -> (StreamFacts, Vec<Violation>) {
-        let judged = self.0.judge_all();
-        let whole = judged.unjudged == 0 && judged.broken.is_none();
-        let (facts, mut found) = tell(judged);
-        if at_rest && whole {
-            let root = machine.kernel_root().unwrap_or(0);
-            let mut differs = Vec::new();
-            for monitor in self.0.monitors() {
-                monitor.compare(machine.ram(), root, &mut differs);
-            }
-            let place = |violation| Violation::of_invariant(violation, Place::End);
-            found.extend(differs.into_iter().map(place));
-        }
-        (facts, found)
+        let merge = self.merge(machine);
+        tell(match machine.kernel_root().filter(|_| at_rest) {
+            Some(root) => merge.compare(machine.ram(), root),
+            None => merge.judge_all(),
+        })
     }
 }
 
@@ -67,7 +78,7 @@ fn tell(judged: &Judged) -> (StreamFacts, Vec<Violation>) {
 }
 
 fn violation(shown: &Shown) -> Violation {
-    let place = Place::Event(shown.ticket);
+    let place = shown.ticket.map_or(Place::End, Place::Event);
     let mut told = Violation::of_invariant(shown.violation.clone(), place);
     told.details.push("what led to it, by tickets:".into());
     for seen in &shown.context {

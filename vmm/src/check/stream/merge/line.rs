@@ -2,14 +2,21 @@
 
 use super::search::{self, Outcome};
 use super::subject::Subject;
-use super::{Action, Judged, Shown};
+use super::{Action, Doubt, Judged, Shown};
 use crate::check::Violation;
 use crate::check::stream::{Monitor, Seen};
+use crate::memory::PhysMem;
 
 /// Actions between two states that are kept to go back to.
 const SPACING: usize = 512;
 /// Events that a report shows.
 const CONTEXT: usize = 16;
+
+/// What the memory of the machine shows behind all actions.
+pub(super) struct State<'a> {
+    pub(super) memory: &'a dyn PhysMem,
+    pub(super) kernel_root: u64,
+}
 
 /// A monitor, and what it was told.
 pub(super) struct Line {
@@ -21,6 +28,8 @@ pub(super) struct Line {
     /// States after so many.
     saved: Vec<(usize, Box<dyn Monitor>)>,
     over: bool,
+    /// Whether actions were forgotten.
+    forgot: bool,
 }
 
 impl Line {
@@ -31,11 +40,8 @@ impl Line {
             order: Vec::new(),
             told: 0,
             over: false,
+            forgot: false,
         }
-    }
-
-    pub(super) fn monitor(&mut self) -> Option<&mut Box<dyn Monitor>> {
-        (!self.over).then_some(&mut self.monitor)
     }
 
     /// Tells the monitor the first `end` of `actions`. Those behind are looked at only as others that may
@@ -51,22 +57,50 @@ impl Line {
             self.monitor.observe(&actions[at].seen, &mut found);
             self.told += 1;
             if let Some(violation) = found.into_iter().next() {
-                self.decide(actions, violation, judged);
+                self.decide(actions, violation, None, judged);
             }
         }
         self.told = self.told.max(end);
     }
 
-    fn decide(&mut self, actions: &[Action], violation: Violation, judged: &mut Judged) {
-        let at = self.told - 1;
-        let ticket = actions[self.order[at]].seen.event.stamp;
-        match search::search(self, actions, at, &violation) {
+    /// Compares the state after all actions, which were told, with what memory shows.
+    pub(super) fn compare(&mut self, actions: &[Action], state: &State<'_>, judged: &mut Judged) {
+        if self.over {
+            return;
+        }
+        let mut found = Vec::new();
+        let mut monitor = self.monitor.fork();
+        monitor.compare(state.memory, state.kernel_root, &mut found);
+        if let Some(violation) = found.into_iter().next() {
+            self.decide(actions, violation, Some(state), judged);
+        }
+    }
+
+    fn decide(
+        &mut self,
+        actions: &[Action],
+        violation: Violation,
+        state: Option<&State<'_>>,
+        judged: &mut Judged,
+    ) {
+        let Some(at) = self.told.checked_sub(1) else {
+            return judged.violations.push(Shown::at_start(violation));
+        };
+        let shown = &actions[self.order[at]];
+        let ticket = shown.seen.event.stamp;
+        match search::search(self, actions, at, &violation, state) {
             Outcome::Every => {
                 let context = self.context(actions, at, &violation);
+                let subject = Subject::of(&violation, shown);
                 judged.violations.push(Shown {
                     violation,
-                    ticket,
+                    ticket: state.is_none().then_some(ticket),
                     context,
+                    doubt: Some(Doubt {
+                        subject,
+                        known: actions[actions.len() - 1].seen.event.stamp,
+                        until: shown.before,
+                    }),
                 });
                 self.over = true;
             }
@@ -122,18 +156,27 @@ impl Line {
         self.saved.first().map_or(self.told, |saved| saved.0)
     }
 
+    /// The moment before which there are actions that are not kept any more.
+    pub(super) fn floor(&self, actions: &[Action]) -> u64 {
+        match actions.first() {
+            Some(first) if self.forgot => first.seen.event.stamp,
+            _ => 0,
+        }
+    }
+
     /// Tells `order`, which begins at place `from`, from the last state before its `first`: the place in it of
-    /// the first violation, if there is any.
+    /// the first violation, if there is any. One that only the comparison with `state` shows is at its end.
     pub(super) fn attempt(
         &self,
         actions: &[Action],
         from: usize,
         order: &[usize],
         first: usize,
+        state: Option<&State<'_>>,
     ) -> Option<(usize, Violation)> {
         let states = self.saved.iter().rev();
-        let (at, state) = states.into_iter().find(|(at, _)| *at <= from + first)?;
-        let mut monitor = state.fork();
+        let (at, saved) = states.into_iter().find(|(at, _)| *at <= from + first)?;
+        let mut monitor = saved.fork();
         let mut found = Vec::new();
         let known = self.order.get(*at..from).unwrap_or_default();
         for index in known {
@@ -147,7 +190,11 @@ impl Line {
                 return Some((place, violation));
             }
         }
-        None
+        if let Some(state) = state {
+            monitor.compare(state.memory, state.kernel_root, &mut found);
+        }
+        let violation = found.into_iter().next()?;
+        Some((order.len().checked_sub(1)?, violation))
     }
 
     /// True where the first `count` that were told are the first `count` actions, and there is a state behind
@@ -159,6 +206,7 @@ impl Line {
 
     /// The first `count` actions are gone.
     pub(super) fn forget(&mut self, count: usize) {
+        self.forgot = true;
         self.told -= count;
         self.order.drain(..count);
         for index in &mut self.order {

@@ -28,9 +28,9 @@
 //! behind it is judged before it is there.
 //!
 //! The bounds: orders differ within the last [`RELEVANT`](search) events that have to do with the violation, and at most
-//! [`ORDERS`](search) are tried; where that is not enough the violation is undecided and its monitor gives up. What
-//! a vCPU records only [`LOOKAHEAD`] events later is not looked at: its interval may be long, but it is then an entry to the
-//! kernel, which records itself first and changes nothing that a monitor follows.
+//! [`ORDERS`](search) are tried. Where an event that has to do with it may have happened beyond these bounds, or there
+//! are more orders, it is undecided and its monitor gives up. A vCPU may have recorded nothing for longer than is waited for,
+//! because the host took its CPU away in between: if what it records then would have mattered, the report is taken back.
 
 mod line;
 mod search;
@@ -39,15 +39,19 @@ mod subject;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::{Event, EventKind};
 use abi::layout::{ENTRIES_PER_TABLE, PAGE_SIZE};
+use abi::objects::KernelRoot;
 
 use super::{Monitor, Seen};
 use crate::check::Violation;
 use crate::memory::{OutOfRange, PhysMem};
-use line::Line;
+use line::{Line, State};
+use subject::Subject;
 
 /// Actions behind the one that is judged which are known when it is: with it they may have happened in
 /// another order.
@@ -104,10 +108,30 @@ fn announces(event: &Event) -> bool {
     )
 }
 
-/// The memory of a machine before its first instruction, as far as its kernel's objects go.
-struct Nothing;
+/// The memory of a machine before its first instruction, as far as its kernel's objects go: nothing but where its
+/// folios will be, which some locks are named by.
+struct Newborn {
+    page: u64,
+    words: Box<[AtomicU64; ENTRIES_PER_TABLE]>,
+}
 
-impl PhysMem for Nothing {
+impl Newborn {
+    /// Of a kernel whose root is at `kernel_root`, in `memory` as it is by now. 0: its kernel never told.
+    fn of(memory: &dyn PhysMem, kernel_root: u64) -> Self {
+        let gpa = kernel_root.wrapping_add(offset_of!(KernelRoot, folios) as u64);
+        let words = Box::new([const { AtomicU64::new(0) }; ENTRIES_PER_TABLE]);
+        let page = gpa & !(PAGE_SIZE - 1);
+        if kernel_root != 0
+            && let Ok(now) = memory.table(page)
+        {
+            let at = (gpa % PAGE_SIZE / 8) as usize;
+            words[at].store(now[at].load(Relaxed), Relaxed);
+        }
+        Self { page, words }
+    }
+}
+
+impl PhysMem for Newborn {
     fn bytes(&self) -> u64 {
         0
     }
@@ -117,7 +141,8 @@ impl PhysMem for Nothing {
     }
     fn table(&self, gpa: u64) -> Result<&[AtomicU64; ENTRIES_PER_TABLE], OutOfRange> {
         let len = PAGE_SIZE;
-        Err(OutOfRange { gpa, len })
+        let known = (gpa == self.page).then_some(&*self.words);
+        known.ok_or(OutOfRange { gpa, len })
     }
 }
 
@@ -126,10 +151,41 @@ impl PhysMem for Nothing {
 pub struct Shown {
     /// What every possible order violates.
     pub violation: Violation,
-    /// Ticket of the event that showed it.
-    pub ticket: u64,
+    /// Ticket of the event that showed it; none where only the end did.
+    pub ticket: Option<u64>,
     /// The last events that have to do with it, up to that one, in the order of their tickets.
     pub context: Vec<Seen>,
+    doubt: Option<Doubt>,
+}
+
+impl Shown {
+    fn at_start(violation: Violation) -> Self {
+        Self {
+            violation,
+            ticket: None,
+            context: Vec::new(),
+            doubt: None,
+        }
+    }
+}
+
+/// What would cast doubt on a violation: an event that concerns it, recorded by a vCPU that had been silent for so
+/// long that the event was not known when it was judged.
+#[derive(Debug)]
+struct Doubt {
+    subject: Subject,
+    /// The last ticket that was known.
+    known: u64,
+    /// Until when the action that showed it may have happened.
+    until: u64,
+}
+
+impl Doubt {
+    fn is_cast_by(&self, action: &Action) -> bool {
+        action.seen.event.stamp > self.known
+            && action.after < self.until
+            && self.subject.concerns(action)
+    }
 }
 
 /// What the merged streams showed.
@@ -148,6 +204,21 @@ pub struct Judged {
     pub given_up: Vec<(&'static str, u64)>,
     /// Why a vCPU's stream makes no sense; nothing was judged from there on.
     pub broken: Option<String>,
+}
+
+impl Judged {
+    /// Takes back what `action`, which is new, may explain.
+    fn doubt(&mut self, action: &Action) {
+        let cast = |shown: &mut Shown| {
+            let doubt = shown.doubt.as_ref();
+            doubt.is_some_and(|doubt| doubt.is_cast_by(action))
+        };
+        for shown in self.violations.extract_if(.., cast) {
+            let id = shown.violation.id;
+            *self.undecided.entry(id).or_default() += 1;
+            self.given_up.push((id, shown.ticket.unwrap_or(u64::MAX)));
+        }
+    }
 }
 
 /// Merges streams and judges them.
@@ -189,11 +260,14 @@ impl Merge {
     }
 
     /// A merge of everything since the first instruction of a machine, judged by every monitor there is.
+    /// `memory` is as it is by now; no `kernel_root`: it is not known yet.
     #[must_use]
-    pub fn from_boot(vcpus: usize) -> Self {
+    pub fn from_boot(vcpus: usize, memory: &dyn PhysMem, kernel_root: Option<u64>) -> Self {
+        let kernel_root = kernel_root.unwrap_or(0);
+        let newborn = Newborn::of(memory, kernel_root);
         let mut monitors = super::all();
         for monitor in &mut monitors {
-            monitor.start(&Nothing, 0, vcpus);
+            monitor.start(&newborn, kernel_root, vcpus);
         }
         Self::new(vcpus, 0, monitors)
     }
@@ -222,9 +296,19 @@ impl Merge {
         &self.judged
     }
 
-    /// The monitors that have not reported, in the state after all that was judged.
-    pub fn monitors(&mut self) -> impl Iterator<Item = &mut Box<dyn Monitor>> {
-        self.lines.iter_mut().filter_map(Line::monitor)
+    /// All streams are over and no vCPU is in the middle of anything: compares what the events told with `memory`.
+    pub fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64) -> &Judged {
+        self.judge_all();
+        if self.judged.unjudged == 0 && self.judged.broken.is_none() {
+            let state = State {
+                memory,
+                kernel_root,
+            };
+            for line in &mut self.lines {
+                line.compare(&self.actions, &state, &mut self.judged);
+            }
+        }
+        &self.judged
     }
 
     fn take(&mut self, vcpu: usize, event: &Event) -> Result<(), String> {
@@ -288,6 +372,7 @@ impl Merge {
     /// Moves what has all tickets before it to the actions.
     fn sort(&mut self) {
         while let Some(action) = self.waiting.remove(&self.end()) {
+            self.judged.doubt(&action);
             self.actions.push(action);
         }
     }

@@ -10,9 +10,9 @@
 
 use std::hash::BuildHasher;
 
-use rustc_hash::{FxBuildHasher, FxHashSet};
+use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 
-use super::line::Line;
+use super::line::{Line, State};
 use super::subject::Subject;
 use super::{Action, LOOKAHEAD};
 use crate::check::Violation;
@@ -35,7 +35,7 @@ pub(super) enum Outcome {
         /// Indices of the actions from there on.
         order: Vec<usize>,
     },
-    /// There are more orders than are tried.
+    /// There are more orders than are tried, or the bounds leave some out.
     TooMany,
 }
 
@@ -49,8 +49,15 @@ struct Node {
     first: usize,
 }
 
-/// Tries other orders than that of `line`, whose place `at` shows `violation`.
-pub(super) fn search(line: &Line, actions: &[Action], at: usize, violation: &Violation) -> Outcome {
+/// Tries other orders than that of `line`, whose place `at` shows `violation`, or whose end does where it is compared
+/// with a `state`.
+pub(super) fn search(
+    line: &Line,
+    actions: &[Action],
+    at: usize,
+    violation: &Violation,
+    state: Option<&State<'_>>,
+) -> Outcome {
     let order = line.order();
     let from = line.earliest().max(at.saturating_sub(BACK));
     // Past everything that may have come before it.
@@ -70,8 +77,16 @@ pub(super) fn search(line: &Line, actions: &[Action], at: usize, violation: &Vio
         violation: violation.clone(),
         first: end - from,
     }];
+    let outside = Outside {
+        before: &order[..from],
+        behind: &order[last..],
+        floor: line.floor(actions),
+    };
+    let mut whole = true;
     while let Some(node) = furthest(&mut open) {
-        for (order, first) in exchanges(actions, &node) {
+        let concerned = Concerned::of(actions, &node);
+        whole &= concerned.is_whole(actions, &node, &outside);
+        for (order, first) in exchanges(actions, &node, &concerned) {
             if !known.insert(hash(&order)) {
                 continue;
             }
@@ -79,7 +94,7 @@ pub(super) fn search(line: &Line, actions: &[Action], at: usize, violation: &Vio
                 return Outcome::TooMany;
             }
             let first = first.min(node.first);
-            match line.attempt(actions, from, &order, first) {
+            match line.attempt(actions, from, &order, first, state) {
                 None => return Outcome::Clean { from, order },
                 Some((at, violation)) => open.push(Node {
                     order,
@@ -90,7 +105,94 @@ pub(super) fn search(line: &Line, actions: &[Action], at: usize, violation: &Vio
             }
         }
     }
-    Outcome::Every
+    if whole {
+        Outcome::Every
+    } else {
+        Outcome::TooMany
+    }
+}
+
+/// Actions that are in no order that is tried.
+struct Outside<'a> {
+    before: &'a [usize],
+    behind: &'a [usize],
+    /// Whatever begins before this moment may have happened before actions that are not kept any more.
+    floor: u64,
+}
+
+/// The places of a node that concern its violation.
+struct Concerned {
+    subject: Subject,
+    /// Those whose order may be changed.
+    places: Vec<usize>,
+    /// Those before them.
+    rest: Vec<usize>,
+}
+
+impl Concerned {
+    fn of(actions: &[Action], node: &Node) -> Self {
+        let order = &node.order;
+        let subject = Subject::of(&node.violation, &actions[order[node.at]]);
+        let mut places: Vec<usize> = (0..order.len())
+            .filter(|place| subject.concerns(&actions[order[*place]]))
+            .collect();
+        let before = places.partition_point(|place| *place <= node.at);
+        let rest = places.drain(..before.saturating_sub(RELEVANT)).collect();
+        Self {
+            subject,
+            places,
+            rest,
+        }
+    }
+
+    /// True where nothing that concerns the violation may have happened on the other side of the bounds, and where the order
+    /// of what lies there leaves no doubt that matters: no order is left out that could be clean.
+    fn is_whole(&self, actions: &[Action], node: &Node, outside: &Outside<'_>) -> bool {
+        let action = |place: &usize| &actions[node.order[*place]];
+        let kept = outside.before.iter().map(|index| &actions[*index]);
+        let earlier: Vec<&Action> = kept
+            .filter(|earlier| self.subject.concerns(earlier))
+            .chain(self.rest.iter().map(action))
+            .collect();
+        let mut later = outside.behind.iter().map(|index| &actions[*index]);
+        let shown = action(&node.at);
+        let inside = || self.places.iter().map(action);
+        inside().all(|inside| inside.after >= outside.floor)
+            && earlier
+                .iter()
+                .all(|earlier| inside().all(|inside| earlier.precedes(inside)))
+            && !later.any(|later| !shown.precedes(later) && self.subject.concerns(later))
+            && (!self.subject.is_counted() || self.is_certain(&earlier, inside(), outside))
+    }
+
+    /// True where what is counted was born among these actions, or `inside`, and all since are in order for certain.
+    fn is_certain<'a>(
+        &self,
+        earlier: &[&Action],
+        mut inside: impl Iterator<Item = &'a Action>,
+        outside: &Outside<'_>,
+    ) -> bool {
+        let born = |action: &Action| self.subject.is_born(action);
+        if inside.any(born) {
+            return true;
+        }
+        let birth = earlier.iter().rposition(|action| born(action));
+        if birth.is_none() && outside.floor > 0 {
+            return false;
+        }
+        // By vCPU: the moment by which all its actions so far have happened.
+        let mut done: FxHashMap<usize, u64> = FxHashMap::default();
+        for (at, action) in earlier.iter().enumerate() {
+            let me = action.seen.vcpu;
+            let overlaps = |(vcpu, done): (&usize, &u64)| *vcpu != me && *done > action.after;
+            if at >= birth.unwrap_or(0) && done.iter().any(overlaps) {
+                return false;
+            }
+            let done = done.entry(me).or_default();
+            *done = action.before.max(*done);
+        }
+        true
+    }
 }
 
 fn furthest(open: &mut Vec<Node>) -> Option<Node> {
@@ -99,14 +201,8 @@ fn furthest(open: &mut Vec<Node>) -> Option<Node> {
 }
 
 /// The orders that differ from that of `node` by one exchange, and where.
-fn exchanges(actions: &[Action], node: &Node) -> Vec<(Vec<usize>, usize)> {
-    let order = &node.order;
-    let subject = Subject::of(&node.violation, &actions[order[node.at]]);
-    let concerns = |place: &usize| subject.concerns(&actions[order[*place]]);
-    let before = (0..=node.at).rev();
-    let mut places: Vec<usize> = before.filter(concerns).take(RELEVANT).collect();
-    places.reverse();
-    places.extend((node.at + 1..order.len()).filter(concerns));
+fn exchanges(actions: &[Action], node: &Node, concerned: &Concerned) -> Vec<(Vec<usize>, usize)> {
+    let (order, places) = (&node.order, &concerned.places);
     let mut found = Vec::new();
     for (index, &first) in places.iter().enumerate() {
         if first > node.at {

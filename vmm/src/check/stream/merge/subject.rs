@@ -2,6 +2,7 @@
 
 use abi::channel::EventKind;
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
+use abi::lock::LockClass;
 use abi::pte::{Pte, level_size};
 
 use super::Action;
@@ -16,9 +17,18 @@ pub(super) struct Subject {
     frame: Option<u64>,
     vcpu: Option<usize>,
     object: Option<u64>,
+    /// Whether it is about what a TLB holds, so that flushes matter.
+    cached: bool,
+    /// Whether it is about a VMA: then those matter who use one, until they are done.
+    vma: bool,
+    counted: bool,
     task: u32,
     ticket: u64,
 }
+
+/// Rules, or families of them, that hang on the last value of counts that no lock guards. Everything else is ordered
+/// by locks and acknowledgements: the intervals of actions that depend on each other do not overlap.
+const COUNTED: [&str; 3] = ["F-", "O-04", "O-06"];
 
 impl Subject {
     pub(super) fn of(violation: &Violation, shown: &Action) -> Self {
@@ -29,8 +39,27 @@ impl Subject {
             frame: place.frame.map(|frame| frame << PAGE_SHIFT),
             vcpu: place.vcpu,
             object: place.object.map(|(_, gpa)| gpa),
+            cached: violation.id.starts_with('T'),
+            counted: COUNTED.iter().any(|rule| violation.id.starts_with(rule)),
+            vma: place.object.is_some_and(|(kind, _)| kind == "VMA"),
             task: shown.seen.event.task,
             ticket: shown.seen.event.stamp,
+        }
+    }
+
+    /// True where the violation hangs on the last value of a count: two changes whose tickets are the wrong way
+    /// round leave a wrong one, however long ago they were.
+    pub(super) fn is_counted(&self) -> bool {
+        self.counted
+    }
+
+    /// True where `action` begins the life of what is counted: what was before does not matter.
+    pub(super) fn is_born(&self, action: &Action) -> bool {
+        let [a, ..] = action.seen.event.args;
+        match EventKind::from_id(action.seen.event.kind) {
+            Some(EventKind::FrameAlloc) => self.object == Some(a) || self.frame == Some(a),
+            Some(EventKind::MmCreate) => self.mm == Some(a),
+            _ => false,
         }
     }
 
@@ -59,21 +88,27 @@ impl Subject {
                     || frames.into_iter().any(object)
             }
             // Any INVLPG drops all paging-structure caches, and who is lazy is asked for every entry.
-            K::FlushLocal | K::FlushAll | K::LazyEnter | K::LazyLeave => here,
-            K::Cr3Load => here || mm(b),
+            K::FlushLocal | K::FlushAll | K::LazyEnter | K::LazyLeave => self.cached && here,
+            K::Cr3Load => self.cached && here || mm(b),
             K::CpumaskSet | K::CpumaskClear => here && mm(a),
             K::FrameAlloc | K::FrameFree | K::MapcountChange | K::RefcountChange => object(a),
             K::VmaAttach | K::VmaDetach => object(b) || mm(a) && within(c, d),
             K::VmaAlloc | K::VmaFree => object(a),
             K::VmaFound => object(b),
-            K::LockAcquire | K::LockRelease | K::LockWait => object(a),
+            K::LockAcquire => object(a),
+            K::LockRelease => object(a) || self.vma && is_mmap_lock(b),
             K::MmCreate | K::MmDestroy | K::MmFree | K::MmCount | K::MmUsers | K::TlbGen => mm(a),
-            K::WalkBegin | K::WalkEnd => mm(a) && within(b, b.saturating_add(1)),
+            K::WalkBegin | K::WalkEnd => self.vma || mm(a) && within(b, b.saturating_add(1)),
             K::SyscallEnter | K::SyscallExit | K::FaultEnter | K::FaultExit => {
-                event.task == self.task
+                event.task == self.task || self.vma && kind == K::FaultExit
             }
             _ => false,
         };
         about || event.stamp == self.ticket
     }
+}
+
+fn is_mmap_lock(class: u64) -> bool {
+    use LockClass::{MmapRead, MmapWrite};
+    matches!(LockClass::from_u64(class), Some(MmapRead | MmapWrite))
 }

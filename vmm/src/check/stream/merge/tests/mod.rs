@@ -1,6 +1,8 @@
 //! A tiny machine whose true history is known: vCPUs that map, unmap and shoot down in a random order, and that
 //! draw their tickets some time after (or before) what the events tell of, as the kernel does.
 
+mod counts;
+
 use std::collections::VecDeque;
 
 use abi::channel::EventKind as K;
@@ -302,6 +304,11 @@ impl Machine {
     }
 }
 
+fn newborn() -> Newborn {
+    let words = Box::new([const { AtomicU64::new(0) }; ENTRIES_PER_TABLE]);
+    Newborn { page: 1, words }
+}
+
 fn started(cpus: usize) -> Vec<Box<dyn Monitor>> {
     let mut monitors: Vec<Box<dyn Monitor>> = vec![
         Box::new(tlb::TlbModel::new()),
@@ -309,7 +316,7 @@ fn started(cpus: usize) -> Vec<Box<dyn Monitor>> {
         Box::new(lifetime::Lifetime::default()),
     ];
     for monitor in &mut monitors {
-        monitor.start(&Nothing, 0, cpus);
+        monitor.start(&newborn(), 0, cpus);
     }
     monitors
 }
@@ -375,23 +382,39 @@ proptest! {
         prop_assert!(judged.given_up.is_empty() && judged.broken.is_none(), "{:?}", judged);
         prop_assert_eq!((judged.events, judged.unjudged), (machine.tickets, 0));
     }
+}
 
-    /// Only the first vCPU calls, and nobody else ever flushes: no order has a flush.
-    #[test]
-    fn a_flush_that_no_order_has_is_always_reported(cpus in 2usize..4, seed in any::<u64>()) {
-        let mut machine = Machine::new(cpus, seed, Bug::SkipRemote);
+/// Only the first vCPU calls, and nobody else ever flushes: no order has a flush. Where the bounds leave orders out
+/// it is undecided, which is rare.
+#[test]
+fn a_flush_that_no_order_has_is_reported() {
+    let (mut tried, mut reported) = (0, 0);
+    for seed in 0..1000 {
+        let cpus = 2 + seed as usize % 2;
+        let mut machine = Machine::new(cpus, seed * 7919, Bug::SkipRemote);
         machine.run();
         // Whoever loads CR3 after the entry was cleared has nothing stale: a call that began later counts.
         let order = by_ticket(&machine);
         let last = |wanted: K, before: usize| {
-            order[..before].iter().rposition(|seen| seen.event.kind == wanted as u32)
+            let kind = wanted as u32;
+            order[..before]
+                .iter()
+                .rposition(|seen| seen.event.kind == kind)
         };
         let freed = last(K::FrameFree, order.len());
         let began = freed.and_then(|at| last(K::SyscallEnter, at));
-        prop_assume!(began > last(K::Cr3Load, order.len()));
+        if began <= last(K::Cr3Load, order.len()) {
+            continue;
+        }
+        tried += 1;
         let judged = judge(&machine, 7);
-        prop_assert_eq!(ids(&judged), ["T-01"]);
+        match ids(&judged)[..] {
+            ["T-01"] => reported += 1,
+            _ => assert_eq!((ids(&judged), judged.given_up[0].0), (Vec::new(), "T-01")),
+        }
     }
+    println!("{reported} of {tried} reported");
+    assert!(tried > 500 && reported * 100 > tried * 95);
 }
 
 /// Without this the first property would say nothing: tickets alone do invert what happened.
@@ -427,55 +450,66 @@ fn a_late_flush_is_told_from_one_that_may_have_been_in_time() {
     assert!(reported > 190, "{reported} of 200");
 }
 
-/// Two references were taken at about the same time and recorded the other way round; long after it, the
-/// count that the tickets tell is too low for what is mapped.
-#[test]
-fn what_was_recorded_the_wrong_way_round_long_ago_is_no_violation_now() {
-    const FAR: u64 = 3000;
-    let anon = FrameKind::Anon as u64;
-    let event = |stamp, sequence, kind: K, args| Event {
+fn event(stamp: u64, sequence: u64, kind: K, args: [u64; 5]) -> Event {
+    Event {
         stamp,
         kind: kind as u32,
         task: 1,
         args,
         sequence,
+    }
+}
+
+/// Page-table locks are named by their folios: one whose table was freed is another one when it comes back, which only
+/// who knows where the folios lie can tell.
+#[test]
+fn locks_of_tables_that_come_back_make_no_circle() {
+    use crate::check::world::{ROOT_GPA, World};
+    use abi::layout::PAGE_SHIFT;
+    use abi::objects::{Folio, KernelRoot};
+    let world = World::new();
+    let mut word = [0; 8];
+    let at = ROOT_GPA + offset_of!(KernelRoot, folios) as u64;
+    world.memory.read(at, &mut word).expect("the root");
+    let folios = u64::from_le_bytes(word);
+    let lock = |gpa: u64| {
+        let folio = folios + (gpa >> PAGE_SHIFT) * size_of::<Folio>() as u64;
+        [
+            folio + offset_of!(Folio, lock) as u64,
+            LockClass::PageTable as u64,
+            0,
+            0,
+            0,
+        ]
     };
-    let refcount = |count| [frame(1), count, 0, 0, 0];
-    let far = (0..FAR).map(|at| event(4 + at, at + 3, K::Switch, [0; 5]));
-    let mut first = vec![
-        event(0, 0, K::FrameAlloc, [frame(1), 0, anon, 0, 0]),
-        event(1, 1, K::MapcountChange, [frame(1), 1, 0, 0, 0]),
-        event(3, 2, K::RefcountChange, refcount(2)),
-    ];
-    first.extend(far);
-    let mapped = [frame(1), 3, 0, 0, 0];
-    first.push(event(4 + FAR, 3 + FAR, K::MapcountChange, mapped));
-    let judged = |second: &[Event]| {
-        let mut monitors: Vec<Box<dyn Monitor>> =
-            vec![Box::new(crate::check::stream::folio::Folios::default())];
-        monitors[0].start(&Nothing, 0, 2);
-        let mut merge = Merge::new(2, 0, monitors);
-        merge.push(0, &first);
-        merge.push(1, second);
-        merge.judge_all();
-        merge.judged
+    let (one, two) = (frame(1), frame(2));
+    let nest = |outer, inner| {
+        [
+            (K::LockAcquire, lock(outer)),
+            (K::LockAcquire, lock(inner)),
+            (K::LockRelease, lock(inner)),
+            (K::LockRelease, lock(outer)),
+        ]
     };
-    let inverted = judged(&[event(2, 0, K::RefcountChange, refcount(3))]);
-    assert_eq!(ids(&inverted), [""; 0]);
-    assert_eq!(inverted.undecided["F-03"], 1);
-    // The other vCPU's reference is the second in every order: nothing explains the third mapping.
-    let missing = judged(&[event(2, 0, K::RefcountChange, refcount(2))]);
-    assert_eq!(ids(&missing), ["F-03"]);
+    let again = [(K::FrameAlloc, [two, 0, FrameKind::Table as u64, 0, 0])];
+    let judged = |steps: &[(K, [u64; 5])]| {
+        let steps = steps.iter().zip(0..);
+        let events: Vec<Event> = steps
+            .map(|((kind, args), at)| event(at, at, *kind, *args))
+            .collect();
+        let mut merge = Merge::from_boot(1, &world.memory, Some(ROOT_GPA));
+        merge.push(0, &events);
+        ids(merge.judge_all())
+    };
+    let there = nest(one, two);
+    let back = nest(two, one);
+    assert_eq!(judged(&[&there[..], &back].concat()), ["K-04"]);
+    assert_eq!(judged(&[&there[..], &again, &back].concat()), [""; 0]);
 }
 
 #[test]
 fn a_stream_with_holes_is_judged_up_to_the_hole_and_a_broken_one_not_at_all() {
-    let event = |stamp, sequence| Event {
-        stamp,
-        sequence,
-        kind: K::Switch as u32,
-        ..Event::default()
-    };
+    let event = |stamp, sequence| event(stamp, sequence, K::Switch, [0; 5]);
     let mut merge = Merge::new(2, 0, started(2));
     merge.push(0, &[event(0, 0), event(1, 1), event(3, 2)]);
     let judged = merge.judge_all();
@@ -498,7 +532,7 @@ proptest! {
         events in prop::collection::vec((0usize..4, 0u64..300, 0u32..60, any::<[u64; 5]>(), any::<bool>()), 0..300),
         wild in any::<u64>(),
     ) {
-        let mut merge = Merge::from_boot(3);
+        let mut merge = Merge::from_boot(3, &newborn(), None);
         let mut sequences = [0; 4];
         for (vcpu, stamp, kind, args, sane) in events {
             let sequence = sequences[vcpu];

@@ -205,6 +205,8 @@ pub enum Walker {
     Fork = 4,
     /// A walk back from a folio, under the lock of its anon_vmas.
     Rmap = 5,
+    /// A look into another process's memory, in an RCU read section.
+    Peek = 6,
 }
 
 impl Walker {
@@ -218,6 +220,7 @@ impl Walker {
             3 => Self::Protect,
             4 => Self::Fork,
             5 => Self::Rmap,
+            6 => Self::Peek,
             _ => return None,
         })
     }
@@ -231,6 +234,7 @@ impl Walker {
             Self::Protect => "mprotect",
             Self::Fork => "fork",
             Self::Rmap => "rmap walk",
+            Self::Peek => "peek",
         }
     }
 }
@@ -306,4 +310,28 @@ events! {
     MmUsers = 39, "mm-users", ["mm", "users"];
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
+    RcuEnter = 48, "rcu-enter", ["nesting"];
+    RcuExit = 49, "rcu-exit", ["nesting"];
+    RcuRetire = 50, "rcu-retire", ["object", "kind"];
+    RcuGpStart = 51, "rcu-gp-start", ["grace"];
+    RcuGpWait = 52, "rcu-gp-wait", ["grace", "cpus"];
+    RcuGpEnd = 53, "rcu-gp-end", ["grace"];
+    RcuFree = 54, "rcu-free", ["object", "kind"];
+}
+
+/// What the arguments `kind` of [`EventKind::RcuRetire`] and [`EventKind::RcuFree`] say.
+pub mod rcu_object {
+    /// A page-table page, by its GPA.
+    pub const TABLE: u64 = 1;
+    /// An [`crate::objects::Mm`] and its level-4 table, by the GPA of the object.
+    pub const MM: u64 = 2;
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(kind: u64) -> &'static str {
+        match kind {
+            TABLE => "page-table page",
+            MM => "mm",
+            _ => "object",
+        }
+    }
 }

@@ -152,12 +152,26 @@ impl<A: Arch> Kernel<A> {
             Unmap::Exit => self.flush_range(gather.mm, gather.start, gather.end, freed),
         }
         self.free_gathered_frames(gather);
+        self.retire_gathered_tables(gather);
+        (gather.start, gather.end) = (u64::MAX, 0);
+    }
+
+    /// The flush has reached the CPUs that have the mm loaded; walkers of other CPUs, and those that may take an IPI
+    /// on the way, are what the grace period is for (Linux's tlb_remove_table_free).
+    fn retire_gathered_tables(&self, gather: &mut Gather) {
+        if gather.tables == 0 {
+            return;
+        }
         while gather.tables != 0 {
             let table = gather.tables << PAGE_SHIFT;
             gather.tables = self.folio(table).next.get();
-            self.table_free(table);
+            if self.config.bugs.has(Bug::TablesFreeWithoutGracePeriod) {
+                self.rcu_retire_and_free(table);
+            } else {
+                self.rcu_retire(table);
+            }
         }
-        (gather.start, gather.end) = (u64::MAX, 0);
+        self.rcu_poll();
     }
 
     fn free_gathered_frames(&self, gather: &mut Gather) {

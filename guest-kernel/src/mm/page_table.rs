@@ -347,7 +347,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Frees a table that no CPU can walk any more.
-    pub(super) fn table_free(&self, table: u64) {
+    pub(crate) fn table_free(&self, table: u64) {
         self.point(Point::TableFree, [table, self.folio(table).index.get()]);
         self.free_frames(table);
     }

@@ -1,6 +1,6 @@
 //! Locks (family K): taken in the documented order, by one holder, and none kept on the way out.
 //!
-//! The order is the kernel's own (`guest-kernel/src/sync.rs`, after Linux's
+//! The order is the kernel's own (`guest-kernel/src/sync`, after Linux's
 //! `Documentation/mm/process_addrs.rst`), so a schedule that breaks it is reported whether or not another
 //! one takes the locks the other way round: a deadlock needs both, and only one of them is wrong.
 
@@ -80,7 +80,7 @@ impl Locks {
         if let Some((_, at, held)) = wrong {
             let title = format!("the {} was taken under the {}", class.name(), held.name());
             let finding = finding(seen, &title, class, word)
-                .expected("the order of guest-kernel/src/sync.rs")
+                .expected("the order of guest-kernel/src/sync")
                 .found(format!("{} at {at:#x} held meanwhile", held.name()));
             found.push(violation(ORDER, finding));
         }

@@ -8,6 +8,7 @@ pub mod lifetime;
 pub mod locks;
 pub mod merge;
 pub mod order;
+pub mod rcu;
 pub mod rmap;
 pub mod tlb;
 pub mod walk;
@@ -39,6 +40,7 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
         lifetime::INVARIANTS,
         folio::INVARIANTS,
         walk::INVARIANTS,
+        rcu::INVARIANTS,
         rmap::INVARIANTS,
     ];
     families.into_iter().flatten()
@@ -53,11 +55,11 @@ const SOURCES: &[(&str, &str)] = &[
     ("T", "SDM vol. 3A, 5.10; docs/tlb-model.md"),
     (
         "K-01",
-        "guest-kernel/src/sync.rs; Linux Documentation/mm/process_addrs.rst, lock ordering",
+        "guest-kernel/src/sync; Linux Documentation/mm/process_addrs.rst, lock ordering",
     ),
     (
         "K-02",
-        "guest-kernel/src/sync.rs; Linux kernel/locking/lockdep.c, print_deadlock_bug",
+        "guest-kernel/src/sync; Linux kernel/locking/lockdep.c, print_deadlock_bug",
     ),
     ("K-03", "Linux kernel/locking/lockdep.c, lockdep_sys_exit"),
     (
@@ -103,6 +105,12 @@ const SOURCES: &[(&str, &str)] = &[
         "W-02",
         "Linux Documentation/mm/process_addrs.rst, page tables; mm/gup.c, gup_fast",
     ),
+    (
+        "U-03",
+        "Linux Documentation/RCU/whatisRCU.rst; kernel/rcu/tree_plugin.h, rcu_note_context_switch",
+    ),
+    ("U-04", "guest-kernel/src/sync/rcu.rs"),
+    ("U", "Linux Documentation/RCU/Design/Requirements"),
     ("A-01", "Linux mm/rmap.c, rmap_walk_anon"),
     (
         "A-02",
@@ -139,6 +147,7 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
         Box::new(lifetime::Lifetime::default()),
         Box::new(folio::Folios::default()),
         Box::new(walk::Walks::default()),
+        Box::new(rcu::Rcu::default()),
         Box::new(order::LockOrder::default()),
         Box::new(rmap::Rmap::default()),
     ]

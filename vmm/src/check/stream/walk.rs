@@ -28,7 +28,7 @@ pub const INVARIANTS: &[Rule] = &[
     ),
     (
         PROTECTED,
-        "who walks page tables holds what keeps them there: the mmap_lock, the anon_vma's lock, or this vCPU's CR3",
+        "who walks page tables holds what keeps them there: the mmap_lock, the anon_vma's lock, an RCU read section, or this vCPU's CR3",
     ),
 ];
 
@@ -82,6 +82,8 @@ pub struct Walks {
     walks: Vec<Walk>,
     unlinked: FxHashMap<u64, Unlinked>,
     held: Vec<Held>,
+    /// Depth of each vCPU's RCU read section.
+    sections: FxHashMap<usize, u64>,
     start: Start,
     now: Start,
     /// Events so far.
@@ -111,6 +113,8 @@ impl Walks {
                 let loaded = self.now.loaded.get(walk.vcpu);
                 loaded.is_none_or(|loaded| *loaded == walk.mm)
             }
+            // One that was open before the stream began is not known.
+            Walker::Peek => self.sections.get(&walk.vcpu) != Some(&0),
             // A fault that stays inside the family it has locked walks one mm only; others lock by task.
             Walker::Rmap => {
                 let mut held = self.held.iter();
@@ -130,6 +134,7 @@ impl Walks {
             let needs = match walker {
                 Walker::User => "its CR3 loaded",
                 Walker::Rmap => "an anon_vma lock",
+                Walker::Peek => "an RCU read section",
                 _ => "its mmap_lock",
             };
             let title = format!("a walk by {} {does} without {needs}", walker.name());
@@ -244,6 +249,7 @@ impl Monitor for Walks {
         self.walks.clear();
         self.unlinked.clear();
         self.held.clear();
+        self.sections.clear();
         self.now.clone_from(&self.start);
         self.at = 0;
     }
@@ -254,6 +260,10 @@ impl Monitor for Walks {
             Some(EventKind::WalkBegin) => self.begin(seen, found),
             Some(EventKind::LockAcquire) => self.lock(seen, true, found),
             Some(EventKind::LockRelease) => self.lock(seen, false, found),
+            Some(EventKind::RcuEnter | EventKind::RcuExit) => {
+                self.sections.insert(seen.vcpu, args[0]);
+                self.judge_own(seen, found);
+            }
             Some(EventKind::MmCreate) => drop(self.now.mms.insert(args[0], args[2])),
             Some(EventKind::MmFree) => drop(self.now.mms.remove(&args[0])),
             Some(EventKind::Cr3Load) => {
@@ -368,6 +378,11 @@ mod tests {
         let load = |mm| (1, K::Cr3Load, [0, mm, 0, 0, 0]);
         assert_eq!(ids(&[load(1), walk(1, Walker::User)]), [""; 0]);
         assert_eq!(ids(&[load(2), walk(1, Walker::User)]), ["W-02"]);
+        let (enter, exit) = ((1, K::RcuEnter, [1, 0, 0, 0, 0]), (1, K::RcuExit, [0; 5]));
+        let peek = [enter, walk(1, Walker::Peek), end(Walker::Peek), exit];
+        assert_eq!(ids(&peek), [""; 0]);
+        assert_eq!(ids(&[exit, walk(1, Walker::Peek)]), ["W-02"]);
+        assert_eq!(ids(&[&peek[..2], &[exit]].concat()), ["W-02"]);
     }
 
     #[test]

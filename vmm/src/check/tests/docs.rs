@@ -20,6 +20,7 @@ const STREAM_TESTS: &str = concat!(
     include_str!("../stream/lifetime.rs"),
     include_str!("../stream/folio.rs"),
     include_str!("../stream/walk.rs"),
+    include_str!("../stream/rcu.rs"),
     include_str!("../stream/rmap.rs"),
 );
 

@@ -9,11 +9,12 @@ use abi::point::{Point, Wait};
 use super::Place;
 use crate::check::stream::merge::{Judged, Merge, Shown};
 use crate::control::{Machine, MachineError, Stop};
-use crate::explore::WaitsFor;
+use crate::explore::{WaitsFor, holds_up};
 use crate::report::{StreamFacts, Violation, story};
 
 /// All events that a monitor follows. One who spins would fill the ring with its waiting.
-pub(super) const MONITORED: u64 = !(1 << EventKind::LockWait as u32);
+pub(super) const MONITORED: u64 =
+    !(1 << EventKind::LockWait as u32 | 1 << EventKind::RcuGpWait as u32);
 /// How long a vCPU has to get to its next point when everybody is asked where it stands.
 const ASK: Duration = Duration::from_millis(200);
 
@@ -178,7 +179,7 @@ fn judge(
     standing: &[Option<(Point, [u64; 2])>],
     word: impl Fn(u64) -> u64,
 ) -> Option<Vec<WaitsFor>> {
-    let mut waits = Vec::new();
+    let (mut waits, nr) = (Vec::new(), standing.len());
     for (vcpu, standing) in standing.iter().enumerate() {
         let Some((point, args)) = standing else {
             continue;
@@ -187,12 +188,15 @@ fn judge(
         let word = match wait {
             Wait::Lock { word: gpa, class } => Some(word(gpa)).filter(|it| !class.lets_in(*it))?,
             Wait::Acknowledged { word: gpa } => Some(word(gpa)).filter(|it| *it != 0)?,
+            Wait::GracePeriod { first } => {
+                let mask = holds_up(&word, nr, vcpu, first);
+                Some(mask).filter(|it| *it != 0)?
+            }
             Wait::Interrupt | Wait::Anyone => 0,
         };
         waits.push(WaitsFor { vcpu, wait, word });
     }
-    let spins =
-        |wait: &WaitsFor| matches!(wait.wait, Wait::Lock { .. } | Wait::Acknowledged { .. });
+    let spins = |wait: &WaitsFor| !matches!(wait.wait, Wait::Interrupt | Wait::Anyone);
     waits.iter().any(spins).then_some(waits)
 }
 
@@ -203,7 +207,10 @@ fn word(machine: &Machine, gpa: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::mem::offset_of;
+
     use abi::lock::LockClass;
+    use abi::objects::{Cpu, CpuRcu};
 
     use super::*;
 
@@ -233,6 +240,22 @@ mod tests {
             Some((Point::PteClear, [0; 2])),
         ];
         assert!(judge(&works, hung).is_none());
+        // A grace period: CPU 1 has been in the kernel since it began, or not any more.
+        let pending = offset_of!(CpuRcu, pending) as u64;
+        let seen = (offset_of!(CpuRcu, seen) + size_of::<u64>()) as u64;
+        let watching = (size_of::<Cpu>() + offset_of!(CpuRcu, watching)) as u64;
+        let grace = |now: u64| {
+            move |gpa: u64| match gpa - 0x1000 {
+                at if at == pending => 0b10,
+                at if at == seen => 7,
+                at if at == watching => now,
+                _ => 0,
+            }
+        };
+        let waits = [Some((Point::RcuWait, [0x1000, 0])), None];
+        let told = judge(&waits, grace(7)).expect("a hang");
+        assert_eq!(told[0].word, 0b10);
+        assert!(judge(&waits, grace(9)).is_none());
         // All idle: the watchdog's business.
         assert!(judge(&[Some((Point::IdleEnter, [0; 2])), None], hung).is_none());
     }

@@ -248,21 +248,9 @@ impl<'a> Rule<'a> {
     fn split(text: &'a str, form: &'static str) -> Result<Self, Refused> {
         let refused = || Refused::new(format!("'{text}' is no rule")).with_help(form);
         let (place, what) = text.split_once('=').ok_or_else(refused)?;
-        // `p=0.1` and `every=3` are as good as `p0.1` and `every3`.
-        let (place, when, what) = match place.split_once(':') {
-            None => (place, When::Always, what),
-            Some((place, word)) => {
-                let bare = matches!(word.trim(), "every" | "nth" | "p");
-                let (number, what) = match bare {
-                    true => what.split_once('=').ok_or_else(refused)?,
-                    false => ("", what),
-                };
-                (
-                    place,
-                    when(&format!("{}{}", dense(word), dense(number)))?,
-                    what,
-                )
-            }
+        let (place, when) = match place.split_once(':') {
+            None => (place, When::Always),
+            Some((place, word)) => (place, when(&dense(word))?),
         };
         let (name, place) = match place.split_once('@') {
             Some((name, place)) => (name, Some(place.trim())),
@@ -338,10 +326,8 @@ fn bounded(text: &str) -> Result<Duration, Refused> {
     Ok(time)
 }
 
-/// `50us`, `random:0..200us`, `0..200us`, `10us..1ms`.
+/// `50us`, `0..200us`, `10us..1ms`.
 fn span(text: &str) -> Result<Span, Refused> {
-    let text = text.strip_prefix("fixed:").unwrap_or(text);
-    let text = text.strip_prefix("random:").unwrap_or(text);
     let Some((least, most)) = text.split_once("..") else {
         let time = bounded(text)?;
         return Ok(Span {

@@ -17,8 +17,8 @@ fn rules_are_read_as_a_person_writes_them() {
             "flush-dispatch@0 : every 3 = 50us",
             "flush-dispatch@0:every3=50us",
         ),
-        ("pte-clear:p=0.1=random:0..200us", "pte-clear:p0.1=0..200us"),
-        ("pte-clear:nth2=fixed:1ms", "pte-clear:nth2=1000us"),
+        ("pte-clear:p0.1=0..200us", "pte-clear:p0.1=0..200us"),
+        ("pte-clear:nth2=1ms", "pte-clear:nth2=1000us"),
         ("flush-sync=10us..1ms", "flush-sync=10us..1000us"),
         (
             "pte-clear@0=until:ipi-receive@1",

@@ -104,6 +104,10 @@ fn announces(event: &Event) -> bool {
                 | K::FaultExit
                 | K::IpiSend
                 | K::IpiAck
+                | K::RcuExit
+                | K::RcuRetire
+                | K::RcuGpStart
+                | K::RcuFree
         )
     )
 }

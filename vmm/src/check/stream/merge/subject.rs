@@ -21,6 +21,8 @@ pub(super) struct Subject {
     cached: bool,
     /// Whether it is about a VMA: then those matter who use one, until they are done.
     vma: bool,
+    /// Whether it is about RCU, so that read sections matter.
+    sections: bool,
     counted: bool,
     task: u32,
     ticket: u64,
@@ -40,6 +42,7 @@ impl Subject {
             vcpu: place.vcpu,
             object: place.object.map(|(_, gpa)| gpa),
             cached: violation.id.starts_with('T'),
+            sections: violation.id.starts_with('U'),
             counted: COUNTED.iter().any(|rule| violation.id.starts_with(rule)),
             vma: place.object.is_some_and(|(kind, _)| kind == "VMA"),
             task: shown.seen.event.task,
@@ -98,6 +101,8 @@ impl Subject {
             K::LockAcquire => object(a),
             K::LockRelease => object(a) || self.vma && is_mmap_lock(b),
             K::MmCreate | K::MmDestroy | K::MmFree | K::MmCount | K::MmUsers | K::TlbGen => mm(a),
+            K::RcuEnter | K::RcuExit | K::RcuGpStart | K::RcuGpEnd => self.sections,
+            K::RcuRetire | K::RcuFree => self.sections && object(a),
             K::WalkBegin | K::WalkEnd => self.vma || mm(a) && within(b, b.saturating_add(1)),
             K::SyscallEnter | K::SyscallExit | K::FaultEnter | K::FaultExit => {
                 event.task == self.task || self.vma && kind == K::FaultExit

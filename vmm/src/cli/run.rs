@@ -74,29 +74,31 @@ fn disturb_with(scenario: &mut Scenario, options: &Run) -> Result<(), Failure> {
     let disturb = &mut scenario.disturb;
     disturb.delays.extend(options.delays.iter().copied());
     disturb.ipis.extend(options.ipis.iter().copied());
-    let refuse = |refused: Refused| Failure::Usage {
-        problem: refused.problem,
-        help: refused.help.unwrap_or_default(),
-    };
-    disturb
-        .check(scenario.vcpus, scenario.interrupts)
-        .map_err(refuse)?;
-    let stamp = scenario.params.iter().rfind(|(name, _)| name == "stamp");
-    match stamp.map(|(_, value)| value.as_str()) {
-        Some("ticket") => scenario.monitor = true,
-        Some(_) if scenario.monitor || options.monitor => {
+    check_disturb(scenario)?;
+    scenario.monitor |= options.monitor;
+    if scenario.monitor {
+        let stamp = scenario.params.iter().rfind(|(name, _)| name == "stamp");
+        if stamp.is_some_and(|(_, value)| value != "ticket") {
             return Err(Failure::Usage {
                 problem: "streams are merged by tickets, and stamp=tsc was asked for".into(),
                 help: "leave the parameter stamp out".into(),
             });
         }
-        None if scenario.monitor || options.monitor => {
-            scenario.monitor = true;
-            scenario.params.push(("stamp".into(), "ticket".into()));
-        }
-        _ => {}
+        scenario.params.push(("stamp".into(), "ticket".into()));
     }
     Ok(())
+}
+
+/// What no machine can do, or not this one.
+pub(super) fn check_disturb(scenario: &Scenario) -> Result<(), Failure> {
+    let refuse = |refused: Refused| Failure::Usage {
+        problem: refused.problem,
+        help: refused.help.unwrap_or_default(),
+    };
+    let disturb = &scenario.disturb;
+    disturb
+        .check(scenario.vcpus, scenario.interrupts)
+        .map_err(refuse)
 }
 
 /// A passage of a failpoint is counted from the start of a schedule, which only `explore` has.

@@ -87,6 +87,12 @@ fn main() {
         let file = image.build(root, &target_dir);
         println!("cargo:rustc-env={}={}", image.variable, file.display());
     }
+    // For whoever builds another kernel to compare with (benches/).
+    let flags = IMAGES[0].rustflags(root);
+    let flags = flags
+        .to_str()
+        .unwrap_or_else(|| fail("the workspace's path is not UTF-8"));
+    println!("cargo:rustc-env=STALEMATE_KERNEL_RUSTFLAGS={flags}");
 }
 
 /// SHA-256 over the sources of the kernel, the programs and their contract: what decides where scheduling

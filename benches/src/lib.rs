@@ -1,1 +1,4 @@
-//! Benchmarks live in `benches/`; this crate has no code of its own.
+//! What benchmarks and their tests share: other builds of the guest kernel, and what its code consists of.
+
+pub mod code;
+pub mod kernels;

@@ -9,11 +9,13 @@
 //! A kernel is a value ([`Kernel`]), not a set of global statics: many can live in one process.
 #![cfg_attr(not(any(test, feature = "model")), no_std)]
 
+#[macro_use]
+pub mod testbed;
+
 pub mod arch;
 pub mod mm;
 pub mod sync;
 pub mod task;
-pub mod testbed;
 
 mod kernel;
 pub use kernel::Kernel;

@@ -134,6 +134,16 @@ impl FrameKind {
     pub fn from_u8(value: u8) -> Option<Self> {
         Self::ALL.get(usize::from(value)).copied()
     }
+    /// The kind with number `value`, an argument of an event.
+    #[must_use]
+    pub fn from_u64(value: u64) -> Option<Self> {
+        Self::from_u8(u8::try_from(value).ok()?)
+    }
+    /// True where a frame of this kind is a page-table page, retired or not.
+    #[must_use]
+    pub fn is_table(self) -> bool {
+        matches!(self, Self::Table | Self::Retired)
+    }
     /// True where a frame of this kind belongs to the allocator.
     #[must_use]
     pub fn is_free(self) -> bool {

@@ -1,14 +1,13 @@
 //! The boundary between the kernel and the machine.
 //!
 //! [`Arch`] is all that the kernel knows of the machine. Back ends: `x86_64`, the real one (feature
-//! `image`), and in host tests a single-threaded arena (`testing`) and, in a
-//! host process, coroutines (`model`). A back end never calls upwards
-//! but through the entry points that it documents (trap, interrupt, thread start).
+//! `image`), and `model`, the same kernel inside a host process (feature `model`, and this crate's tests).
+//! A back end never calls upwards but through the entry points that it documents (trap, interrupt,
+//! thread start). The tests of tasks have one more, of host threads (`task::tests::machine`), because the
+//! model never runs two CPUs at once.
 
-#[cfg(feature = "model")]
+#[cfg(any(feature = "model", test))]
 pub mod model;
-#[cfg(test)]
-pub mod testing;
 #[cfg(any(feature = "image", test))]
 pub mod x86_64;
 

@@ -5,7 +5,7 @@
 //! one for every CPU that has it loaded, lazy or not; the last one frees the level-4 table and the
 //! object. So a CPU never has a freed table in CR3.
 
-use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 
 use abi::boot::Segment;
 use abi::channel::EventKind;
@@ -20,9 +20,10 @@ use super::vma::{Area, leaf_flags, prot_flags};
 use super::{Field, Slot, is_page_aligned};
 use crate::Kernel;
 use crate::arch::Arch;
-#[cfg(feature = "testbed")]
-use crate::sync::rcu::RcuReader;
+use crate::testbed::told;
 use abi::lock::LockClass;
+#[cfg(feature = "testbed")]
+use {crate::sync::rcu::RcuReader, core::sync::atomic::Ordering::Acquire};
 
 impl<A: Arch> Kernel<A> {
     /// An empty address space with one user and one reference.
@@ -55,7 +56,7 @@ impl<A: Arch> Kernel<A> {
             // Release: pairs with the Acquire in `mm_by_id`.
             root.mms.store(mm, Release);
         }
-        self.event(EventKind::MmCreate, [id, pgd, mm.0, 0, 0]);
+        event!(self, EventKind::MmCreate, [id, pgd, mm.0, 0, 0]);
         Ok(mm)
     }
 
@@ -65,20 +66,24 @@ impl<A: Arch> Kernel<A> {
         let before = space.users.fetch_add(1, Relaxed);
         assert!(before > 0, "mm {mm:?} used after its end");
         let users = u64::from(before) + 1;
-        self.event(EventKind::MmUsers, [space.id.get(), users, 0, 0, 0]);
+        event!(self, EventKind::MmUsers, [space.id.get(), users, 0, 0, 0]);
     }
 
     /// Removes a user; the last one unmaps everything.
     pub fn mm_put(&self, mm: Pa<Mm>) {
         let space = self.obj(mm);
         // Read first: whoever is not the last user must not touch it after this.
-        let id = space.id.get();
+        let id = told(|| space.id.get());
         // AcqRel: the last user sees what all others did.
         let before = space.users.fetch_sub(1, AcqRel);
         assert!(before > 0, "mm {mm:?} put once too often");
-        self.event(EventKind::MmUsers, [id, u64::from(before) - 1, 0, 0, 0]);
+        event!(
+            self,
+            EventKind::MmUsers,
+            [id, u64::from(before) - 1, 0, 0, 0]
+        );
         if before == 1 {
-            self.point(Point::MmExit, [space.id.get(), 0]);
+            point!(self, Point::MmExit, [space.id.get(), 0]);
             self.exit_mmap(mm);
             self.mm_drop(mm);
         }
@@ -86,27 +91,31 @@ impl<A: Arch> Kernel<A> {
 
     /// Takes a reference that keeps the object and its level-4 table, not its mappings.
     pub fn mm_grab(&self, mm: Pa<Mm>) {
-        self.point(Point::RefcountChange, [mm.0, 1]);
+        point!(self, Point::RefcountChange, [mm.0, 1]);
         let space = self.obj(mm);
         let before = space.count.fetch_add(1, Relaxed);
         assert!(before > 0, "mm {mm:?} grabbed after it was freed");
         let count = u64::from(before) + 1;
-        self.event(EventKind::MmCount, [space.id.get(), count, 0, 0, 0]);
+        event!(self, EventKind::MmCount, [space.id.get(), count, 0, 0, 0]);
     }
 
     /// Gives such a reference up; the last one frees the mm.
     pub fn mm_drop(&self, mm: Pa<Mm>) {
         let space = self.obj(mm);
-        self.point(Point::RefcountChange, [mm.0, 0]);
-        let id = space.id.get();
+        point!(self, Point::RefcountChange, [mm.0, 0]);
+        let id = told(|| space.id.get());
         let before = space.count.fetch_sub(1, AcqRel);
         assert!(before > 0, "mm {mm:?} dropped once too often");
-        self.event(EventKind::MmCount, [id, u64::from(before) - 1, 0, 0, 0]);
+        event!(
+            self,
+            EventKind::MmCount,
+            [id, u64::from(before) - 1, 0, 0, 0]
+        );
         if before > 1 {
             return;
         }
         assert!(space.users.get() == 0 && space.vmas.get().is_null());
-        self.event(EventKind::MmDestroy, [space.id.get(), 0, 0, 0, 0]);
+        event!(self, EventKind::MmDestroy, [space.id.get(), 0, 0, 0, 0]);
         self.unlist_mm(mm);
         // No flush: every CPU that had it loaded held a reference and has loaded another since. A reader may have
         // found it on the list.
@@ -118,7 +127,7 @@ impl<A: Arch> Kernel<A> {
     pub(crate) fn mm_free(&self, mm: Pa<Mm>) {
         let space = self.obj(mm);
         self.table_free(space.pgd.get());
-        self.event(EventKind::MmFree, [space.id.get(), 0, 0, 0, 0]);
+        event!(self, EventKind::MmFree, [space.id.get(), 0, 0, 0, 0]);
         self.slab_free(mm);
     }
 
@@ -225,7 +234,8 @@ impl<A: Arch> Kernel<A> {
         folio.kind.set(FrameKind::Anon as u8);
         folio.refcount.set(1);
         folio.generation.set(folio.generation.get() + 1);
-        self.event(
+        event!(
+            self,
             EventKind::FrameAlloc,
             [gpa, 0, FrameKind::Anon as u64, 0, 0],
         );

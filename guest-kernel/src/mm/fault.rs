@@ -18,7 +18,7 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
 use abi::bug::Bug;
-use abi::channel::{Walker, cause};
+use abi::channel::{EventKind, Walker, cause};
 use abi::lock::LockClass;
 
 /// Largest stack that grows by itself (Linux's default RLIMIT_STACK).
@@ -83,16 +83,17 @@ impl<A: Arch> Kernel<A> {
     /// Told so that the host can tell a VMA that was recycled since.
     #[inline]
     fn vma_found(&self, mm: &Mm, vma: Pa<Vma>, gva: u64) {
-        #[cfg(feature = "testbed")]
-        {
-            let generation = self.obj(vma).generation.get();
-            self.event(
-                abi::channel::EventKind::VmaFound,
-                [mm.id.get(), vma.0, gva, generation.into(), 0],
-            );
-        }
-        #[cfg(not(feature = "testbed"))]
-        let _ = (mm, vma, gva);
+        event!(
+            self,
+            EventKind::VmaFound,
+            [
+                mm.id.get(),
+                vma.0,
+                gva,
+                self.obj(vma).generation.get().into(),
+                0
+            ]
+        );
     }
 
     pub(super) fn fault_in(
@@ -223,14 +224,14 @@ impl<A: Arch> Kernel<A> {
             .without(PteFlags::COW);
         let mm = self.obj(fault.mm);
         self.set_pte(mm, fault.gva, fault.slot, fault.entry, new);
-        self.point(Point::PteInstall, [mm.id.get(), fault.gva]);
+        point!(self, Point::PteInstall, [mm.id.get(), fault.gva]);
     }
 
     fn copy_on_write(&self, fault: Faulting, shared: u64) -> Result<(), Errno> {
         let copy = self.alloc_frames(0, FrameKind::Anon)?;
         self.arch.copy_frame(shared, copy);
         let mm = self.obj(fault.mm);
-        self.point(Point::CowCopy, [mm.id.get(), fault.gva]);
+        point!(self, Point::CowCopy, [mm.id.get(), fault.gva]);
         {
             let guard = self.lock_table(fault.slot.table);
             if self.read_pte(fault.slot) != fault.entry {
@@ -246,7 +247,7 @@ impl<A: Arch> Kernel<A> {
             // another reads the original through an older translation (Linux's wp_page_copy).
             let old = self.set_pte(mm, fault.gva, fault.slot, fault.entry, Pte::NONE);
             self.folio_unmap(shared);
-            self.point(Point::PteClear, [mm.id.get(), fault.gva]);
+            point!(self, Point::PteClear, [mm.id.get(), fault.gva]);
             let (start, end) = (fault.gva, fault.gva + PAGE_SIZE);
             self.flush_range(fault.mm, start, end, FreedTables::No);
             let flags = old.flags().difference(PteFlags::COW);
@@ -276,7 +277,7 @@ impl<A: Arch> Kernel<A> {
         let index = area.pgoff.get() + pages(fault.gva - area.start.get());
         self.folio_map_new(new.address(), anon, index);
         self.set_pte(mm, fault.gva, fault.slot, old, new);
-        self.point(Point::PteInstall, [mm.id.get(), fault.gva]);
+        point!(self, Point::PteInstall, [mm.id.get(), fault.gva]);
     }
 
     /// Extends the stack `vma` down to `page` (Linux's expand_downwards). Under the mmap_lock held for

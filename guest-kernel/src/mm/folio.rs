@@ -55,7 +55,7 @@ impl<A: Arch> Kernel<A> {
 
     /// Takes a reference, for a [`cause`].
     pub(super) fn folio_get(&self, gpa: u64, cause: u64) {
-        self.point(Point::RefcountChange, [gpa, 1]);
+        point!(self, Point::RefcountChange, [gpa, 1]);
         let before = self.folio(gpa).refcount.fetch_add(1, Relaxed);
         self.refcount_changed(gpa, before, before + 1, cause);
     }
@@ -64,7 +64,7 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn folio_put(&self, gpa: u64, cause: u64) {
         // Read first: the last reference leaves the count to `free_frames`, so that 0 means free.
         // AcqRel: whoever frees sees what the other holders did with the frame.
-        self.point(Point::RefcountChange, [gpa, 0]);
+        point!(self, Point::RefcountChange, [gpa, 0]);
         let folio = self.folio(gpa);
         let sole = folio.refcount.load(Acquire) == 1;
         if !sole {
@@ -80,7 +80,7 @@ impl<A: Arch> Kernel<A> {
     fn free_user_frame(&self, gpa: u64, cause: u64) {
         let folio = self.folio(gpa);
         assert!(folio.mapcount.get() == 0, "mapped folio {gpa:#x} freed");
-        self.point(Point::FrameFree, [gpa, folio.owner.get()]);
+        point!(self, Point::FrameFree, [gpa, folio.owner.get()]);
         self.refcount_changed(gpa, 1, 0, cause);
         if self.config.poison {
             self.arch.fill_frame(gpa, POISON ^ gpa);
@@ -101,13 +101,15 @@ impl<A: Arch> Kernel<A> {
 
     fn set_mapcount(&self, gpa: u64, delta: i32, cause: u64) -> u32 {
         let folio = self.folio(gpa);
-        self.point(
+        point!(
+            self,
             Point::MapcountChange,
             [gpa, u64::from(folio.mapcount.get())],
         );
         let before = folio.mapcount.fetch_add(delta.cast_unsigned(), AcqRel);
         let after = u64::from(before.wrapping_add_signed(delta));
-        self.event(
+        event!(
+            self,
             EventKind::MapcountChange,
             [gpa, after, before.into(), cause, 0],
         );
@@ -115,7 +117,8 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn refcount_changed(&self, gpa: u64, from: u32, to: u32, cause: u64) {
-        self.event(
+        event!(
+            self,
             EventKind::RefcountChange,
             [gpa, to.into(), from.into(), cause, 0],
         );

@@ -39,7 +39,7 @@ impl<A: Arch> Kernel<A> {
             }
             self.copy_vmas(parent, child)
         };
-        self.point(Point::ForkFlush, [old.id.get(), new.id.get()]);
+        point!(self, Point::ForkFlush, [old.id.get(), new.id.get()]);
         if !self.config.bugs.has(Bug::ForkNoWriteprotectFlush) {
             self.flush_mm(parent, FreedTables::No);
         }
@@ -81,7 +81,7 @@ impl<A: Arch> Kernel<A> {
                 self.copy_entries(parent, child, (start, end))?;
             }
         }
-        self.point(Point::ForkCopy, [self.obj(child).id.get(), start]);
+        point!(self, Point::ForkCopy, [self.obj(child).id.get(), start]);
         Ok(())
     }
 
@@ -106,10 +106,10 @@ impl<A: Arch> Kernel<A> {
                 self.folio_share(entry.address());
                 let entry = self.set_pte(old, gva, Slot::new(table, 1, gva), entry, shared);
                 if takes_away(entry, shared) {
-                    self.point(Point::PteProtect, [old.id.get(), gva]);
+                    point!(self, Point::PteProtect, [old.id.get(), gva]);
                 }
                 self.set_pte(new, gva, Slot::new(copy, 1, gva), Pte::NONE, shared);
-                self.point(Point::PteInstall, [new.id.get(), gva]);
+                point!(self, Point::PteInstall, [new.id.get(), gva]);
                 rest = gva + PAGE_SIZE;
             }
             Ok(())

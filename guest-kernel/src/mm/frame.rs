@@ -27,7 +27,7 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// ENOMEM where no block is left; frames on the lists of other CPUs are out of reach.
     pub fn alloc_frames(&self, order: u8, kind: FrameKind) -> Result<u64, Errno> {
-        if self.fail(Failpoint::FrameAlloc) {
+        if fail!(self, Failpoint::FrameAlloc) {
             return Err(Errno::ENOMEM);
         }
         let mut frame = self.take_block(order, kind);
@@ -36,8 +36,12 @@ impl<A: Arch> Kernel<A> {
         }
         let gpa = frame.ok_or(Errno::ENOMEM)? << PAGE_SHIFT;
         let args = [gpa, u64::from(order), kind as u64];
-        self.event(EventKind::FrameAlloc, [args[0], args[1], args[2], 0, 0]);
-        self.point(Point::FrameAlloc, [gpa, args[1]]);
+        event!(
+            self,
+            EventKind::FrameAlloc,
+            [args[0], args[1], args[2], 0, 0]
+        );
+        point!(self, Point::FrameAlloc, [gpa, args[1]]);
         Ok(gpa)
     }
 
@@ -64,7 +68,8 @@ impl<A: Arch> Kernel<A> {
         let allocated =
             FrameKind::from_u8(kind).is_some_and(|k| k != FrameKind::Tail && !k.is_free());
         assert!(allocated, "frame {gpa:#x} of kind {kind} freed");
-        self.event(
+        event!(
+            self,
             EventKind::FrameFree,
             [gpa, u64::from(order), u64::from(kind), 0, 0],
         );

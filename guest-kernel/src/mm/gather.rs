@@ -126,7 +126,7 @@ impl<A: Arch> Kernel<A> {
                 self.folio_unmap(entry.address());
             }
             gather.add_frame(entry.address(), found);
-            self.point(Point::PteClear, [mm.id.get(), found]);
+            point!(self, Point::PteClear, [mm.id.get(), found]);
             gva = found + PAGE_SIZE;
         }
         gva

@@ -93,7 +93,8 @@ impl<A: Arch> Kernel<A> {
             let counter = if slot.level == 1 { &mm.rss } else { &mm.tables };
             counter.fetch_add(delta.cast_unsigned(), Relaxed);
         }
-        self.event(
+        event!(
+            self,
             EventKind::PteChange,
             [mm.id.get(), gva, u64::from(slot.level), seen.0, value.0],
         );
@@ -124,11 +125,7 @@ impl<A: Arch> Kernel<A> {
 
     #[inline]
     fn walk_event(&self, kind: EventKind, mm: &Mm, gva: u64, walker: Walker) {
-        // Not even the load of the number is left without the feature.
-        #[cfg(feature = "testbed")]
-        self.event(kind, [mm.id.get(), gva, walker as u64, 0, 0]);
-        #[cfg(not(feature = "testbed"))]
-        let _ = (kind, mm, gva, walker);
+        event!(self, kind, [mm.id.get(), gva, walker as u64, 0, 0]);
     }
 
     /// The level-1 table that covers `gva`; where there is none, the level at which the walk ends.
@@ -348,7 +345,11 @@ impl<A: Arch> Kernel<A> {
 
     /// Frees a table that no CPU can walk any more.
     pub(crate) fn table_free(&self, table: u64) {
-        self.point(Point::TableFree, [table, self.folio(table).index.get()]);
+        point!(
+            self,
+            Point::TableFree,
+            [table, self.folio(table).index.get()]
+        );
         self.free_frames(table);
     }
 }

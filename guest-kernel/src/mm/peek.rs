@@ -36,7 +36,7 @@ impl<A: Arch> Kernel<A> {
         let mut table = mm.pgd.get();
         for level in [4, 3, 2] {
             let entry = self.read_pte(Slot::new(table, level, gva));
-            self.point(Point::WalkStep, [table, u64::from(level)]);
+            point!(self, Point::WalkStep, [table, u64::from(level)]);
             if !entry.is_present() {
                 return None;
             }

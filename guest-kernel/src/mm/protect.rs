@@ -120,7 +120,7 @@ impl<A: Arch> Kernel<A> {
                     if takes_away(entry, new) {
                         reduced.start = reduced.start.min(gva);
                         reduced.end = gva + PAGE_SIZE;
-                        self.point(Point::PteProtect, [space.id.get(), gva]);
+                        point!(self, Point::PteProtect, [space.id.get(), gva]);
                     }
                     rest = gva + PAGE_SIZE;
                 }

@@ -73,7 +73,7 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// ENOMEM where the slab is empty and no frame is left.
     pub fn slab_alloc<T: Slabbed>(&self) -> Result<Pa<T>, Errno> {
-        if self.fail(Failpoint::SlabAlloc) {
+        if fail!(self, Failpoint::SlabAlloc) {
             return Err(Errno::ENOMEM);
         }
         let slab = self.slab::<T>();
@@ -147,7 +147,7 @@ impl<A: Arch> Kernel<A> {
                 } else {
                     EventKind::VmaFree
                 };
-                self.event(kind, [object.0, generation.get().into(), 0, 0, 0]);
+                event!(self, kind, [object.0, generation.get().into(), 0, 0, 0]);
             }
         }
         let add = |count: &AtomicU64| count.set(count.get().wrapping_add_signed(delta));

@@ -117,7 +117,11 @@ impl<A: Arch> Kernel<A> {
         if stale {
             how |= access::STALE;
         }
-        self.event(EventKind::Access, [gva, page_of(at.gpa), value, how, 0]);
+        event!(
+            self,
+            EventKind::Access,
+            [gva, page_of(at.gpa), value, how, 0]
+        );
         (value, stale)
     }
 

@@ -30,6 +30,7 @@ use abi::point::Point;
 use super::{Field, pages};
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi};
+use crate::testbed::told;
 
 /// Whether page-table pages are freed after a flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,8 +90,8 @@ impl<A: Arch> Kernel<A> {
     /// [`Ipi::Shootdown`]; a late or doubled IPI finds nothing to do.
     pub fn handle_shootdown(&self) {
         let vector = u64::from(Ipi::Shootdown as u8);
-        self.event(EventKind::IpiReceive, [vector, 0, 0, 0, 0]);
-        self.point(Point::IpiReceive, [vector, 0]);
+        event!(self, EventKind::IpiReceive, [vector, 0, 0, 0, 0]);
+        point!(self, Point::IpiReceive, [vector, 0]);
         let root = self.root();
         let me = 1 << self.arch.cpu();
         for from in 0..root.nr_cpus.get() {
@@ -105,18 +106,18 @@ impl<A: Arch> Kernel<A> {
                 end: request.end.get(),
                 tlb_gen: request.tlb_gen.get(),
             });
-            self.event(EventKind::IpiAck, [from, 0, 0, 0, 0]);
+            event!(self, EventKind::IpiAck, [from, 0, 0, 0, 0]);
             // Release: pairs with the Acquire in `flush_sync`; whoever sees the bit gone may reuse
             // what this CPU has just stopped using. The request is not read after this.
             request.pending.fetch_and(!me, Release);
-            self.point(Point::IpiAck, [from, 0]);
+            point!(self, Point::IpiAck, [from, 0]);
         }
     }
 
     /// Numbers a flush. SeqCst is the full barrier between the changed entries and the reads of
     /// `cpumask` and `lazy` that follow.
     fn flush_issue(&self, mm: Pa<Mm>, start: u64, end: u64) -> Flush {
-        self.point(Point::FlushIssue, [self.obj(mm).id.get(), start]);
+        point!(self, Point::FlushIssue, [self.obj(mm).id.get(), start]);
         let counter = &self.obj(mm).tlb_gen;
         let tlb_gen = if self.config.bugs.has(Bug::TlbGenPlainAdd) {
             let next = counter.load(SeqCst) + 1;
@@ -125,7 +126,11 @@ impl<A: Arch> Kernel<A> {
         } else {
             counter.fetch_add(1, SeqCst) + 1
         };
-        self.event(EventKind::TlbGen, [self.obj(mm).id.get(), tlb_gen, 0, 0, 0]);
+        event!(
+            self,
+            EventKind::TlbGen,
+            [self.obj(mm).id.get(), tlb_gen, 0, 0, 0]
+        );
         Flush {
             mm,
             start,
@@ -155,8 +160,9 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn flush_dispatch(&self, flush: Flush, targets: CpuMask) {
-        let id = self.obj(flush.mm).id.get();
-        self.event(
+        let id = told(|| self.obj(flush.mm).id.get());
+        event!(
+            self,
             EventKind::ShootdownBegin,
             [id, flush.start, flush.end, targets, 0],
         );
@@ -167,16 +173,17 @@ impl<A: Arch> Kernel<A> {
         request.tlb_gen.set(flush.tlb_gen);
         // Release: pairs with the Acquire in `handle_shootdown`.
         request.pending.store(targets, Release);
-        self.event(
+        event!(
+            self,
             EventKind::IpiSend,
             [u64::from(Ipi::Shootdown as u8), targets, 0, 0, 0],
         );
         self.arch.send_ipi(targets, Ipi::Shootdown);
-        self.point(Point::FlushDispatch, [id, targets]);
+        point!(self, Point::FlushDispatch, [id, targets]);
     }
 
     fn flush_sync(&self, flush: Flush, targets: CpuMask) {
-        let id = self.obj(flush.mm).id.get();
+        let id = told(|| self.obj(flush.mm).id.get());
         let pending = &self.this_cpu().flush.pending;
         loop {
             // Acquire: pairs with the Release in `handle_shootdown`; the frames and tables that are
@@ -187,8 +194,8 @@ impl<A: Arch> Kernel<A> {
             }
             self.spin(Point::FlushWait, [self.lock_id(pending), left]);
         }
-        self.event(EventKind::ShootdownEnd, [id, targets, 0, 0, 0]);
-        self.point(Point::FlushSync, [id, targets]);
+        event!(self, EventKind::ShootdownEnd, [id, targets, 0, 0, 0]);
+        point!(self, Point::FlushSync, [id, targets]);
     }
 
     /// Brings this CPU up to `flush`, if it has that mm loaded.
@@ -214,7 +221,8 @@ impl<A: Arch> Kernel<A> {
             #[cfg(feature = "testbed")]
             self.soft_flush_range(flush.start, flush.end);
             // After the fact: the host's TLB model forgets what the event covers.
-            self.event(
+            event!(
+                self,
                 EventKind::FlushLocal,
                 [mm.id.get(), flush.start, flush.end, 0, 0],
             );
@@ -229,7 +237,7 @@ impl<A: Arch> Kernel<A> {
         self.arch.flush_all();
         #[cfg(feature = "testbed")]
         self.soft_flush_all();
-        self.event(EventKind::FlushAll, [mm.id.get(), 0, 0, 0, 0]);
+        event!(self, EventKind::FlushAll, [mm.id.get(), 0, 0, 0, 0]);
     }
 }
 
@@ -255,8 +263,8 @@ impl<A: Arch> Kernel<A> {
             self.join_cpumask(space, bit);
         }
         let tlb_gen = space.tlb_gen.load(SeqCst);
-        self.load_pgd(space.pgd.get(), space.id.get());
-        self.point(Point::SwitchMm, [space.id.get(), tlb_gen]);
+        self.load_pgd(space.pgd.get(), told(|| space.id.get()));
+        point!(self, Point::SwitchMm, [space.id.get(), tlb_gen]);
         if late {
             self.join_cpumask(space, bit);
         }
@@ -274,9 +282,9 @@ impl<A: Arch> Kernel<A> {
         if !cpu.loaded_mm.get().is_null() {
             // Release: its user code is over before a flusher may pass it by.
             cpu.lazy.store(1, Release);
-            let mm = self.obj(cpu.loaded_mm.get()).id.get();
-            self.event(EventKind::LazyEnter, [mm, 0, 0, 0, 0]);
-            self.point(Point::LazyEnter, [mm, 0]);
+            let mm = told(|| self.obj(cpu.loaded_mm.get()).id.get());
+            event!(self, EventKind::LazyEnter, [mm, 0, 0, 0, 0]);
+            point!(self, Point::LazyEnter, [mm, 0]);
         }
     }
 
@@ -300,7 +308,7 @@ impl<A: Arch> Kernel<A> {
         if cpu.lazy.get() == 0 {
             return;
         }
-        self.point(Point::LazyLeave, [space.id.get(), cpu.tlb_gen.get()]);
+        point!(self, Point::LazyLeave, [space.id.get(), cpu.tlb_gen.get()]);
         cpu.lazy.store(0, SeqCst);
         // The full barrier of the module's second pair.
         fence(SeqCst);
@@ -309,21 +317,25 @@ impl<A: Arch> Kernel<A> {
             self.flush_everything_here(space);
             cpu.tlb_gen.set(latest);
         }
-        self.event(EventKind::LazyLeave, [space.id.get(), latest, 0, 0, 0]);
+        event!(
+            self,
+            EventKind::LazyLeave,
+            [space.id.get(), latest, 0, 0, 0]
+        );
     }
 
     /// SeqCst, before `tlb_gen` is read and before CR3: see the module's first pair.
     fn join_cpumask(&self, space: &Mm, bit: CpuMask) {
         space.cpumask.fetch_or(bit, SeqCst);
-        self.event(EventKind::CpumaskSet, [space.id.get(), 0, 0, 0, 0]);
+        event!(self, EventKind::CpumaskSet, [space.id.get(), 0, 0, 0, 0]);
     }
 
     fn load_pgd(&self, pgd: u64, mm: u64) {
-        self.point(Point::Cr3Load, [mm, pgd]);
+        point!(self, Point::Cr3Load, [mm, pgd]);
         self.arch.load_root(pgd);
         #[cfg(feature = "testbed")]
         self.soft_flush_all();
-        self.event(EventKind::Cr3Load, [pgd, mm, 0, 0, 0]);
+        event!(self, EventKind::Cr3Load, [pgd, mm, 0, 0, 0]);
     }
 
     /// CR3 is elsewhere: nothing of `prev` can be cached here any more.
@@ -331,7 +343,8 @@ impl<A: Arch> Kernel<A> {
         if !prev.is_null() {
             // Release: a flusher that sees the bit gone relies on the CR3 load before it.
             self.obj(prev).cpumask.fetch_and(!bit, Release);
-            self.event(
+            event!(
+                self,
                 EventKind::CpumaskClear,
                 [self.obj(prev).id.get(), 0, 0, 0, 0],
             );

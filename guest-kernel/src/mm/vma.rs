@@ -15,6 +15,7 @@ use super::{Field, pages};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
+use crate::testbed::told;
 
 /// Most VMAs of one mm (Linux's vm.max_map_count).
 pub(super) const MAX_MAP_COUNT: u64 = 65530;
@@ -141,7 +142,8 @@ impl<A: Arch> Kernel<A> {
         let area = self.obj(vma);
         // Release: pairs with readers that find it without the mmap_lock; it is complete.
         area.attached.store(1, Release);
-        self.event(
+        event!(
+            self,
             EventKind::VmaAttach,
             [
                 space.id.get(),
@@ -151,7 +153,7 @@ impl<A: Arch> Kernel<A> {
                 area.flags.get(),
             ],
         );
-        self.point(Point::VmaAttach, [space.id.get(), area.start.get()]);
+        point!(self, Point::VmaAttach, [space.id.get(), area.start.get()]);
         vma
     }
 
@@ -161,9 +163,13 @@ impl<A: Arch> Kernel<A> {
         self.tree_erase(mm, vma);
         mm.map_count.set(mm.map_count.get() - 1);
         area.attached.store(0, Release);
-        let (start, end) = (area.start.get(), area.end.get());
-        self.event(EventKind::VmaDetach, [mm.id.get(), vma.0, start, end, 0]);
-        self.point(Point::VmaDetach, [mm.id.get(), start]);
+        let (start, end) = told(|| (area.start.get(), area.end.get()));
+        event!(
+            self,
+            EventKind::VmaDetach,
+            [mm.id.get(), vma.0, start, end, 0]
+        );
+        point!(self, Point::VmaDetach, [mm.id.get(), start]);
     }
 
     /// Refuses to make one VMA too many.

@@ -98,7 +98,8 @@ impl<A: Arch> Kernel<A> {
 
     #[cold]
     fn wait(&self, word: &AtomicU64, class: LockClass) {
-        self.event(
+        event!(
+            self,
             EventKind::LockWait,
             [self.lock_id(word), class as u64, 0, 0, 0],
         );
@@ -106,11 +107,12 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn acquired<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
-        self.event(
+        event!(
+            self,
             EventKind::LockAcquire,
             [self.lock_id(word), class as u64, 0, 0, 0],
         );
-        self.point(Point::LockAcquire, [self.lock_id(word), class as u64]);
+        point!(self, Point::LockAcquire, [self.lock_id(word), class as u64]);
         Guard {
             kernel: self,
             word,
@@ -136,7 +138,8 @@ impl<A: Arch> Drop for Guard<'_, A> {
             word,
             class,
         } = self;
-        kernel.event(
+        event!(
+            kernel,
             EventKind::LockRelease,
             [kernel.lock_id(word), *class as u64, 0, 0, 0],
         );
@@ -145,6 +148,10 @@ impl<A: Arch> Drop for Guard<'_, A> {
             LockClass::MmapWrite => rwlock::release_write(*word),
             _ => spin::release(*word),
         }
-        kernel.point(Point::LockRelease, [kernel.lock_id(word), *class as u64]);
+        point!(
+            kernel,
+            Point::LockRelease,
+            [kernel.lock_id(word), *class as u64]
+        );
     }
 }

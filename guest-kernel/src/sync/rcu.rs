@@ -28,6 +28,7 @@ use super::grace;
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask};
 use crate::mm::Field;
+use crate::testbed::told;
 
 /// An open read section; dropping it ends it.
 #[must_use = "the section ends at once"]
@@ -37,8 +38,8 @@ impl<A: Arch> Drop for RcuReader<'_, A> {
     fn drop(&mut self) {
         let nesting = &self.0.this_cpu().rcu.nesting;
         let left = nesting.get() - 1;
-        self.0.point(Point::RcuExit, [left, 0]);
-        self.0.event(EventKind::RcuExit, [left, 0, 0, 0, 0]);
+        point!(self.0, Point::RcuExit, [left, 0]);
+        event!(self.0, EventKind::RcuExit, [left, 0, 0, 0, 0]);
         nesting.set(left);
     }
 }
@@ -55,8 +56,8 @@ impl<A: Arch> Kernel<A> {
         );
         let nesting = rcu.nesting.get() + 1;
         rcu.nesting.set(nesting);
-        self.event(EventKind::RcuEnter, [nesting, 0, 0, 0, 0]);
-        self.point(Point::RcuEnter, [nesting, 0]);
+        event!(self, EventKind::RcuEnter, [nesting, 0, 0, 0, 0]);
+        point!(self, Point::RcuEnter, [nesting, 0]);
         RcuReader(self)
     }
 
@@ -95,7 +96,7 @@ impl<A: Arch> Kernel<A> {
     pub(crate) fn spin(&self, point: Point, args: [u64; 2]) {
         let rcu = &self.this_cpu().rcu;
         let paused = rcu.nesting.get() == 0 && grace::leave(&rcu.watching);
-        self.point(point, args);
+        point!(self, point, args);
         self.arch.relax();
         if paused {
             grace::enter(&rcu.watching);
@@ -227,7 +228,7 @@ impl<A: Arch> Kernel<A> {
         let grace = rcu.grace.get() + 1;
         rcu.grace.set(grace);
         // Told first: sections that begin after it need not be waited for.
-        self.event(EventKind::RcuGpStart, [grace / 2, 0, 0, 0, 0]);
+        event!(self, EventKind::RcuGpStart, [grace / 2, 0, 0, 0, 0]);
         grace::begin::<core::sync::atomic::AtomicU64>();
         let mut pending: CpuMask = 0;
         for cpu in 0..self.arch.nr_cpus() {
@@ -239,7 +240,7 @@ impl<A: Arch> Kernel<A> {
             }
         }
         rcu.pending.set(pending);
-        self.point(Point::RcuGpStart, [grace / 2, pending]);
+        point!(self, Point::RcuGpStart, [grace / 2, pending]);
     }
 
     fn grace_is_over(&self) -> bool {
@@ -254,8 +255,8 @@ impl<A: Arch> Kernel<A> {
         }
         rcu.pending.set(pending);
         if pending != 0 {
-            let grace = rcu.grace.get() / 2;
-            self.event(EventKind::RcuGpWait, [grace, pending, 0, 0, 0]);
+            let grace = told(|| rcu.grace.get() / 2);
+            event!(self, EventKind::RcuGpWait, [grace, pending, 0, 0, 0]);
         }
         pending == 0
     }
@@ -264,8 +265,8 @@ impl<A: Arch> Kernel<A> {
         let rcu = &self.this_cpu().rcu;
         let grace = rcu.grace.get();
         rcu.grace.set(grace + 1);
-        self.event(EventKind::RcuGpEnd, [grace / 2, 0, 0, 0, 0]);
-        self.point(Point::RcuGpEnd, [grace / 2, 0]);
+        event!(self, EventKind::RcuGpEnd, [grace / 2, 0, 0, 0, 0]);
+        point!(self, Point::RcuGpEnd, [grace / 2, 0]);
         // Acquire: pairs with the push; the list may have been taken meanwhile.
         self.free_retired(rcu.waiting.swap(0, Acquire));
     }
@@ -287,14 +288,13 @@ impl<A: Arch> Kernel<A> {
 
     fn note_retired(&self, table: u64) {
         self.folio(table).kind.set(FrameKind::Retired as u8);
-        let [object, kind] = self.retired_object(table);
-        self.event(EventKind::RcuRetire, [object, kind, 0, 0, 0]);
+        let [object, kind] = told(|| self.retired_object(table));
+        event!(self, EventKind::RcuRetire, [object, kind, 0, 0, 0]);
     }
 
     fn free_retired_table(&self, table: u64) {
         let [object, kind] = self.retired_object(table);
-        self.event(EventKind::RcuFree, [object, kind, 0, 0, 0]);
-        self.folio(table).kind.set(FrameKind::Table as u8);
+        event!(self, EventKind::RcuFree, [object, kind, 0, 0, 0]);
         if kind == rcu_object::MM {
             self.mm_free(Pa::new(object));
         } else {

@@ -19,6 +19,7 @@ use abi::syscall::{Errno, clone, signal};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::mm::Field;
+use crate::testbed::told;
 
 /// Number of the first process and of its first task.
 pub(super) const FIRST_TASK: u32 = 1;
@@ -235,7 +236,7 @@ impl<A: Arch> Kernel<A> {
     /// Makes `task` one of the machine's tasks, and ready.
     fn admit(&self, task: Pa<Task>, kin: &Kin) {
         let object = self.obj(task);
-        let id = object.id.get();
+        let id = told(|| object.id.get());
         object.mm.set(kin.mm);
         object.parent.set(kin.parent);
         object.affinity.set(kin.affinity);
@@ -255,7 +256,8 @@ impl<A: Arch> Kernel<A> {
         let root = self.root();
         object.next_task.set(root.tasks.get());
         root.tasks.set(task);
-        self.event(
+        event!(
+            self,
             EventKind::TaskCreate,
             [id.into(), self.obj(kin.mm).id.get(), 0, 0, 0],
         );

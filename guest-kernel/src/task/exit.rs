@@ -92,7 +92,8 @@ impl<A: Arch> Kernel<A> {
             leader.status.set(status);
         }
         object.state.set(TaskState::Zombie as u32);
-        self.event(
+        event!(
+            self,
             EventKind::TaskExit,
             [object.id.get().into(), status.into(), 0, 0, 0],
         );

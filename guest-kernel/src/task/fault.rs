@@ -28,11 +28,11 @@ impl<A: Arch> Kernel<A> {
 
     /// A program's fault from its beginning to its end, but for what becomes of the program.
     fn user_fault(&self, gva: u64, error: u64, rip: u64) -> Result<(), FaultError> {
-        self.event(EventKind::FaultEnter, [gva, error, rip, 0, 0]);
-        self.point(Point::FaultEnter, [gva, error]);
+        event!(self, EventKind::FaultEnter, [gva, error, rip, 0, 0]);
+        point!(self, Point::FaultEnter, [gva, error]);
         let result = self.handle_fault(self.current().mm.get(), gva, error);
-        self.event(EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
-        self.point(Point::FaultExit, [gva, outcome(result)]);
+        event!(self, EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
+        point!(self, Point::FaultExit, [gva, outcome(result)]);
         result
     }
 
@@ -50,7 +50,7 @@ impl<A: Arch> Kernel<A> {
             return Err(Errno::EFAULT);
         }
         let write = store.is_some();
-        self.point(Point::Access, [gva, write.into()]);
+        point!(self, Point::Access, [gva, write.into()]);
         let error = match self.soft_translate(gva, write) {
             Ok(translation) => {
                 let (value, stale) = self.soft_access(gva, translation, store);
@@ -64,7 +64,7 @@ impl<A: Arch> Kernel<A> {
             Err(FaultError::NoMemory) => self.kill(frame, signal::SIGKILL, Cause::NoMemory(gva)),
             Err(FaultError::NoMapping | FaultError::Access) => {
                 let how = abi::channel::access::FAULT | u64::from(write);
-                self.event(EventKind::Access, [gva, 0, 0, how, 0]);
+                event!(self, EventKind::Access, [gva, 0, 0, how, 0]);
                 Err(Errno::EFAULT)
             }
         }
@@ -78,12 +78,12 @@ impl<A: Arch> Kernel<A> {
         if gva >= USER_END || current.is_null() || self.holds(&self.root().sched_lock) {
             return false;
         }
-        self.progress();
+        progress!(self);
         // Not by CPL 3, but on its behalf: no instruction of it to name.
-        self.event(EventKind::FaultEnter, [gva, error, 0, 0, 0]);
+        event!(self, EventKind::FaultEnter, [gva, error, 0, 0, 0]);
         let mm = self.obj(current).mm.get();
         let result = self.handle_fault(mm, gva, error | fault::USER);
-        self.event(EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
+        event!(self, EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
         result.is_ok()
     }
 
@@ -100,14 +100,14 @@ impl<A: Arch> Kernel<A> {
     /// An interrupt, at any CPL: in user mode, in [`Arch::relax`] or in [`Arch::wait_for_interrupt`].
     pub fn interrupt(&self, vector: u8) {
         self.rcu_enter_kernel();
-        self.progress();
+        progress!(self);
         if vector == Ipi::Shootdown as u8 {
             return self.handle_shootdown();
         }
         // Reschedule needs no more than the interrupt: the idle loop looks at its queue, and
         // `return_to_user` at what the task was asked to do.
-        self.event(EventKind::IpiReceive, [vector.into(), 0, 0, 0, 0]);
-        self.point(Point::IpiReceive, [vector.into(), 0]);
+        event!(self, EventKind::IpiReceive, [vector.into(), 0, 0, 0, 0]);
+        point!(self, Point::IpiReceive, [vector.into(), 0]);
     }
 
     /// Last thing before every return to CPL 3, with interrupts off from here to there: a request

@@ -63,7 +63,7 @@ impl<A: Arch> Kernel<A> {
 
     fn idle(&self) {
         self.rcu_leave_kernel();
-        self.point(Point::IdleEnter, [self.arch.cpu() as u64, 0]);
+        point!(self, Point::IdleEnter, [self.arch.cpu() as u64, 0]);
         self.arch.wait_for_interrupt();
     }
 
@@ -106,7 +106,7 @@ impl<A: Arch> Kernel<A> {
         } else if self.this_cpu().queue.get().is_null() {
             drop(lock);
             // Whoever yields waits for somebody, and here that one runs on another CPU.
-            self.point(Point::UserRelax, [self.current().id.get().into(), 0]);
+            point!(self, Point::UserRelax, [self.current().id.get().into(), 0]);
             return;
         } else {
             self.enqueue(task, me);
@@ -155,7 +155,8 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn kick(&self, cpus: CpuMask) {
         let targets = cpus & self.root().online.load(Acquire) & !(1 << self.arch.cpu());
         if targets != 0 {
-            self.event(
+            event!(
+                self,
                 EventKind::IpiSend,
                 [Ipi::Reschedule as u64, targets, 0, 0, 0],
             );
@@ -218,9 +219,9 @@ impl<A: Arch> Kernel<A> {
             task.some()
                 .map_or(0, |task| u64::from(self.obj(task).id.get()))
         };
-        self.progress();
-        self.event(EventKind::Switch, [id(prev), id(next), 0, 0, 0]);
-        self.point(Point::Switch, [id(prev), id(next)]);
+        progress!(self);
+        event!(self, EventKind::Switch, [id(prev), id(next), 0, 0, 0]);
+        point!(self, Point::Switch, [id(prev), id(next)]);
         self.rcu_note_switch();
         cpu.current.set(next);
         let to = if let Some(next) = next.some() {

@@ -22,21 +22,22 @@ impl<A: Arch> Kernel<A> {
             frame.rax = encode(result);
             return;
         }
-        self.event(
+        event!(
+            self,
             EventKind::SyscallEnter,
             [nr, arg0, frame.rsi, frame.rdx, frame.r10],
         );
-        self.point(Point::SyscallEnter, [nr, arg0]);
+        point!(self, Point::SyscallEnter, [nr, arg0]);
         let result = encode(self.dispatch(frame));
         frame.rax = result;
-        self.event(EventKind::SyscallExit, [nr, result, 0, 0, 0]);
-        self.point(Point::SyscallExit, [nr, result]);
+        event!(self, EventKind::SyscallExit, [nr, result, 0, 0, 0]);
+        point!(self, Point::SyscallExit, [nr, result]);
     }
 
     /// What every entry from CPL 3 does: RCU watches, a sign of life, and the registers where the host finds them.
     pub(super) fn entered(&self, frame: &UserFrame) {
         self.rcu_enter_kernel();
-        self.progress();
+        progress!(self);
         self.current().frame.set(core::ptr::from_ref(frame) as u64);
     }
 

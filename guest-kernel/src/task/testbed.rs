@@ -38,7 +38,7 @@ impl<A: Arch> Kernel<A> {
 
     #[cfg(feature = "testbed")]
     fn testbed_point(&self, point: Point) -> Result<u64, Errno> {
-        self.point(point, [self.current().id.get().into(), 0]);
+        point!(self, point, [self.current().id.get().into(), 0]);
         Ok(0)
     }
 

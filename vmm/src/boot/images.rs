@@ -55,6 +55,13 @@ pub fn kernel_hash() -> &'static str {
     env!("STALEMATE_KERNEL_HASH")
 }
 
+/// The flags that the embedded kernel was compiled with, as `CARGO_ENCODED_RUSTFLAGS` takes them: whoever
+/// builds another kernel to compare with it needs the same.
+#[must_use]
+pub fn kernel_rustflags() -> &'static str {
+    env!("STALEMATE_KERNEL_RUSTFLAGS")
+}
+
 static EMBEDDED_KERNEL: &[u8] = include_bytes!(env!("STALEMATE_KERNEL_ELF"));
 static EMBEDDED_USER: &[u8] = include_bytes!(env!("STALEMATE_USER_ELF"));
 

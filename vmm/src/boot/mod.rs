@@ -29,7 +29,7 @@ use abi::layout::{LAPIC_GPA, LAPIC_GVA};
 use zerocopy::FromZeros;
 
 pub use elf::{Elf, ElfError, ElfSegment};
-pub use images::{KernelImage, KernelImageError, kernel_hash, user_image};
+pub use images::{KernelImage, KernelImageError, kernel_hash, kernel_rustflags, user_image};
 pub use program::ProgramSpec;
 
 use crate::memory::{GuestRam, OutOfRange, PhysMem};

@@ -319,7 +319,7 @@ fn lock(class: u64) -> &'static str {
 }
 
 fn kind(kind: u64) -> String {
-    let kind = u8::try_from(kind).ok().and_then(FrameKind::from_u8);
+    let kind = FrameKind::from_u64(kind);
     kind.map_or("?".into(), |kind| format!("{kind:?}").to_lowercase())
 }
 

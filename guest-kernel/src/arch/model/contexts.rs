@@ -102,6 +102,7 @@ impl Contexts {
             let mut routine = routine.expect("a context that does not run");
             let result = catch_unwind(AssertUnwindSafe(|| routine.resume(())));
             self.all.borrow_mut()[number].routine = Some(routine);
+            self.running.set(usize::MAX);
             match result {
                 Ok(CoroutineResult::Yield(Pause::Switch(to))) => self.on[cpu].set(to),
                 Ok(CoroutineResult::Yield(pause)) => return pause,
@@ -111,6 +112,12 @@ impl Contexts {
                 Err(payload) => return Pause::Panicked(text(payload.as_ref())),
             }
         }
+    }
+
+    /// True where kernel code that executes now is in no context: somebody calls it directly.
+    #[cfg(test)]
+    pub(super) fn idle(&self) -> bool {
+        self.running.get() == usize::MAX
     }
 
     /// Stops the running context; returns when it is resumed.

@@ -12,6 +12,8 @@
 )]
 
 mod contexts;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::cell::RefCell;
 use std::sync::atomic::Ordering::Relaxed;
@@ -39,6 +41,8 @@ struct ModelCpu {
     in_flight: AtomicU64,
     /// IPIs that it takes as soon as it may.
     pending: AtomicU64,
+    /// INVLPGs and reloads of CR3 that were executed for a flush.
+    flushes: AtomicU64,
 }
 
 /// The machine.
@@ -55,6 +59,8 @@ pub struct Model {
     clock: AtomicU64,
     events: Shared<Vec<Event>>,
     console: Shared<String>,
+    #[cfg(test)]
+    script: testing::Script,
 }
 
 /// State of the one thread that drives a machine.
@@ -91,6 +97,8 @@ impl Model {
             clock: AtomicU64::new(0),
             events: Shared(RefCell::new(Vec::new())),
             console: Shared(RefCell::new(String::new())),
+            #[cfg(test)]
+            script: testing::Script::default(),
         }
     }
 
@@ -168,6 +176,11 @@ impl Model {
     /// The paging root that `cpu` has loaded.
     pub fn root_of(&self, cpu: usize) -> u64 {
         self.cpus[cpu].root.load(Relaxed)
+    }
+
+    /// Flushes that `cpu` has executed, page-wise and whole; a load of another root is none.
+    pub fn flushes(&self, cpu: usize) -> u64 {
+        self.cpus[cpu].flushes.load(Relaxed)
     }
 
     /// Calls `f` with the GPA of each frame that may have been written since the last call.
@@ -319,8 +332,12 @@ impl Arch for Model {
             to.store(from.load(Relaxed), Relaxed);
         }
     }
-    fn flush_page(&self, _gva: u64) {}
-    fn flush_all(&self) {}
+    fn flush_page(&self, _gva: u64) {
+        self.this().flushes.fetch_add(1, Relaxed);
+    }
+    fn flush_all(&self) {
+        self.this().flushes.fetch_add(1, Relaxed);
+    }
     fn load_root(&self, pgd: u64) {
         self.this().root.store(pgd, Relaxed);
     }
@@ -391,6 +408,10 @@ impl Arch for Model {
         self.events.0.borrow_mut().push(*event);
     }
     fn doorbell(&self, reason: Doorbell) {
+        #[cfg(test)]
+        if self.contexts.idle() {
+            return self.play(reason);
+        }
         self.contexts.pause(Pause::Doorbell(reason));
     }
     fn tsc(&self) -> u64 {

@@ -12,7 +12,7 @@ use abi::pte::{Pte, PteFlags, index, level_size};
 
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::arch::testing::Access;
+use crate::arch::model::testing::Access;
 use crate::mm::vma::ACCESS;
 use crate::mm::{Field, Slot};
 
@@ -426,7 +426,7 @@ fn audit_tlbs(kernel: &TestKernel) {
             continue;
         };
         let mm = kernel.obj(pa);
-        let tlb = kernel.arch.tlb(cpu);
+        let tlb = kernel.tlb(cpu);
         for (&gva, &table) in &tlb.tables {
             assert_eq!(
                 kernel.leaf_table(mm, gva),

@@ -12,7 +12,7 @@ use abi::syscall::{advice, prot};
 
 use super::{AT, PAGE, RW, TestKernel, audit, map_at, space, teardown};
 use crate::Kernel;
-use crate::arch::testing::Machine;
+use crate::arch::model::testing::Machine;
 use crate::mm::{FaultError, Field, FreedTables, POISON, Slot};
 
 const R: u64 = prot::READ;
@@ -29,7 +29,7 @@ fn shared(cmdline: &str) -> (Machine, Pa<Mm>) {
 }
 
 fn cached(k: &TestKernel, cpu: usize, gva: u64) -> bool {
-    k.arch.tlb(cpu).pages.contains_key(&gva)
+    k.tlb(cpu).pages.contains_key(&gva)
 }
 
 #[test]
@@ -204,9 +204,9 @@ fn freed_tables_are_flushed_on_lazy_cpus_too() {
     let (machine, mm) = shared("");
     let k = machine.kernel();
     k.on(1, Kernel::enter_lazy);
-    assert_eq!(k.arch.tlb(1).tables.len(), 1);
+    assert_eq!(k.tlb(1).tables.len(), 1);
     k.munmap(mm, AT, 4 * PAGE).unwrap();
-    assert!(k.arch.tlb(1).tables.is_empty());
+    assert!(k.tlb(1).tables.is_empty());
     audit(k);
     teardown(k, &[mm]);
 }
@@ -218,7 +218,7 @@ fn an_exited_mm_stays_loaded_on_lazy_cpus_without_its_tables() {
     k.on(1, Kernel::enter_lazy);
     k.on(2, Kernel::leave_mm);
     k.mm_put(mm);
-    assert!(k.arch.tlb(1).tables.is_empty() && k.arch.tlb(1).pages.is_empty());
+    assert!(k.tlb(1).tables.is_empty() && k.tlb(1).pages.is_empty());
     audit(k);
     let pgd = k.obj(mm).pgd.get();
     assert_eq!(k.obj(mm).count.get(), 2, "two CPUs have it loaded");
@@ -390,7 +390,8 @@ fn the_events_tell_every_change_of_an_entry() {
     k.user_write(0, AT, 2).unwrap();
     k.mprotect(mm, AT + PAGE, PAGE, R).unwrap();
     k.munmap(mm, AT + 3 * PAGE, PAGE).unwrap();
-    let events = k.arch.take_events(0);
+    let mut events = Vec::new();
+    k.arch.take_events(&mut events);
     let mut entries = std::collections::BTreeMap::new();
     for event in events
         .iter()

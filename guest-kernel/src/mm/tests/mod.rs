@@ -1,4 +1,4 @@
-//! Tests of the MM stack on the test machine.
+//! Tests of the MM stack on the model, which a test plays by hand (`arch::model::testing`).
 
 mod audit;
 mod flush;
@@ -15,7 +15,7 @@ use abi::objects::{Mm, Pa};
 use abi::syscall::{map, prot};
 
 use crate::Kernel;
-use crate::arch::testing::TestArch;
+use crate::arch::model::Model;
 
 pub(crate) use audit::{audit, audit_memory};
 
@@ -25,7 +25,7 @@ const ANON: u64 = map::PRIVATE | map::ANONYMOUS;
 /// An address that tests map by hand.
 const AT: u64 = 0x10_0000_0000;
 
-type TestKernel = Kernel<TestArch>;
+type TestKernel = Kernel<Model>;
 
 /// A new address space, loaded on `cpus`.
 fn space(kernel: &TestKernel, cpus: &[usize]) -> Pa<Mm> {

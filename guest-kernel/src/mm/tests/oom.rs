@@ -7,7 +7,7 @@ use abi::syscall::{Errno, advice, map, prot};
 
 use super::{ANON, AT, PAGE, RW, TestKernel, audit, map_at, maps, space, teardown};
 use crate::Kernel;
-use crate::arch::testing::{Machine, SEGMENTS};
+use crate::arch::model::testing::{Machine, SEGMENTS};
 use crate::mm::{FaultError, Field, Slabbed};
 
 /// All memory but a few frames, and every free object of every slab.

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::{ANON, AT, PAGE, TestKernel, audit, teardown};
 use crate::Kernel;
-use crate::arch::testing::Machine;
+use crate::arch::model::testing::Machine;
 use crate::mm::FaultError;
 
 const CPUS: usize = 3;

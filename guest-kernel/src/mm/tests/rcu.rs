@@ -5,7 +5,7 @@ use abi::point::Point;
 use abi::syscall::Errno;
 
 use super::{AT, PAGE, RW, TestKernel, audit, map_at, space, teardown};
-use crate::arch::testing::Machine;
+use crate::arch::model::testing::Machine;
 use crate::mm::Field;
 
 fn retired(k: &TestKernel) -> usize {
@@ -54,6 +54,24 @@ fn tables_stay_until_the_reader_has_left_and_no_longer() {
     leave(k);
     k.rcu_poll();
     assert_eq!(retired(k), 0);
+    teardown(k, &[mm]);
+}
+
+/// Between its grace period and the allocator a page-table page is still one that nothing leads to: as a table of its
+/// mm it would count as lost (P-10).
+#[test]
+fn a_table_is_retired_until_it_is_free() {
+    let machine = Machine::new(2, "");
+    let k = machine.kernel();
+    let mm = space(k, &[0]);
+    map_at(k, mm, AT, 1, RW);
+    k.user_write(0, AT, 1).unwrap();
+    reader_on_cpu_1(k);
+    k.munmap(mm, AT, PAGE).unwrap();
+    leave(k);
+    k.arch.at(Point::TableFree, |k| assert_eq!(retired(k), 3));
+    k.rcu_poll();
+    assert_eq!((retired(k), k.arch.hooks_left()), (0, 0));
     teardown(k, &[mm]);
 }
 

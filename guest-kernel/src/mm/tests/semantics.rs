@@ -4,14 +4,14 @@ use abi::boot::Segment;
 use abi::layout::{
     MMAP_BASE, USER_BRK_START, USER_END, USER_MIN, USER_STACK_BYTES, USER_STACK_TOP,
 };
-use abi::objects::{Mm, Pa, SlabId, vma_flags};
+use abi::objects::{Mm, Pa, SlabId, Task, vma_flags};
 use abi::pte::PteFlags;
 use abi::syscall::{Errno, advice, map, prot};
 
 use super::{ANON, AT, PAGE, RW, TestKernel, audit, map_at, maps, space, teardown};
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::arch::testing::{Machine, SEGMENTS};
+use crate::arch::model::testing::{Machine, SEGMENTS};
 use crate::mm::{FaultError, Field, Slot};
 
 const R: u64 = prot::READ;
@@ -463,6 +463,10 @@ fn fault_around_maps_a_window() {
 fn user_memory_is_copied_across_pages() {
     with_space(|k, mm| {
         map_at(k, mm, AT, 2, RW);
+        // The kernel accesses the memory of a task.
+        let task = k.slab_alloc::<Task>().unwrap();
+        k.obj(task).mm.set(mm);
+        k.this_cpu().current.set(task);
         let text = *b"across the boundary";
         k.arch.copy_to_user(AT + PAGE - 7, &text).unwrap();
         let mut back = [0; 19];
@@ -470,6 +474,8 @@ fn user_memory_is_copied_across_pages() {
         assert_eq!(back, text);
         let fault = k.arch.copy_to_user(AT + 2 * PAGE - 1, &text).unwrap_err();
         assert_eq!(fault.gva, AT + 2 * PAGE);
+        k.this_cpu().current.set(Pa::NULL);
+        k.slab_free(task);
     });
 }
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::{AT, PAGE, RW, map_at, space, teardown};
-use crate::arch::testing::Machine;
+use crate::arch::model::testing::Machine;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(super::cases(64)))]

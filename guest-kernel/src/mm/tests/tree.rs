@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::audit::tree_of;
 use super::{TestKernel, teardown};
-use crate::arch::testing::Machine;
+use crate::arch::model::testing::Machine;
 use crate::mm::Field;
 use crate::mm::vma::Area;
 

@@ -3,6 +3,12 @@
 //! one to the other. "Stack pointers" are numbers of contexts. A program is a closure; the
 //! instruction pointer is its number, so that a clone can start another one.
 //!
+//! It exists beside the model (`arch::model`), on which the MM tests run and schedules are explored,
+//! for what that cannot show by construction: the model runs one CPU at a time and switches only at
+//! scheduling points, so it never executes two instructions at once, and never sees a missing barrier, a
+//! load and a store that should have been one locked instruction, or a race in a stretch without a point. Here
+//! real cores and the host's memory model decide, and nothing is replayable.
+//!
 //! Each CPU has a TLB that keeps every translation of a program's access until it is flushed. The kernel's
 //! accesses to user memory walk the page tables without a look at U, as at CPL 0 without SMAP. IPIs are taken where the kernel allows it,
 //! and before each user access and system call.
@@ -117,13 +123,8 @@ impl Machine {
         }
     }
 
-    /// The calling thread acts as `cpu` from now on.
-    pub(crate) fn become_cpu(cpu: usize) {
-        CPU.set(cpu);
-    }
-
     /// IPIs sent to `cpu` that it has not taken; takes them.
-    pub(crate) fn take_pending(&self, cpu: usize) -> Vec<Ipi> {
+    fn take_pending(&self, cpu: usize) -> Vec<Ipi> {
         std::mem::take(&mut self.state().pending[cpu])
     }
 

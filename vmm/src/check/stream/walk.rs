@@ -208,7 +208,7 @@ impl Walks {
         let Some(table) = self.unlinked.remove(&gpa) else {
             return;
         };
-        if kind != FrameKind::Table as u64 {
+        if !FrameKind::from_u64(kind).is_some_and(FrameKind::is_table) {
             return;
         }
         let inside = self.walks.iter().find(|walk| {
@@ -394,6 +394,8 @@ mod tests {
         let over = (2, K::WalkEnd, [1, 0x20_1000, 0, 0, 0]);
         let inside = walk(1, 0x20_1000);
         assert_eq!(ids(&[inside, unlink, free]), ["W-01"]);
+        let retired = (1, K::FrameFree, [TABLE, 0, FrameKind::Retired as u64, 0, 0]);
+        assert_eq!(ids(&[inside, unlink, retired]), ["W-01"]);
         assert_eq!(
             ids(&[inside, inside, over, unlink, free]),
             ["W-01"],

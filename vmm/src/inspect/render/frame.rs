@@ -104,7 +104,7 @@ pub fn folio_behind<M: PhysMem + ?Sized>(
 
 fn owner(snapshot: &Snapshot, folio: &FolioView) -> String {
     match folio.kind() {
-        Some(FrameKind::Table) => {
+        Some(FrameKind::Table | FrameKind::Retired) => {
             format!("{}, level {}", snapshot.mm_name(folio.owner), folio.index)
         }
         Some(FrameKind::PerCpu) => format!("free list of CPU {}", folio.owner),

@@ -127,7 +127,7 @@ impl TlbModel {
     fn frame_free(&self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, order, kind, ..] = seen.event.args;
         let bytes = PAGE_SIZE << order.min(10);
-        if kind == FrameKind::Table as u64 {
+        if FrameKind::from_u64(kind).is_some_and(FrameKind::is_table) {
             return self.table_free(seen, gpa, found);
         }
         let frame = gpa >> 12;

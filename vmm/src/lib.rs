@@ -8,7 +8,6 @@ pub mod cli;
 pub mod control;
 pub mod engine;
 pub mod explore;
-pub mod inject;
 pub mod inspect;
 pub mod kvm;
 pub mod memory;

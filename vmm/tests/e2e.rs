@@ -368,36 +368,118 @@ fn explore_finds_a_bug_on_vcpus_and_nothing_without_it() {
     assert!(text(&found).contains("T-01"), "{}", text(&found));
 }
 
-/// On a host that cannot show a stale translation too: the merged streams are judged by the TLB model.
-#[test]
-fn a_missing_shootdown_is_seen_in_a_parallel_run_by_its_events() {
-    doctor();
-    let clean = stalemate(&["run", "unmap-race", "--monitor"]);
-    assert_eq!(clean.status.code(), Some(0), "{}", text(&clean));
-    assert!(
-        text(&clean).contains("judged as one stream"),
-        "{}",
-        text(&clean)
-    );
-    let bug = ["--bug", "shootdown-skip-remote"];
-    let found = stalemate(&[&["run", "unmap-race", "--monitor"], &bug[..]].concat());
-    assert_eq!(found.status.code(), Some(1), "{}", text(&found));
-    assert!(text(&found).contains("T-01"), "{}", text(&found));
-}
+/// vCPUs that run at once, disturbed, and judged by their merged streams.
+mod parallel {
+    use super::*;
 
-/// IPIs that come twice, late or out of order, and CPUs that are slow, are no excuse for a kernel.
-#[test]
-fn the_kernel_survives_delays_and_disorder_and_a_lost_ipi_is_told() {
-    doctor();
-    let words = "run unmap-race --monitor --interrupts controlled --delay flush-issue=0..300us \
-                 --delay pte-clear@0/4=until:fault-enter@1,1ms --ipi dup/3 --ipi reorder/5 --ipi delay/7=100us";
-    let words: Vec<&str> = words.split_whitespace().collect();
-    let clean = stalemate(&words);
-    assert_eq!(clean.status.code(), Some(0), "{}", text(&clean));
-    assert!(text(&clean).contains("injected: "), "{}", text(&clean));
-    let words = "run unmap-race --interrupts controlled --ipi drop --timeout 8s";
-    let words: Vec<&str> = words.split_whitespace().collect();
-    let lost = stalemate(&words);
-    assert_eq!(lost.status.code(), Some(4), "{}", text(&lost));
-    assert!(text(&lost).contains("did not finish"), "{}", text(&lost));
+    /// What the merged streams of a run say of themselves: everything was judged.
+    #[track_caller]
+    fn judged(result: &Value) {
+        let stream = &result["stream"];
+        assert!(stream["events"].as_u64() > Some(1000), "{stream}");
+        assert_eq!(stream["unjudged"], 0, "{stream}");
+        assert_eq!(stream["broken"], Value::Null, "{stream}");
+        assert_eq!(stream["given_up"], Value::Array(Vec::new()), "{stream}");
+    }
+
+    #[test]
+    fn vcpus_held_at_flush_points_break_nothing_and_what_was_held_is_told() {
+        let delays = ["--delay", "flush-dispatch=0..300us", "--delay"];
+        let until = "pte-clear@0:p0.2=until:fault-enter@1,1ms";
+        for scenario in ["unmap-race", "mprotect-race"] {
+            let words = [
+                &[scenario, "--monitor", "--seed", "5"][..],
+                &delays,
+                &[until],
+            ]
+            .concat();
+            let result = clean(&words);
+            judged(&result);
+            let rules = result["disturbances"].as_array().expect("a list");
+            assert_eq!(rules[0]["rule"], "flush-dispatch=0..300us");
+            assert!(rules[0]["hits"].as_u64() > Some(0), "{rules:?}");
+            assert!(rules[0]["held_ns"].as_u64() > Some(0), "{rules:?}");
+            assert_eq!(rules[0]["hits"], rules[0]["passages"]);
+            assert_eq!(rules.len(), 2);
+        }
+    }
+
+    #[test]
+    fn ipis_that_come_twice_late_or_out_of_order_are_survived() {
+        for fault in [
+            "any:p0.4=dup",
+            "any:p0.4=reorder",
+            "any:every3=delay:0..300us",
+        ] {
+            for scenario in ["unmap-race", "mprotect-race"] {
+                let controlled = ["--interrupts", "controlled", "--ipi", fault];
+                let result =
+                    clean(&[&[scenario, "--monitor", "--seed", "5"][..], &controlled].concat());
+                judged(&result);
+                assert!(
+                    result["disturbances"][0]["hits"].as_u64() > Some(0),
+                    "{fault}: {}",
+                    result["disturbances"]
+                );
+            }
+        }
+    }
+
+    /// Every run of several is a machine of its own: what one leaves in a TLB is tagged with a VM that is gone.
+    #[test]
+    fn runs_of_one_process_share_nothing() {
+        let result = clean(&["mprotect-race", "--monitor", "--runs", "3"]);
+        judged(&result);
+        assert_eq!(result["runs_done"], 3);
+    }
+
+    /// The program cannot see it where CPL 0 is emulated; the streams of its vCPUs tell.
+    #[test]
+    fn a_skipped_shootdown_is_found_by_the_merged_streams_on_every_host() {
+        let result = run(
+            1,
+            &["unmap-race", "--monitor", "--bug", "shootdown-skip-remote"],
+        );
+        let violations = result["violations"].as_array().expect("a list");
+        let found = violations.iter().find(|one| one["id"] == "T-01");
+        let found = found.unwrap_or_else(|| panic!("{violations:?}"));
+        assert!(
+            found["at"].to_string().contains("merged streams"),
+            "{found}"
+        );
+        assert!(
+            found["title"]
+                .to_string()
+                .contains("to a frame that is freed"),
+            "{found}"
+        );
+    }
+
+    #[test]
+    fn a_dropped_ipi_hangs_the_guest_and_not_the_tool() {
+        let words = ["mprotect-race", "--interrupts", "controlled", "--ipi"];
+        let result = run(4, &[&words[..], &["shootdown:nth3=drop"]].concat());
+        assert_eq!(result["crash"]["kind"], "hang");
+        let waits = result["crash"]["waits"].to_string();
+        for words in [
+            "to acknowledge its shootdown",
+            "1 shootdown IPIs from vCPU",
+            "were dropped",
+        ] {
+            assert!(waits.contains(words), "no '{words}' in {waits}");
+        }
+    }
+
+    #[test]
+    fn disturbances_that_no_machine_can_have_are_refused() {
+        for (words, why) in [
+            (["--delay", "flush-sync@7=1ms"], "no vCPU 7"),
+            (["--delay", "flush-sink=1ms"], "'flush-sync'"),
+            (["--ipi", "any=drop"], "--interrupts controlled"),
+        ] {
+            let output = stalemate(&[&["run", "smoke"][..], &words].concat());
+            assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+            assert!(text(&output).contains(why), "{}", text(&output));
+        }
+    }
 }

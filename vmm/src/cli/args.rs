@@ -10,7 +10,7 @@ use abi::point::Point;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::engine::Window;
-use crate::inject::{Delay, IpiFault};
+use crate::scenario::disturb::{Delay, IpiFault};
 use crate::scenario::{CheckWhen, Fail, values};
 
 const ABOUT: &str = "Boots a kernel that owns its whole memory-management stack, pauses it, looks inside, and judges";
@@ -36,7 +36,9 @@ Examples:
   stalemate run smoke --interrupts controlled --vcpus 1
   stalemate run unmap-race --bug shootdown-skip-remote --param flush_ceiling=1
   stalemate run smoke --check every-point --json result.json
-  stalemate run trace-python3 --vcpus 4 --out results/python3";
+  stalemate run trace-python3 --vcpus 4 --out results/python3
+  stalemate run unmap-race --monitor --delay flush-dispatch@0=0..200us --seed 7
+  stalemate run mprotect-race --interrupts controlled --ipi shootdown:p0.2=dup";
 
 const INSPECT_EXAMPLES: &str = "\
 Examples:
@@ -360,18 +362,20 @@ pub struct Run {
     /// When to check the invariants
     #[arg(long, value_enum, value_name = "WHEN")]
     pub check: Option<CheckWhen>,
-    /// Record all events and judge them by the TLB model and the other monitors of `explore`
-    #[arg(long, help_heading = "Parallel runs")]
-    pub monitor: bool,
-    /// Make a vCPU wait at a point: pte-clear=50us, flush-issue@0/3=0..200us, pte-clear=until:flush-sync@1
-    #[arg(long = "delay", value_name = "POINT=HOW", value_parser = delay, help_heading = "Parallel runs")]
-    pub delays: Vec<Delay>,
-    /// Lose, repeat, reorder or delay IPIs: drop/100, dup, reorder@1, delay/2=100us (controlled interrupts)
-    #[arg(long = "ipi", value_name = "FAULT", value_parser = ipi_fault, help_heading = "Parallel runs")]
-    pub ipis: Vec<IpiFault>,
     /// Repeat until a run is not clean, at most N times
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
+    /// Record all events and judge the merged streams of all vCPUs by the TLB model and the other monitors of `explore`
+    #[arg(long, help_heading = "Parallel runs")]
+    pub monitor: bool,
+    /// Hold vCPUs at a scheduling point while others run; repeatable: pte-clear=50us, flush-issue@0:every3=0..200us,
+    /// pte-clear:p0.1=until:flush-sync@1
+    #[arg(long = "delay", value_name = "POINT[@VCPU][:WHEN]=TIME", value_parser = delay, help_heading = "Parallel runs")]
+    pub delays: Vec<Delay>,
+    /// Delay, drop, duplicate or reorder IPIs; repeatable: any=dup, shootdown@0-1:nth3=drop, any:p0.2=delay:100us
+    /// (controlled interrupts)
+    #[arg(long = "ipi", value_name = "VECTOR[@FROM-TO][:WHEN]=FAULT", value_parser = ipi, help_heading = "Parallel runs")]
+    pub ipis: Vec<IpiFault>,
     /// `--json`.
     #[command(flatten)]
     pub json: Json,
@@ -513,16 +517,6 @@ fn memory(text: &str) -> Result<u64, String> {
     values::memory(text).map_err(|refused| refused.to_string())
 }
 
-fn delay(text: &str) -> Result<Delay, String> {
-    text.parse()
-        .map_err(|refused: values::Refused| refused.to_string())
-}
-
-fn ipi_fault(text: &str) -> Result<IpiFault, String> {
-    text.parse()
-        .map_err(|refused: values::Refused| refused.to_string())
-}
-
 fn window(text: &str) -> Result<Window, String> {
     values::window(text).map_err(|refused| refused.to_string())
 }
@@ -540,6 +534,16 @@ fn bug(text: &str) -> Result<Bug, String> {
 }
 
 fn fail(text: &str) -> Result<Fail, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn delay(text: &str) -> Result<Delay, String> {
+    text.parse()
+        .map_err(|refused: values::Refused| refused.to_string())
+}
+
+fn ipi(text: &str) -> Result<IpiFault, String> {
     text.parse()
         .map_err(|refused: values::Refused| refused.to_string())
 }

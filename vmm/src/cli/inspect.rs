@@ -11,7 +11,7 @@ use super::args::Inspect;
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
-use super::run::{facts, override_with, prepare, refuse_fails, seed};
+use super::run::{check_disturb, facts, override_with, prepare, refuse_fails, seed};
 use super::{interrupt, lab};
 use crate::check::Outcome;
 use crate::inspect::render::{
@@ -75,6 +75,7 @@ pub(super) fn inspect(name: &Path, options: &Inspect, output: &Output) -> Result
     let mut scenario = Scenario::load(name)?;
     override_with(&mut scenario, &options.machine);
     refuse_fails(&scenario)?;
+    check_disturb(&scenario)?;
     seed(&mut scenario, options.machine.seed, 0);
     check_vcpu(options, &scenario)?;
     let out = prepare(&options.out, output)?;
@@ -141,7 +142,7 @@ fn until(options: &Inspect) -> Until {
 fn stopped_at(place: Place, options: &Inspect) -> StoppedAt {
     let (vcpu, point) = match place {
         Place::Point(vcpu, point) => (Some(vcpu), Some(point.name())),
-        Place::Anywhere | Place::End => (None, None),
+        Place::Anywhere | Place::End | Place::Event(_) => (None, None),
     };
     let after = options
         .after

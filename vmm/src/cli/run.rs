@@ -11,12 +11,12 @@ use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
 use super::{interrupt, lab};
-use crate::inject::{Injected, Rules};
 use crate::report::json::{OutDirectory, Overwrite};
 use crate::report::verdict::{self, Detail, Paint};
 use crate::report::{HostFacts, RunResult, SCHEMA, ScenarioFacts, Verdict};
+use crate::scenario::values::Refused;
 use crate::scenario::{Scenario, catalog};
-use crate::session::{self, Finished, Streamed};
+use crate::session::{self, Finished};
 
 /// The argument of programs that make random choices.
 const SEED: &str = "seed";
@@ -25,8 +25,8 @@ pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, F
     let mut scenario = Scenario::load(name)?;
     override_with(&mut scenario, &options.machine);
     refuse_fails(&scenario)?;
+    disturb_with(&mut scenario, options)?;
     scenario.check = options.check.unwrap_or(scenario.check);
-    inject(&mut scenario, options)?;
     let out = prepare(&options.out, output)?;
     let host = session::host()?;
     let kernel = options.machine.kernel.as_deref();
@@ -36,6 +36,7 @@ pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, F
     let mut done = 0;
     let finished = loop {
         seed(&mut scenario, options.machine.seed, done);
+        scenario.disturb.seed = options.machine.seed.unwrap_or(0).wrapping_add(done.into());
         let finished = session::run(&scenario, kernel, interrupt)
             .map_err(|error| Failure::of_machine(error, kernel))?;
         done += 1;
@@ -56,37 +57,6 @@ pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, F
     Ok(Exit::from(result.verdict))
 }
 
-/// What is done to the run, and whether its streams are judged.
-fn inject(scenario: &mut Scenario, options: &Run) -> Result<(), Failure> {
-    let usage = |problem: String, help: String| Failure::Usage { problem, help };
-    if options.monitor {
-        scenario.params.push(("stamp".into(), "ticket".into()));
-    }
-    scenario.inject = Rules {
-        delays: options.delays.clone(),
-        ipis: options.ipis.clone(),
-        seed: options.machine.seed.unwrap_or(1),
-    };
-    if !options.ipis.is_empty() && scenario.interrupts != InterruptMode::Controlled {
-        return Err(usage(
-            "--ipi: with the in-kernel interrupt controller IPIs are out of reach".into(),
-            "add --interrupts controlled".into(),
-        ));
-    }
-    let rules = options.delays.iter().filter_map(|delay| delay.vcpu);
-    let targets = options.ipis.iter().filter_map(|fault| fault.target);
-    match rules
-        .chain(targets)
-        .find(|vcpu| *vcpu >= scenario.vcpus as usize)
-    {
-        Some(vcpu) => Err(usage(
-            format!("this machine has no vCPU {vcpu}"),
-            format!("it has vCPUs 0 to {}", scenario.vcpus - 1),
-        )),
-        None => Ok(()),
-    }
-}
-
 /// What the command line says wins over what the file says.
 pub(super) fn override_with(scenario: &mut Scenario, options: &MachineOptions) {
     scenario.vcpus = options.vcpus.unwrap_or(scenario.vcpus);
@@ -97,6 +67,38 @@ pub(super) fn override_with(scenario: &mut Scenario, options: &MachineOptions) {
     for bug in &options.bugs {
         scenario.add_bug(*bug);
     }
+}
+
+/// Delays, faults of IPIs and the judgement of merged streams.
+fn disturb_with(scenario: &mut Scenario, options: &Run) -> Result<(), Failure> {
+    let disturb = &mut scenario.disturb;
+    disturb.delays.extend(options.delays.iter().copied());
+    disturb.ipis.extend(options.ipis.iter().copied());
+    check_disturb(scenario)?;
+    scenario.monitor |= options.monitor;
+    if scenario.monitor {
+        let stamp = scenario.params.iter().rfind(|(name, _)| name == "stamp");
+        if stamp.is_some_and(|(_, value)| value != "ticket") {
+            return Err(Failure::Usage {
+                problem: "streams are merged by tickets, and stamp=tsc was asked for".into(),
+                help: "leave the parameter stamp out".into(),
+            });
+        }
+        scenario.params.push(("stamp".into(), "ticket".into()));
+    }
+    Ok(())
+}
+
+/// What no machine can do, or not this one.
+pub(super) fn check_disturb(scenario: &Scenario) -> Result<(), Failure> {
+    let refuse = |refused: Refused| Failure::Usage {
+        problem: refused.problem,
+        help: refused.help.unwrap_or_default(),
+    };
+    let disturb = &scenario.disturb;
+    disturb
+        .check(scenario.vcpus, scenario.interrupts)
+        .map_err(refuse)
 }
 
 /// A passage of a failpoint is counted from the start of a schedule, which only `explore` has.
@@ -155,10 +157,7 @@ fn assemble(
         kind: "run",
         stalemate: env!("CARGO_PKG_VERSION"),
         command: lab::own_command(),
-        notes: notes(scenario, options, &host, observed.verdict)
-            .into_iter()
-            .chain(remarks(finished.streamed, finished.injected))
-            .collect(),
+        notes: notes(scenario, options, &host, observed.verdict),
         host,
         scenario: facts(
             scenario,
@@ -173,6 +172,8 @@ fn assemble(
         violations: observed.violations,
         crash,
         crash_text,
+        stream: finished.stream,
+        disturbances: finished.disturbances,
         trace: scenario
             .program
             .trace
@@ -181,8 +182,6 @@ fn assemble(
         timings_ns: finished.timings,
         kvm_stats: finished.kvm_stats,
         points_checked: observed.points_checked,
-        streamed: finished.streamed,
-        injected: finished.injected,
         serial: finished.serial,
     }
 }
@@ -211,7 +210,10 @@ pub(super) fn facts(scenario: &Scenario, seed: Option<u64>) -> ScenarioFacts {
 /// What a person must know before believing the verdict.
 fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict) -> Vec<String> {
     let mut notes = Vec::new();
-    if options.machine.seed.is_some() && !catalog::has_argument(&scenario.program.name, SEED) {
+    if options.machine.seed.is_some()
+        && scenario.disturb.is_empty()
+        && !catalog::has_argument(&scenario.program.name, SEED)
+    {
         notes.push(format!(
             "--seed changed nothing: program '{}' makes no random choice",
             scenario.program.name
@@ -220,7 +222,8 @@ fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict)
     if !matches!(verdict, Verdict::Held | Verdict::Interrupted) {
         return notes;
     }
-    if !host.shows_stale_translations && !scenario.is_streamed() {
+    // The merged streams say what a TLB may hold, whatever this host's holds.
+    if !host.shows_stale_translations && !scenario.monitor {
         let bugs: Vec<&str> = scenario.bugs.iter().map(|bug| bug.name()).collect();
         let bugs = match bugs[..] {
             [] => String::new(),
@@ -242,35 +245,6 @@ fn notes(scenario: &Scenario, options: &Run, host: &HostFacts, verdict: Verdict)
         notes.push("one vCPU: nothing that needs two at once was tried".into());
     }
     notes
-}
-
-/// What was done to the run, and how its streams were judged.
-fn remarks(streamed: Option<Streamed>, injected: Option<Injected>) -> Vec<String> {
-    let mut remarks = Vec::new();
-    if let Some(done) = injected {
-        remarks.push(format!(
-            "injected: {} delays of {:.1} ms together ({} cut short); IPIs: {} late, {} lost, {} twice, {} out of order",
-            done.delays,
-            done.delayed.as_secs_f64() * 1e3,
-            done.cut_short,
-            done.ipis_delayed,
-            done.ipis_dropped,
-            done.ipis_duplicated,
-            done.ipis_reordered,
-        ));
-    }
-    if let Some(Streamed {
-        events,
-        reordered,
-        undecided,
-    }) = streamed
-    {
-        remarks.push(format!(
-            "{events} events of all vCPUs judged as one stream by the TLB model and the other monitors; {reordered} places \
-             were right in another possible order, {undecided} undecided"
-        ));
-    }
-    remarks
 }
 
 /// A bar for many runs, a spinner for a long one; nothing where nobody looks.

@@ -1,10 +1,9 @@
 //! The board: devices on their buses, and the ways between the vCPUs.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use abi::boot::InterruptMode;
 use abi::channel::Doorbell;
@@ -18,9 +17,10 @@ use devices::{Bus, Effect};
 
 use super::channel::Channel;
 use super::console::Console;
-use crate::inject::{Courier, Injector, IpiFaultKind};
+use super::disturb::Disturber;
 use crate::kvm::vcpu::{Access, Event, Fault, Kick, Notice, Platform};
 use crate::memory::GuestRam;
+use crate::scenario::Disturb;
 
 /// What the controller is told.
 #[derive(Debug)]
@@ -56,17 +56,9 @@ pub(super) struct Board {
     kicks: Vec<Arc<Kick>>,
     /// In serialised runs: IPIs that were sent and not delivered, by target, and guest memory.
     held: Option<(Mutex<Vec<BTreeSet<u8>>>, GuestRam)>,
-    injection: Option<Injection>,
+    /// In other runs: what disturbs them, and guest memory.
+    disturber: Option<(Disturber, GuestRam)>,
     messages: Sender<Message>,
-}
-
-/// What is done to a parallel run.
-struct Injection {
-    injector: Arc<Injector>,
-    courier: Option<Courier>,
-    ram: GuestRam,
-    /// Points that are stops for the controller too.
-    stops: AtomicU64,
 }
 
 impl Board {
@@ -105,75 +97,8 @@ impl Board {
             apics,
             kicks: (0..vcpus).map(|_| Arc::default()).collect(),
             held: hold.map(|ram| (Mutex::new(vec![BTreeSet::new(); vcpus]), ram)),
-            injection: None,
+            disturber: None,
             messages,
-        }
-    }
-
-    /// From now on `injector` has its say.
-    pub(super) fn inject(
-        &mut self,
-        injector: Arc<Injector>,
-        ram: &GuestRam,
-    ) -> std::io::Result<()> {
-        let courier = self.apics.clone().map(|apics| {
-            let kicks = self.kicks.clone();
-            Courier::start(move |cpu, vector| {
-                apics.deliver(cpu, vector);
-                kicks[cpu].kick();
-            })
-        });
-        self.injection = Some(Injection {
-            injector,
-            courier: courier.transpose()?,
-            ram: ram.clone(),
-            stops: AtomicU64::new(0),
-        });
-        Ok(())
-    }
-
-    /// Which points stop the machine; the others that are trapped are the injector's.
-    pub(super) fn set_stops(&self, points: u64) {
-        if let Some(injection) = &self.injection {
-            injection.stops.store(points, Relaxed);
-        }
-    }
-
-    /// A vCPU rang at a point. False: that was for the injector alone.
-    fn at_point(&self, cpu: usize) -> bool {
-        let Some(injection) = &self.injection else {
-            return true;
-        };
-        let channel = Channel::new(&injection.ram, cpu);
-        let Ok((point, _)) = channel.point() else {
-            return true;
-        };
-        injection.injector.at(cpu, point);
-        injection.stops.load(Relaxed) & 1 << point as u64 != 0 || channel.budget() == 0
-    }
-
-    /// Delivers an IPI to `cpu` as the rules say.
-    fn deliver_one(&self, from: usize, cpu: usize, vector: u8, apics: &LocalApics) {
-        let injection = self.injection.as_ref();
-        let fate = injection.and_then(|it| Some((it.injector.ipi(cpu)?, it.courier.as_ref()?)));
-        match fate {
-            Some((IpiFaultKind::Drop, _)) => return,
-            Some((IpiFaultKind::Delay(time), courier)) => {
-                return courier.later(time, cpu, vector);
-            }
-            Some((IpiFaultKind::Reorder, courier)) => {
-                return courier.after_the_next(cpu, vector);
-            }
-            Some((IpiFaultKind::Duplicate, courier)) => courier.again(cpu, vector),
-            None => {}
-        }
-        apics.deliver(cpu, vector);
-        // The sender looks at its own local APIC before it enters the guest again.
-        if cpu != from {
-            self.kicks[cpu].kick();
-        }
-        if let Some(courier) = injection.and_then(|injection| injection.courier.as_ref()) {
-            courier.sent();
         }
     }
 
@@ -203,6 +128,18 @@ impl Board {
         let sink = Box::new(self.console.clone());
         self.serial.set_registers(image.serial, sink);
         self.console.set_text(&image.console);
+    }
+
+    /// The same board, disturbed by these rules.
+    pub(super) fn disturbed(mut self, rules: &Disturb, ram: &GuestRam) -> std::io::Result<Self> {
+        let disturber = Disturber::new(rules, &self.kicks, self.apics.as_ref())?;
+        self.disturber = disturber.map(|disturber| (disturber, ram.clone()));
+        Ok(self)
+    }
+
+    /// What disturbs the run.
+    pub(super) fn disturber(&self) -> Option<&Disturber> {
+        self.disturber.as_ref().map(|(disturber, _)| disturber)
     }
 
     /// Where kicks for `vcpu` go.
@@ -254,9 +191,19 @@ impl Board {
             Channel::new(ram, request.from).set_budget(1);
             return Ok(());
         }
-        for cpu in 0..self.kicks.len() {
+        for (cpu, kick) in self.kicks.iter().enumerate() {
             if request.targets & 1 << cpu != 0 {
-                self.deliver_one(request.from, cpu, vector, apics);
+                let arrives = match self.disturber() {
+                    Some(disturber) => disturber.send(apics, request.from, cpu, vector),
+                    None => {
+                        apics.deliver(cpu, vector);
+                        true
+                    }
+                };
+                // The sender looks at its own local APIC before it enters the guest again.
+                if arrives && cpu != request.from {
+                    kick.kick();
+                }
             }
         }
         Ok(())
@@ -278,9 +225,7 @@ impl Platform for Board {
             .map_err(|_| nothing_there("write", access, data.len()))?;
         match effect {
             Effect::None => Ok(()),
-            Effect::Doorbell(value) if value == Doorbell::Point as u32 && !self.at_point(cpu) => {
-                Ok(())
-            }
+            Effect::Doorbell(value) if self.is_disturbed(cpu, value) => Ok(()),
             Effect::Doorbell(value) => Err(Event::Doorbell(value)),
             Effect::Exit(status) => Err(Event::Exit(status)),
             Effect::Ipi(request) => self.deliver(request),
@@ -292,7 +237,16 @@ impl Platform for Board {
     }
 
     fn accept_interrupt(&self, cpu: usize) -> Option<u8> {
-        self.apics.as_ref()?.accept(cpu)
+        let apics = self.apics.as_ref()?;
+        let vector = apics.accept(cpu)?;
+        if let Some(disturber) = self.disturber() {
+            disturber.accepted(apics, cpu);
+        }
+        Some(vector)
+    }
+
+    fn held_back(&self, cpu: usize) -> Option<Duration> {
+        self.disturber()?.held_back(cpu)
     }
 
     fn notify(&self, notice: Notice) {
@@ -302,6 +256,21 @@ impl Platform for Board {
 }
 
 impl Board {
+    /// Lets rules look at the point that the doorbell of `cpu` is about. True where nobody else need be told.
+    fn is_disturbed(&self, cpu: usize, value: u32) -> bool {
+        let Some((disturber, ram)) = &self.disturber else {
+            return false;
+        };
+        let channel = Channel::new(ram, cpu);
+        match channel.point() {
+            Ok((point, _)) if value == Doorbell::Point as u32 => {
+                disturber.passed(cpu, point);
+                disturber.is_own(cpu, point) && channel.budget() != 0
+            }
+            _ => false,
+        }
+    }
+
     fn bus(&self, access: Access) -> (&Bus, u64) {
         match access {
             Access::Port(port) => (&self.ports, port.into()),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use abi::channel::EventKind;
 
 use crate::boot::{KernelImage, ProgramSpec};
-use crate::inject::Rules;
+use crate::scenario::Disturb;
 
 pub use abi::boot::InterruptMode as Interrupts;
 
@@ -54,8 +54,6 @@ pub struct MachineConfig {
     /// until they are delivered, the first user instruction is a stop, and no event is lost. Needs
     /// controlled interrupts.
     pub serialised: bool,
-    /// What is done to a parallel run.
-    pub inject: Rules,
     /// Whether each vCPU thread is pinned to a host CPU, best effort: a migration flushes the TLB.
     pub pin: bool,
     /// How long the guest may show no sign of life before it counts as hung.
@@ -63,6 +61,8 @@ pub struct MachineConfig {
     /// Which events the kernel records: bit `k` for [`abi::channel::EventKind`] `k`. By default all but
     /// the [noisy](NOISY_EVENTS) ones.
     pub events: u64,
+    /// How vCPUs that run at once are disturbed.
+    pub disturb: Disturb,
 }
 
 impl Default for MachineConfig {
@@ -75,10 +75,10 @@ impl Default for MachineConfig {
             program: ProgramSpec::default(),
             kernel: KernelImage::Embedded,
             serialised: false,
-            inject: Rules::default(),
             pin: true,
             watchdog: Duration::from_secs(10),
             events: !NOISY_EVENTS,
+            disturb: Disturb::default(),
         }
     }
 }

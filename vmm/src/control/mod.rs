@@ -11,6 +11,7 @@ mod board;
 pub(crate) mod channel;
 mod config;
 mod console;
+mod disturb;
 mod error;
 mod io;
 mod machine;
@@ -18,6 +19,7 @@ mod stop;
 
 pub(crate) use board::BoardImage;
 pub use config::{Interrupts, MachineConfig, NOISY_EVENTS};
+pub use disturb::Disturbance;
 pub use error::MachineError;
 pub use machine::{InterruptHandle, Machine, PauseTimings, ResetTimings, Timings};
 pub use stop::{Crash, CrashCause, ProbeReport, Stop};

@@ -45,8 +45,6 @@ impl fmt::Display for EngineKind {
 pub struct PointSet(pub u64);
 
 impl PointSet {
-    /// Most points that there can be.
-    pub const MOST: usize = 64;
     /// The set of `points`.
     #[must_use]
     pub const fn of(points: &[Point]) -> Self {

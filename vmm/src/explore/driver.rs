@@ -744,19 +744,8 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// The vCPUs that hold up the grace period of `vcpu`, as a mask.
     fn holds_up(&self, vcpu: usize, first: u64) -> u64 {
-        let field = |cpu: usize, offset: usize| {
-            let offset = cpu * size_of::<Cpu>() + offset;
-            self.word(first.wrapping_add(offset as u64))
-        };
-        let pending = field(vcpu, offset_of!(CpuRcu, pending));
-        let cpus = (0..self.standing.len()).filter(|cpu| pending & 1 << cpu != 0);
-        let holding = cpus.filter(|cpu| {
-            let seen = field(vcpu, offset_of!(CpuRcu, seen) + cpu * size_of::<u64>());
-            CpuRcu::holds_up(seen, field(*cpu, offset_of!(CpuRcu, watching)))
-        });
-        holding.fold(0, |mask, cpu| mask | 1 << cpu)
+        holds_up(|gpa| self.word(gpa), self.standing.len(), vcpu, first)
     }
 
     fn who_waits(&self) -> Vec<WaitsFor> {
@@ -797,4 +786,19 @@ fn is_of_relax(event: &Event) -> bool {
 
 fn is_wait(halt: &Halt) -> bool {
     matches!(halt, Halt::Point { point, .. } if point.is_wait())
+}
+
+/// The vCPUs of `nr` that hold up the grace period of `vcpu`, as a mask. The parts of RCU of the CPUs lie from `first`.
+pub(crate) fn holds_up(word: impl Fn(u64) -> u64, nr: usize, vcpu: usize, first: u64) -> u64 {
+    let field = |cpu: usize, offset: usize| {
+        let offset = cpu * size_of::<Cpu>() + offset;
+        word(first.wrapping_add(offset as u64))
+    };
+    let pending = field(vcpu, offset_of!(CpuRcu, pending));
+    let cpus = (0..nr).filter(|cpu| pending & 1 << cpu != 0);
+    let holding = cpus.filter(|cpu| {
+        let seen = field(vcpu, offset_of!(CpuRcu, seen) + cpu * size_of::<u64>());
+        CpuRcu::holds_up(seen, field(*cpu, offset_of!(CpuRcu, watching)))
+    });
+    holding.fold(0, |mask, cpu| mask | 1 << cpu)
 }

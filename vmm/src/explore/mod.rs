@@ -27,6 +27,7 @@ mod tests;
 mod trace;
 
 pub use coverage::Coverage;
+pub(crate) use driver::holds_up;
 pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
 pub use minimise::{minimise, switches};
 pub(crate) use rng::Rng;

@@ -9,6 +9,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// The signal. It is only ever sent to threads that block it.
 const KICK: libc::c_int = libc::SIGUSR1;
@@ -94,6 +95,14 @@ impl Receiver {
     /// Waits for a kick and takes it.
     pub(super) fn wait(&self) {
         while !self.take(None) {}
+    }
+
+    /// Waits for a kick and takes it, or until `time` is over.
+    pub(super) fn wait_for(&self, time: Duration) {
+        self.take(Some(libc::timespec {
+            tv_sec: time.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+            tv_nsec: time.subsec_nanos().into(),
+        }));
     }
 
     fn take(&self, timeout: Option<libc::timespec>) -> bool {

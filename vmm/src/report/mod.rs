@@ -53,6 +53,10 @@ pub struct RunResult {
     /// The crash for a person; in `report.txt` and on the terminal.
     #[serde(skip)]
     pub crash_text: Option<String>,
+    /// The merged event streams, where they were judged (`--monitor`).
+    pub stream: Option<StreamFacts>,
+    /// What each rule of `--delay` and `--ipi` has done.
+    pub disturbances: Vec<crate::control::Disturbance>,
     /// What became of the calls of the replayed trace.
     pub trace: Option<crate::scenario::trace::Summary>,
     /// What this host cannot show, and other remarks that bear on the verdict.
@@ -63,12 +67,23 @@ pub struct RunResult {
     pub kvm_stats: BTreeMap<String, u64>,
     /// Checks of the machine at scheduling points.
     pub points_checked: u64,
-    /// What the merged event streams came to, where they were judged (`--monitor`).
-    pub streamed: Option<crate::session::Streamed>,
-    /// What was done to the run, where something was to be (`--delay`, `--ipi`).
-    pub injected: Option<crate::inject::Injected>,
     /// What the guest wrote to its serial port.
     pub serial: String,
+}
+
+/// How far the merged event streams of vCPUs that ran at once were judged.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct StreamFacts {
+    /// Events that were judged.
+    pub events: u64,
+    /// Events that were not, because one before them is missing.
+    pub unjudged: u64,
+    /// By ID: violations of one order of the events that another possible order may not have.
+    pub undecided: BTreeMap<&'static str, u64>,
+    /// IDs for which there were too many orders to try, and the ticket from which on that monitor is silent.
+    pub given_up: Vec<(&'static str, u64)>,
+    /// Why a stream makes no sense; nothing was judged from there on.
+    pub broken: Option<String>,
 }
 
 /// What bears on a verdict about the host.
@@ -309,6 +324,8 @@ pub(crate) mod tests {
             violations: Vec::new(),
             crash: None,
             crash_text: None,
+            stream: None,
+            disturbances: Vec::new(),
             trace: None,
             notes: Vec::new(),
             timings_ns: Timings {
@@ -317,8 +334,6 @@ pub(crate) mod tests {
             },
             kvm_stats: BTreeMap::new(),
             points_checked: 0,
-            streamed: None,
-            injected: None,
             serial: String::new(),
         }
     }

@@ -179,7 +179,8 @@ pub fn ending(ending: &Ending) -> String {
     }
 }
 
-fn waits_for(wait: &crate::explore::WaitsFor) -> String {
+/// What a vCPU waits for, after its name.
+pub(crate) fn waits_for(wait: &crate::explore::WaitsFor) -> String {
     use abi::point::Wait;
     match wait.wait {
         Wait::Lock { word, class } => {
@@ -206,7 +207,7 @@ fn waits_for(wait: &crate::explore::WaitsFor) -> String {
 }
 
 /// One event in the words of the field; none where it says nothing to a person.
-pub(super) fn line(seen: &Seen) -> Option<String> {
+pub(crate) fn line(seen: &Seen) -> Option<String> {
     let args = seen.event.args;
     let task = seen.event.task;
     Some(match EventKind::from_id(seen.event.kind)? {

@@ -75,6 +75,7 @@ pub fn render(result: &RunResult, paint: Paint, detail: Detail) -> String {
         let _ = write!(text, "\n{}\n", crash.trim_end());
     }
     not_decided(&mut text, result, paint, detail);
+    stream(&mut text, result, paint);
     trace(&mut text, result, paint);
     for note in &result.notes {
         let _ = writeln!(text, "  {} {note}", paint.yellow("note:"));
@@ -232,6 +233,70 @@ fn not_decided(text: &mut String, result: &RunResult, paint: Paint, detail: Deta
     }
 }
 
+/// How the run was disturbed, and how far its merged streams were judged.
+fn stream(text: &mut String, result: &RunResult, paint: Paint) {
+    for one in &result.disturbances {
+        let _ = write!(
+            text,
+            "  {} {}: {} of {} passages",
+            paint.dim("disturbed:"),
+            one.rule,
+            one.hits,
+            one.passages
+        );
+        if one.held_ns > 0 {
+            let time = |ns| format_time(Duration::from_nanos(ns));
+            let _ = write!(
+                text,
+                ", held {}, {} at most",
+                time(one.held_ns),
+                time(one.longest_ns)
+            );
+        }
+        if one.timeouts > 0 {
+            let _ = write!(text, ", {} in vain", one.timeouts);
+        }
+        text.push('\n');
+    }
+    let Some(stream) = &result.stream else {
+        return;
+    };
+    let _ = write!(
+        text,
+        "  {} {} events judged",
+        paint.dim("streams:"),
+        stream.events
+    );
+    for (id, count) in &stream.undecided {
+        let _ = write!(
+            text,
+            ", {count} {id} undecided (another order of the events may be clean)"
+        );
+    }
+    if stream.unjudged > 0 {
+        let _ = write!(
+            text,
+            ", {} not judged (one before them is missing)",
+            stream.unjudged
+        );
+    }
+    text.push('\n');
+    for (id, ticket) in &stream.given_up {
+        let _ = writeln!(
+            text,
+            "  {} too many orders to try for {id} at event {ticket}: its monitor is silent from there on",
+            paint.yellow("note:")
+        );
+    }
+    if let Some(why) = &stream.broken {
+        let _ = writeln!(
+            text,
+            "  {} the streams make no sense: {why}",
+            paint.yellow("note:")
+        );
+    }
+}
+
 fn trace(text: &mut String, result: &RunResult, paint: Paint) {
     if let Some(summary) = &result.trace {
         let _ = writeln!(text, "  {}", paint.dim("trace:"));
@@ -377,6 +442,36 @@ mod tests {
         let mut many = result(Verdict::Held);
         (many.runs, many.runs_done) = (20, 20);
         assert!(headline(&many, Paint::Plain).contains("held in 20 runs"));
+    }
+
+    #[test]
+    fn what_was_disturbed_and_what_was_judged_is_said() {
+        let mut result = result(Verdict::Held);
+        result.disturbances = vec![crate::control::Disturbance {
+            rule: "flush-sync=50us".into(),
+            passages: 4,
+            hits: 2,
+            held_ns: 120_000,
+            longest_ns: 70_000,
+            timeouts: 1,
+        }];
+        result.stream = Some(crate::report::StreamFacts {
+            events: 1234,
+            undecided: [("T-09", 3)].into(),
+            given_up: vec![("T-01", 77)],
+            unjudged: 5,
+            broken: Some("vCPU 1 has lost events".into()),
+        });
+        let text = render(&result, Paint::Plain, Detail::Normal);
+        for words in [
+            "disturbed: flush-sync=50us: 2 of 4 passages, held 120 us, 70.0 us at most, 1 in vain",
+            "streams: 1234 events judged, 3 T-09 undecided",
+            "5 not judged",
+            "too many orders to try for T-01 at event 77",
+            "vCPU 1 has lost events",
+        ] {
+            assert!(text.contains(words), "no '{words}' in {text}");
+        }
     }
 
     #[test]

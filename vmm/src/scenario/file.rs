@@ -14,7 +14,6 @@ use super::source;
 use super::trace;
 use super::values::{self, Refused};
 use super::{CheckWhen, Program, Scenario};
-use crate::inject::Rules;
 
 /// Checks the `text` of the scenario file at `path`. Traces are read relative to its directory.
 ///
@@ -36,6 +35,8 @@ struct File {
     program: ProgramTable,
     #[serde(default)]
     kernel: Kernel,
+    #[serde(default)]
+    parallel: Parallel,
     #[serde(default)]
     check: Check,
     #[serde(default)]
@@ -81,6 +82,18 @@ struct Kernel {
     bugs: Vec<Spanned<String>>,
     #[serde(default)]
     fail: Vec<Spanned<String>>,
+}
+
+/// Runs in which vCPUs run at once.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Parallel {
+    #[serde(default)]
+    delay: Vec<Spanned<String>>,
+    #[serde(default)]
+    ipi: Vec<Spanned<String>>,
+    #[serde(default)]
+    monitor: bool,
 }
 
 #[derive(Deserialize, Default)]
@@ -166,7 +179,12 @@ impl Reader<'_> {
                 .iter()
                 .map(|fail| self.at(fail.span(), fail.as_ref().parse()))
                 .collect::<Result<_, _>>()?,
-            inject: Rules::default(),
+            disturb: super::Disturb {
+                delays: self.rules(&file.parallel.delay)?,
+                ipis: self.rules(&file.parallel.ipi)?,
+                seed: 0,
+            },
+            monitor: file.parallel.monitor,
             check: match file.check.when {
                 When::End => CheckWhen::End,
                 When::EveryPoint => CheckWhen::EveryPoint,
@@ -251,6 +269,16 @@ impl Reader<'_> {
             params.push((key.into_inner(), text));
         }
         Ok(params)
+    }
+
+    fn rules<T: std::str::FromStr<Err = Refused>>(
+        &self,
+        rules: &[Spanned<String>],
+    ) -> Result<Vec<T>, ScenarioError> {
+        let rules = rules.iter();
+        rules
+            .map(|rule| self.at(rule.span(), rule.as_ref().parse()))
+            .collect()
     }
 
     fn value<T>(
@@ -380,6 +408,16 @@ mod tests {
                 "[program]\nname = 'smoke'\n[limits]\ntimeout = '5'",
                 "bad.toml:4:11: '5' has no unit",
                 "30s",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[parallel]\ndelay = ['flush-synk=1us']",
+                "bad.toml:4:10: no scheduling point 'flush-synk'",
+                "'flush-sync'",
+            ),
+            (
+                "[program]\nname = 'smoke'\n[parallel]\nipi = ['any=lose']",
+                "bad.toml:4:8: 'lose' is no fault",
+                "dup",
             ),
             (
                 "[program]\nname = 'smoke'\n[check]\nwhen = 'never'",

@@ -4,6 +4,7 @@
 //! [`Scenario`]. Nothing here touches a machine, and nothing that leaves here is unchecked.
 
 pub mod catalog;
+pub mod disturb;
 mod error;
 mod excerpt;
 pub mod fail;
@@ -19,8 +20,7 @@ use std::time::Duration;
 use abi::boot::InterruptMode;
 use abi::bug::Bug;
 
-use crate::inject::Rules;
-
+pub use disturb::Disturb;
 pub use error::{Located, ScenarioError};
 pub use fail::Fail;
 pub use file::parse;
@@ -69,8 +69,10 @@ pub struct Scenario {
     pub bugs: Vec<Bug>,
     /// Passages of failpoints that fail, in every schedule that is explored.
     pub fails: Vec<Fail>,
-    /// What is done to a parallel run.
-    pub inject: Rules,
+    /// How a run is disturbed in which vCPUs run at once.
+    pub disturb: Disturb,
+    /// Whether the merged event streams of such a run are judged.
+    pub monitor: bool,
     /// When the invariants are checked.
     pub check: CheckWhen,
     /// Longest wall time of one run.
@@ -113,13 +115,6 @@ impl Scenario {
             source,
         })?;
         parse(&path, &text)
-    }
-
-    /// True where events carry tickets, so that the streams of all vCPUs can be judged as one.
-    #[must_use]
-    pub fn is_streamed(&self) -> bool {
-        let stamp = self.params.iter().rfind(|(key, _)| key == "stamp");
-        stamp.is_some_and(|(_, value)| value == "ticket")
     }
 
     /// The kernel's command line.

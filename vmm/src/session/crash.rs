@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::Crash;
 use crate::control::{self, CrashCause, Machine, MachineError};
+use crate::explore::WaitsFor;
 use crate::report::crash::CrashReport;
+use crate::report::story;
 
 pub(super) fn describe(machine: &Machine, crash: &control::Crash) -> Crash {
     let reason = match crash.vcpu {
@@ -37,4 +39,36 @@ pub(super) fn did_not_finish(machine: &Machine, timeout: Duration) -> Result<Cra
         snapshots,
     };
     Ok(describe(machine, &late))
+}
+
+/// The paused `machine`, of whose vCPUs nobody got anywhere for `patience`: who waits for what comes first.
+pub(super) fn hang(
+    machine: &Machine,
+    waits: &[WaitsFor],
+    patience: Duration,
+) -> Result<Crash, MachineError> {
+    let snapshots = (0..machine.nr_vcpus())
+        .map(|vcpu| machine.vcpu_state(vcpu))
+        .collect::<Result<_, _>>()?;
+    let cause = CrashCause::NoProgress {
+        seconds: patience.as_secs_f64(),
+    };
+    let stuck = control::Crash {
+        cause,
+        vcpu: None,
+        snapshots,
+    };
+    let told = waits.iter();
+    let told = told.map(|wait| format!("vCPU {} {}", wait.vcpu, story::waits_for(wait)));
+    let lines: Vec<String> = told.chain(machine.dropped_ipis()).collect();
+    let mut crash = describe(machine, &stuck);
+    if let Some(fields) = crash.json.as_object_mut() {
+        let reason = format!("{}: {}", stuck.cause, lines.join("; "));
+        fields.insert("reason".into(), reason.into());
+        fields.insert("kind".into(), "hang".into());
+        fields.insert("waits".into(), lines.clone().into());
+    }
+    let lines: Vec<String> = lines.iter().map(|line| format!("  {line}\n")).collect();
+    crash.text = lines.concat() + &crash.text;
+    Ok(crash)
 }

@@ -11,21 +11,20 @@ use abi::layout::{CHANNEL_GPA, CHANNEL_STRIDE, KERNEL_VIRT_OFFSET};
 use abi::point::Point;
 use abi::port;
 
-use super::streams::{Streamed, Streams};
+use super::parallel::{self, Asked, Lookout, Streams};
 use super::{Checked, Crash, Halt, Interrupt, Observed, Place, Subject, observe};
 use crate::check::{self, Context, Moment, Outcome};
 use crate::control::{
-    self, KernelImage, Machine, MachineConfig, MachineError, NOISY_EVENTS, ProgramSpec, Stop,
+    self, Disturbance, KernelImage, Machine, MachineConfig, MachineError, ProgramSpec, Stop,
     VcpuSnapshot,
 };
-use crate::inject::Injected;
 use crate::inspect::walk::USER_HALF;
 use crate::inspect::{self, InspectError, Snapshot, VcpuFacts};
 use crate::kvm::host::{Host, HostKind};
 use crate::kvm::vcpu::ExitReason;
 use crate::memory::PhysMem;
 use crate::report::symbols::Symbols;
-use crate::report::{HostFacts, Timings, Verdict};
+use crate::report::{HostFacts, StreamFacts, Timings, Verdict};
 use crate::scenario::{CheckWhen, Scenario};
 
 /// Points at which a vCPU only waits for others: between two passages of one nothing changes that
@@ -66,16 +65,16 @@ pub fn facts_of(kind: HostKind) -> HostFacts {
 pub struct Finished {
     /// What it showed.
     pub observed: Observed,
+    /// What the merged event streams are, where they were judged.
+    pub stream: Option<StreamFacts>,
+    /// What the rules have done that disturb the run.
+    pub disturbances: Vec<Disturbance>,
     /// Where the time went.
     pub timings: Timings,
     /// KVM's statistics, summed over VM and vCPUs.
     pub kvm_stats: BTreeMap<String, u64>,
     /// What the guest wrote to its serial port.
     pub serial: String,
-    /// What its merged event streams came to, where they were judged.
-    pub streamed: Option<Streamed>,
-    /// What was done to it, where something was to be.
-    pub injected: Option<Injected>,
 }
 
 /// Boots and runs `scenario` once. `kernel` is an ELF file to boot instead of the embedded one.
@@ -88,27 +87,14 @@ pub fn run(
     interrupt: &Interrupt,
 ) -> Result<Finished, MachineError> {
     let mut live = Live::boot(scenario, kernel, interrupt)?;
-    if scenario.is_streamed() {
-        live.streams = Streams::begin(&mut live.machine, scenario.timeout)?;
-    }
     if scenario.check == CheckWhen::EveryPoint {
         live.trap_all();
     }
     let mut observed = observe(&mut live, scenario.check, scenario.timeout)?;
-    let mut streamed = None;
-    if let Some(mut streams) = live.streams.take() {
-        streams.take(&mut live.machine)?;
-        let started = Instant::now();
-        let (came_to, violation) = streams.judge();
-        observed.checking += started.elapsed();
-        streamed = Some(came_to);
-        if let Some(violation) = violation {
-            // It came before whatever was seen at the end.
-            observed.violations.insert(0, violation);
-            observed.verdict = Verdict::Violation;
-        }
-    }
-    let injected = live.machine.injected();
+    let judging = Instant::now();
+    let stream = live.judge(&mut observed)?;
+    observed.checking += judging.elapsed();
+    let disturbances = live.machine.disturbances();
     let kvm_stats = live.kvm_stats();
     let serial = live.serial();
     let made = live.machine.timings();
@@ -129,17 +115,19 @@ pub fn run(
             teardown: started.elapsed(),
         },
         observed,
+        stream,
+        disturbances,
         kvm_stats,
         serial,
-        streamed,
-        injected,
     })
 }
 
 /// A machine that runs a scenario.
 pub struct Live {
     machine: Machine,
+    /// Where the merged event streams are judged.
     streams: Option<Streams>,
+    lookout: Lookout,
 }
 
 impl Live {
@@ -152,6 +140,11 @@ impl Live {
         kernel: Option<&Path>,
         interrupt: &Interrupt,
     ) -> Result<Self, MachineError> {
+        let events = if scenario.monitor {
+            parallel::MONITORED
+        } else {
+            MachineConfig::default().events
+        };
         let mut machine = Machine::new(MachineConfig {
             vcpus: scenario.vcpus,
             memory_bytes: scenario.memory_bytes,
@@ -168,20 +161,34 @@ impl Live {
             },
             kernel: kernel.map_or(KernelImage::Embedded, |path| KernelImage::File(path.into())),
             watchdog: scenario.watchdog,
-            inject: scenario.inject.clone(),
-            events: if scenario.is_streamed() {
-                u64::MAX
-            } else {
-                !NOISY_EVENTS
-            },
+            events,
+            disturb: scenario.disturb.clone(),
             ..MachineConfig::default()
         })?;
-        machine.set_ring_exits(scenario.is_streamed());
         interrupt.watch(machine.interrupt_handle());
         Ok(Self {
+            streams: scenario.monitor.then(|| Streams::of(&mut machine)),
+            lookout: Lookout::new(scenario.watchdog),
             machine,
-            streams: None,
         })
+    }
+
+    /// Judges the merged streams, which are over.
+    fn judge(&mut self, observed: &mut Observed) -> Result<Option<StreamFacts>, MachineError> {
+        let Some(mut streams) = self.streams.take() else {
+            return Ok(None);
+        };
+        streams.drain(&mut self.machine)?;
+        let vcpus = self.vcpus(Place::End)?;
+        let rests =
+            |vcpu: &VcpuFacts| matches!(vcpu.stop, inspect::Stop::Halted | inspect::Stop::Exited);
+        let at_rest = observed.status.is_some() && vcpus.iter().all(rests);
+        let (facts, violations) = streams.end(&self.machine, at_rest);
+        if !violations.is_empty() {
+            observed.verdict = Verdict::Violation;
+        }
+        observed.violations.extend(violations);
+        Ok(Some(facts))
     }
 
     /// Makes every point stop but those at which a vCPU only waits.
@@ -220,7 +227,7 @@ impl Live {
     pub fn outcome(&self, snapshot: &Snapshot, vcpus: &[VcpuFacts], place: Place) -> Outcome {
         let moment = match place {
             Place::End => Moment::AfterExit,
-            Place::Point(..) | Place::Anywhere => Moment::Paused,
+            Place::Point(..) | Place::Anywhere | Place::Event(_) => Moment::Paused,
         };
         check::run(&Context::new(self.memory(), snapshot, vcpus, moment))
     }
@@ -346,7 +353,27 @@ impl Subject for Live {
     type Error = MachineError;
 
     fn resume(&mut self, limit: Duration) -> Result<Halt, MachineError> {
-        Ok(match self.machine.run_until(Some(limit))? {
+        let step = limit.min(self.lookout.patience());
+        let mut stop = self.machine.run_until(Some(step))?;
+        if let Some(streams) = &mut self.streams {
+            streams.drain(&mut self.machine)?;
+        }
+        let waits = matches!(stop, Stop::Deadline | Stop::RingFull { .. });
+        if waits && self.lookout.is_suspicious(self.machine.progress()) {
+            match parallel::ask(&mut self.machine)? {
+                Asked::Well => self.lookout.is_well(),
+                Asked::Stopped(other) => stop = other,
+                Asked::Hang(waits) => {
+                    let patience = self.lookout.patience();
+                    let hang = super::crash::hang(&self.machine, &waits, patience)?;
+                    return Ok(Halt::Crashed(hang));
+                }
+            }
+        }
+        if stop == Stop::Deadline && step < limit {
+            return Ok(Halt::Nothing);
+        }
+        Ok(match stop {
             Stop::Exited { status } => Halt::Exited { status },
             Stop::Point { vcpu, point, .. } => Halt::Point {
                 vcpu: vcpu as u32,
@@ -356,13 +383,8 @@ impl Subject for Live {
                 vcpu: vcpu as u32,
                 report,
             },
-            Stop::RingFull { .. } => {
-                if let Some(streams) = &mut self.streams {
-                    streams.take(&mut self.machine)?;
-                }
-                Halt::Nothing
-            }
-            Stop::FirstUser { .. } | Stop::Stepped { .. } => Halt::Nothing,
+            // A ring was drained; the others nobody asked for.
+            Stop::RingFull { .. } | Stop::FirstUser { .. } | Stop::Stepped { .. } => Halt::Nothing,
             Stop::Deadline => Halt::Deadline,
             Stop::Interrupted => Halt::Interrupted,
             Stop::Crashed(crash) => Halt::Crashed(self.crash(&crash)),

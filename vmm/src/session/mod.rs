@@ -9,7 +9,7 @@ mod crash;
 mod interrupt;
 mod live;
 mod observe;
-mod streams;
+mod parallel;
 
 use std::fmt;
 use std::time::Duration;
@@ -24,7 +24,6 @@ pub use advance::{Reached, Until, advance};
 pub use interrupt::Interrupt;
 pub use live::{Finished, Live, facts_of, host, run};
 pub use observe::{MAX_REPORTS, MAX_VIOLATIONS, Observed, STATUS_BAD_INPUT, observe};
-pub use streams::Streamed;
 
 /// What a session drives: a machine and the checkers that read it.
 pub trait Subject {
@@ -103,6 +102,8 @@ pub enum Place {
     Anywhere,
     /// The first process has ended.
     End,
+    /// Behind the event with this ticket, of the merged streams.
+    Event(u64),
 }
 
 impl fmt::Display for Place {
@@ -111,6 +112,7 @@ impl fmt::Display for Place {
             Self::Point(vcpu, point) => write!(f, "{} on vCPU {vcpu}", point.name()),
             Self::Anywhere => f.write_str("a pause"),
             Self::End => f.write_str("the end of the run"),
+            Self::Event(ticket) => write!(f, "event {ticket} of the merged streams"),
         }
     }
 }

@@ -23,7 +23,6 @@ use super::error::MachineError;
 use super::io::{IoThread, RunNumber, Watchdog};
 use super::stop::{Crash, CrashCause, Stop};
 use crate::boot::{self, Boot, BootSpec};
-use crate::inject::Injector;
 use crate::kvm::vcpu::{self, Notice, State, Step, Vcpu, VcpuError, VcpuSpec};
 use crate::kvm::{host, vm};
 use crate::memory::GuestRam;
@@ -92,7 +91,6 @@ pub struct Machine {
     _io: IoThread,
     vm: vm::Vm,
     board: Arc<Board>,
-    injector: Option<Arc<Injector>>,
     serialised: bool,
     ram: GuestRam,
     console: Console,
@@ -177,21 +175,15 @@ impl Machine {
         let io_error = |step| move |source| MachineError::Io { step, source };
         let console = Console::new().map_err(io_error("create the console"))?;
         let (sender, messages) = mpsc::channel();
-        let mut board = Board::new(
+        let board = Board::new(
             config.vcpus as usize,
             config.interrupts,
             &console,
             config.serialised.then(|| ram.clone()),
             sender.clone(),
         );
-        let injector = (!config.inject.is_empty())
-            .then(|| Arc::new(Injector::new(config.inject.clone(), config.vcpus as usize)));
-        if let Some(injector) = &injector {
-            board
-                .inject(Arc::clone(injector), &ram)
-                .map_err(io_error("start the courier"))?;
-        }
-        let board = Arc::new(board);
+        let board = board.disturbed(&config.disturb, &ram);
+        let board = Arc::new(board.map_err(io_error("start the wire thread"))?);
         let host_cpus = if config.pin {
             host::allowed_cpus()
         } else {
@@ -225,6 +217,10 @@ impl Machine {
         if let Start::Snapshot(snapshot) = start {
             board.restore(&snapshot.board);
         }
+        for vcpu in 0..vcpus.len() {
+            let traps = board.disturber().map(|disturber| disturber.traps(vcpu));
+            Channel::new(&ram, vcpu).set_traps(traps.unwrap_or_default());
+        }
         let run = RunNumber::default();
         let io = IoThread::start(
             console.clone(),
@@ -239,12 +235,11 @@ impl Machine {
         .map_err(io_error("start the I/O thread"))?;
         timings.create_vcpus = clock.lap();
 
-        let mut machine = Self {
+        Ok(Self {
             vcpus,
             _io: io,
             vm,
             board,
-            injector,
             serialised: config.serialised,
             ram,
             console,
@@ -265,11 +260,7 @@ impl Machine {
             tsc_khz,
             ended: None,
             base: None,
-        };
-        if machine.injector.is_some() {
-            machine.set_traps([0; 4]);
-        }
-        Ok(machine)
+        })
     }
 
     /// Lets the machine run until something happens or `deadline` is over, and pauses every vCPU.
@@ -379,9 +370,6 @@ impl Machine {
         is_meant: impl Fn(&Vcpu) -> bool,
     ) -> Result<PauseTimings, MachineError> {
         let start = Instant::now();
-        if let Some(injector) = &self.injector {
-            injector.set_pausing(step == Step::Pause);
-        }
         let mut each = Vec::new();
         let mut result = Ok(());
         let mut asked = Vec::new();

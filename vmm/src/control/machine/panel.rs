@@ -8,9 +8,9 @@ use abi::layout::{BOOT_INFO_GPA, PAGE_SIZE};
 use abi::point::Point;
 
 use super::{InterruptHandle, Machine, Timings};
+use crate::control::Disturbance;
 use crate::control::channel::Channel;
 use crate::control::error::MachineError;
-use crate::inject::Injected;
 use crate::kvm::stats::KvmStats;
 use crate::kvm::vcpu::{Vcpu, VcpuSnapshot};
 use crate::memory::{GuestRam, PhysMem};
@@ -31,14 +31,16 @@ impl Machine {
     /// for point `p`.
     pub fn set_traps(&mut self, mask: [u64; 4]) {
         self.traps = mask;
-        self.board.set_stops(mask[0]);
-        let injected = self
-            .injector
-            .as_ref()
-            .map_or(0, |injector| injector.points().0);
-        let mask = [mask[0] | injected, mask[1], mask[2], mask[3]];
+        let disturber = self.board.disturber();
         for vcpu in 0..self.vcpus.len() {
-            Channel::new(&self.ram, vcpu).set_traps(mask);
+            let also = disturber.map_or([0; 4], |disturber| disturber.traps(vcpu));
+            let all = [0, 1, 2, 3].map(|word: usize| mask[word] | also[word]);
+            Channel::new(&self.ram, vcpu).set_traps(all);
+        }
+        if let Some(disturber) = disturber {
+            for (word, bits) in disturber.told.iter().zip(mask) {
+                word.store(bits, std::sync::atomic::Ordering::Relaxed);
+            }
         }
     }
 
@@ -58,6 +60,29 @@ impl Machine {
     pub fn set_vcpu_traps(&mut self, vcpu: usize, mask: u64) -> Result<(), MachineError> {
         self.channel(vcpu)?.set_traps([mask, 0, 0, 0]);
         Ok(())
+    }
+
+    /// What each rule of [`MachineConfig::disturb`](crate::control::MachineConfig::disturb) has done.
+    #[must_use]
+    pub fn disturbances(&self) -> Vec<Disturbance> {
+        let disturber = self.board.disturber();
+        disturber.map_or_else(Vec::new, super::super::disturb::Disturber::report)
+    }
+
+    /// The IPIs that were dropped, in words.
+    #[must_use]
+    pub fn dropped_ipis(&self) -> Vec<String> {
+        let disturber = self.board.disturber();
+        disturber.map_or_else(Vec::new, super::super::disturb::Disturber::lost)
+    }
+
+    /// System calls, faults, interrupts and switches so far, of each vCPU.
+    #[must_use]
+    pub fn progress(&self) -> Vec<u64> {
+        let vcpus = 0..self.vcpus.len();
+        vcpus
+            .map(|vcpu| Channel::new(&self.ram, vcpu).signs_of_life()[0])
+            .collect()
     }
 
     /// Points that `vcpu` has passed; 0 for one that does not exist.
@@ -123,12 +148,6 @@ impl Machine {
         self.channel(vcpu)
             .map(|channel| channel.events())
             .unwrap_or_default()
-    }
-
-    /// What was done to the run, where something was to be.
-    #[must_use]
-    pub fn injected(&self) -> Option<Injected> {
-        Some(self.injector.as_ref()?.done())
     }
 
     /// Number of vCPUs.

@@ -285,8 +285,12 @@ proptest! {
         for monitor in &mut monitors {
             monitor.start(liar.memory(), liar.kernel_root().unwrap(), VCPUS);
         }
-        let judged = merge::judge(&streams, number(&mut rng), monitors);
-        prop_assert!(judged.stream.len() <= VCPUS * length);
+        let mut merge = merge::Merge::new(VCPUS, number(&mut rng), monitors);
+        for (vcpu, events) in streams.iter().enumerate() {
+            merge.push(vcpu, events);
+        }
+        let judged = merge.compare(liar.memory(), liar.kernel_root().unwrap());
+        prop_assert!(judged.events <= (VCPUS * length) as u64);
     }
 
     /// More vCPUs than there are, too.

@@ -48,6 +48,10 @@ pub(crate) trait Platform: Send + Sync {
     fn pending_interrupt(&self, cpu: usize) -> Option<u8>;
     /// Moves that vector into service.
     fn accept_interrupt(&self, cpu: usize) -> Option<u8>;
+    /// How much longer `cpu` must not enter the guest, none where it may.
+    fn held_back(&self, _cpu: usize) -> Option<Duration> {
+        None
+    }
     /// Takes what a vCPU has to say.
     fn notify(&self, notice: Notice);
 }

@@ -187,6 +187,16 @@ impl Runner {
     }
 
     fn turn(&mut self) -> Turn {
+        if let Some(left) = self.platform.held_back(self.index) {
+            // Whoever pauses it meanwhile finds it between two instructions.
+            return match self.complete_access() {
+                Err(event) => Turn::Event(event),
+                Ok(()) => {
+                    self.kick.wait_for(left);
+                    Turn::Kicked
+                }
+            };
+        }
         if self.interrupts == InterruptMode::Controlled {
             let wakes =
                 self.interrupts_enabled() && self.platform.pending_interrupt(self.index).is_some();

@@ -1,0 +1,272 @@
+//! What only a run has in which vCPUs run at once: its merged event streams, and hangs in which everybody
+//! spins.
+
+use std::time::{Duration, Instant};
+
+use abi::channel::{Event, EventKind};
+use abi::point::{Point, Wait};
+
+use super::Place;
+use crate::check::stream::merge::{Judged, Merge, Shown};
+use crate::control::{Machine, MachineError, Stop};
+use crate::explore::{WaitsFor, holds_up};
+use crate::report::{StreamFacts, Violation, story};
+
+/// All events that a monitor follows. One who spins would fill the ring with its waiting.
+pub(super) const MONITORED: u64 =
+    !(1 << EventKind::LockWait as u32 | 1 << EventKind::RcuGpWait as u32);
+/// How long a vCPU has to get to its next point when everybody is asked where it stands.
+const ASK: Duration = Duration::from_millis(200);
+
+/// The merged streams of a run, judged.
+pub(super) struct Streams {
+    /// By vCPU: what was taken before the kernel said where its objects are.
+    early: Vec<Vec<Event>>,
+    merge: Option<Merge>,
+}
+
+impl Streams {
+    /// Of a machine that has not run yet: from now on a full ring stops it.
+    pub(super) fn of(machine: &mut Machine) -> Self {
+        machine.set_ring_exits(true);
+        Self {
+            early: vec![Vec::new(); machine.nr_vcpus()],
+            merge: None,
+        }
+    }
+
+    /// Takes what the rings hold.
+    pub(super) fn drain(&mut self, machine: &mut Machine) -> Result<(), MachineError> {
+        for (vcpu, early) in self.early.iter_mut().enumerate() {
+            early.extend(machine.take_events(vcpu)?);
+        }
+        if self.merge.is_some() || machine.kernel_root().is_some() {
+            self.merge(machine);
+        }
+        Ok(())
+    }
+
+    fn merge(&mut self, machine: &Machine) -> &mut Merge {
+        let merge = self.merge.get_or_insert_with(|| {
+            Merge::from_boot(machine.nr_vcpus(), machine.ram(), machine.kernel_root())
+        });
+        for (vcpu, early) in self.early.iter_mut().enumerate() {
+            merge.push(vcpu, &std::mem::take(early));
+        }
+        merge
+    }
+
+    /// The streams are over. Where no vCPU is in the middle of anything (`at_rest`) the state of the machine is
+    /// compared with what the events told.
+    pub(super) fn end(mut self, machine: &Machine, at_rest: bool) -> (StreamFacts, Vec<Violation>) {
+        let merge = self.merge(machine);
+        tell(match machine.kernel_root().filter(|_| at_rest) {
+            Some(root) => merge.compare(machine.ram(), root),
+            None => merge.judge_all(),
+        })
+    }
+}
+
+fn tell(judged: &Judged) -> (StreamFacts, Vec<Violation>) {
+    let facts = StreamFacts {
+        events: judged.events,
+        unjudged: judged.unjudged,
+        undecided: judged.undecided.clone(),
+        given_up: judged.given_up.clone(),
+        broken: judged.broken.clone(),
+    };
+    (facts, judged.violations.iter().map(violation).collect())
+}
+
+fn violation(shown: &Shown) -> Violation {
+    let place = shown.ticket.map_or(Place::End, Place::Event);
+    let mut told = Violation::of_invariant(shown.violation.clone(), place);
+    told.details.push("what led to it, by tickets:".into());
+    for seen in &shown.context {
+        if let Some(line) = story::line(seen) {
+            let (ticket, vcpu) = (seen.event.stamp, seen.vcpu);
+            told.details
+                .push(format!("{ticket:>8}  vCPU {vcpu}  {line}"));
+        }
+    }
+    told
+}
+
+/// Notices that nobody gets anywhere, though vCPUs spin and so look alive to the watchdog.
+#[derive(Debug)]
+pub(super) struct Lookout {
+    patience: Duration,
+    since: Instant,
+    progress: Vec<u64>,
+}
+
+impl Lookout {
+    pub(super) fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            since: Instant::now(),
+            progress: Vec::new(),
+        }
+    }
+
+    /// Longest time to run without a look.
+    pub(super) fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// True where none of the counts has changed for as long as patience lasts.
+    pub(super) fn is_suspicious(&mut self, progress: Vec<u64>) -> bool {
+        if progress != self.progress {
+            (self.progress, self.since) = (progress, Instant::now());
+        }
+        self.since.elapsed() >= self.patience
+    }
+
+    /// It was looked into and is none.
+    pub(super) fn is_well(&mut self) {
+        self.since = Instant::now();
+    }
+}
+
+/// What asking everybody came to.
+pub(super) enum Asked {
+    /// Somebody can go on.
+    Well,
+    /// Something else has stopped the machine.
+    Stopped(Stop),
+    /// Nobody gets anywhere: who waits for what.
+    Hang(Vec<WaitsFor>),
+}
+
+/// Lets every vCPU run to its next point, and says whether any of them can get further.
+pub(super) fn ask(machine: &mut Machine) -> Result<Asked, MachineError> {
+    let mut standing: Vec<Option<(Point, [u64; 2])>> = vec![None; machine.nr_vcpus()];
+    let before = machine.progress();
+    let until = Instant::now() + ASK;
+    for vcpu in 0..standing.len() {
+        machine.set_budget(vcpu, 1)?;
+    }
+    let mut other = None;
+    while standing.iter().any(Option::is_none) && other.is_none() {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        match machine.run_until(Some(left))? {
+            Stop::Point { vcpu, point, args } => {
+                standing[vcpu] = Some((point, args));
+                machine.set_budget(vcpu, u64::MAX)?;
+            }
+            Stop::Deadline => break,
+            stop => other = Some(stop),
+        }
+    }
+    for vcpu in 0..standing.len() {
+        machine.set_budget(vcpu, u64::MAX)?;
+    }
+    if let Some(stop) = other {
+        return Ok(Asked::Stopped(stop));
+    }
+    if machine.progress() != before {
+        return Ok(Asked::Well);
+    }
+    Ok(judge(&standing, |gpa| word(machine, gpa)).map_or(Asked::Well, Asked::Hang))
+}
+
+/// Who waits for what, where nobody who stands at a point can go on and somebody spins. One who is at no point
+/// idles or runs a program that does nothing else.
+fn judge(
+    standing: &[Option<(Point, [u64; 2])>],
+    word: impl Fn(u64) -> u64,
+) -> Option<Vec<WaitsFor>> {
+    let (mut waits, nr) = (Vec::new(), standing.len());
+    for (vcpu, standing) in standing.iter().enumerate() {
+        let Some((point, args)) = standing else {
+            continue;
+        };
+        let wait = point.wait(*args)?;
+        let word = match wait {
+            Wait::Lock { word: gpa, class } => Some(word(gpa)).filter(|it| !class.lets_in(*it))?,
+            Wait::Acknowledged { word: gpa } => Some(word(gpa)).filter(|it| *it != 0)?,
+            Wait::GracePeriod { first } => {
+                let mask = holds_up(&word, nr, vcpu, first);
+                Some(mask).filter(|it| *it != 0)?
+            }
+            Wait::Interrupt | Wait::Anyone => 0,
+        };
+        waits.push(WaitsFor { vcpu, wait, word });
+    }
+    let spins = |wait: &WaitsFor| !matches!(wait.wait, Wait::Interrupt | Wait::Anyone);
+    waits.iter().any(spins).then_some(waits)
+}
+
+/// A word of guest memory; one outside lets nobody in.
+fn word(machine: &Machine, gpa: u64) -> u64 {
+    machine.ram().read_value(gpa).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use abi::lock::LockClass;
+    use abi::objects::{Cpu, CpuRcu};
+
+    use super::*;
+
+    const LOCK: [u64; 2] = [0x100, LockClass::PageTable as u64];
+    const FLUSH: [u64; 2] = [0x200, 0b10];
+
+    #[test]
+    fn a_flush_that_nobody_acknowledges_is_a_hang_and_says_who_is_missing() {
+        let standing = [
+            Some((Point::FlushWait, FLUSH)),
+            None,
+            Some((Point::LockWait, LOCK)),
+        ];
+        let hung = |gpa| if gpa == 0x200 { 0b10 } else { 1 };
+        let waits = judge(&standing, hung).expect("a hang");
+        let told: Vec<String> = waits.iter().map(story::waits_for).collect();
+        assert!(told[0].contains("mask 0b10"), "{told:?}");
+        assert!(
+            told[1].contains("page-table lock") && told[1].contains("vCPU 0"),
+            "{told:?}"
+        );
+        // Acknowledged meanwhile, or the lock is free, or somebody is at a point of no wait.
+        assert!(judge(&standing, |gpa| u64::from(gpa == 0x100)).is_none());
+        assert!(judge(&standing, |gpa| u64::from(gpa == 0x200)).is_none());
+        let works = [
+            Some((Point::FlushWait, FLUSH)),
+            Some((Point::PteClear, [0; 2])),
+        ];
+        assert!(judge(&works, hung).is_none());
+        // A grace period: CPU 1 has been in the kernel since it began, or not any more.
+        let pending = offset_of!(CpuRcu, pending) as u64;
+        let seen = (offset_of!(CpuRcu, seen) + size_of::<u64>()) as u64;
+        let watching = (size_of::<Cpu>() + offset_of!(CpuRcu, watching)) as u64;
+        let grace = |now: u64| {
+            move |gpa: u64| match gpa - 0x1000 {
+                at if at == pending => 0b10,
+                at if at == seen => 7,
+                at if at == watching => now,
+                _ => 0,
+            }
+        };
+        let waits = [Some((Point::RcuWait, [0x1000, 0])), None];
+        let told = judge(&waits, grace(7)).expect("a hang");
+        assert_eq!(told[0].word, 0b10);
+        assert!(judge(&waits, grace(9)).is_none());
+        // All idle: the watchdog's business.
+        assert!(judge(&[Some((Point::IdleEnter, [0; 2])), None], hung).is_none());
+    }
+
+    #[test]
+    fn only_counts_that_stand_still_long_enough_are_suspicious() {
+        let mut lookout = Lookout::new(Duration::ZERO);
+        assert!(lookout.is_suspicious(vec![1]));
+        let mut lookout = Lookout::new(Duration::from_secs(3600));
+        assert!(!lookout.is_suspicious(vec![1]) && !lookout.is_suspicious(vec![1]));
+        lookout.is_well();
+        assert_eq!(lookout.patience(), Duration::from_secs(3600));
+    }
+}

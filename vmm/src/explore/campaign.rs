@@ -37,8 +37,7 @@ pub enum Strategy {
     },
     /// Everybody in turn; execution `i` with a quantum of `i + 1` points.
     RoundRobin,
-    /// Every execution with at most so many preemptions, up to the order of independent steps. One
-    /// engine: each execution depends on those before.
+    /// Every execution with at most so many preemptions, up to the order of independent steps.
     Exhaustive {
         /// Preemptions; none: any number.
         preemptions: Option<u32>,
@@ -93,12 +92,16 @@ impl Plan {
 }
 
 impl Plan {
-    /// Engines that it needs.
-    fn engines(&self) -> usize {
-        match self.strategy {
-            Strategy::Exhaustive { .. } => 1,
-            _ => self.jobs.max(1),
-        }
+    /// The search that all workers share, where it is one.
+    fn search(&self) -> Option<Exhaustive> {
+        let Strategy::Exhaustive { preemptions } = self.strategy else {
+            return None;
+        };
+        let bounds = Bounds {
+            preemptions,
+            ..Bounds::default()
+        };
+        Some(Exhaustive::new(bounds, Reduction::Traces))
     }
 }
 
@@ -168,7 +171,8 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
 
 /// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.
 ///
-/// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first.
+/// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first. Not so in an
+/// exhaustive search, of which every job takes a part: only what all of it comes to is the same.
 ///
 /// # Errors
 /// An engine failed, or two runs of one schedule differ.
@@ -182,8 +186,10 @@ pub fn run<E: Engine>(
     let pairs = Mutex::new(FxHashSet::default());
     let next = AtomicU64::new(0);
     let over = AtomicBool::new(false);
+    let search = plan.search();
     let work = || -> Result<Summary, DriverError> {
         let mut worker = Worker::new(make()?, plan)?;
+        worker.search = search.as_ref().map(Exhaustive::worker);
         let mut summary = Summary {
             sample: Sample::new(plan.sample),
             ..Summary::default()
@@ -224,16 +230,16 @@ pub fn run<E: Engine>(
         summary.worked = begun.elapsed();
         summary.costs = worker.driver.engine().costs().since(&before);
         summary.checks = worker.checks + worker.driver.checks();
-        summary.explored = worker.search.as_ref().map(Exhaustive::explored);
         Ok(summary)
     };
     // One that fails ends all.
     let job = || work().inspect_err(|_| over.store(true, Ordering::Relaxed));
-    let parts: Vec<Result<Summary, DriverError>> = if plan.engines() == 1 {
+    let jobs = plan.jobs.max(1);
+    let parts: Vec<Result<Summary, DriverError>> = if jobs == 1 {
         vec![job()]
     } else {
         std::thread::scope(|scope| {
-            let jobs: Vec<_> = (0..plan.engines()).map(|_| scope.spawn(job)).collect();
+            let jobs: Vec<_> = (0..jobs).map(|_| scope.spawn(job)).collect();
             jobs.into_iter()
                 .map(|job| job.join().expect("a job does not panic"))
                 .collect()
@@ -252,8 +258,8 @@ pub fn run<E: Engine>(
         whole.checks += part.checks;
         whole.worked += part.worked;
         whole.costs = whole.costs.plus(&part.costs);
-        whole.explored = whole.explored.or(part.explored);
     }
+    whole.explored = search.as_ref().map(Exhaustive::explored);
     whole.found.sort_by_key(|found| found.index);
     if plan.first {
         // Executions are begun in order, so every one before this was run.
@@ -309,13 +315,6 @@ impl<E: Engine> Worker<E> {
         if let Strategy::Pct { .. } = plan.strategy {
             let run = worker.execute(&mut RoundRobin::new(8), false)?;
             worker.length = run.schedule.points().max(1);
-        }
-        if let Strategy::Exhaustive { preemptions } = plan.strategy {
-            let bounds = Bounds {
-                preemptions,
-                ..Bounds::default()
-            };
-            worker.search = Some(Exhaustive::new(bounds, Reduction::Traces));
         }
         Ok(worker)
     }
@@ -447,7 +446,10 @@ impl<E: Engine> Worker<E> {
             }
             Strategy::RoundRobin => self.next(&mut RoundRobin::new(quantum), state)?,
             Strategy::Exhaustive { .. } => {
-                let mut search = self.search.take().expect("made with the worker");
+                let mut search = self
+                    .search
+                    .take()
+                    .expect("every worker of a search has its own");
                 let run = self.next(&mut search, state);
                 self.search = Some(search);
                 run?

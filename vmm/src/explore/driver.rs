@@ -427,6 +427,7 @@ impl<E: Engine> Driver<E> {
                 enabled: &self.enabled,
                 standing: &self.standing,
                 events: &self.slice,
+                idle_turns: self.idle_turns,
             };
             let Some(choice) = scheduler.choose(&view) else {
                 return Ok(Ending::ScheduleOver);

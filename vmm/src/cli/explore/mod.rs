@@ -3,6 +3,7 @@
 mod aftermath;
 mod both;
 mod replay;
+mod search;
 mod trace;
 
 use std::path::Path;
@@ -43,14 +44,6 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         return Err(Failure::Usage {
             problem: "--confirm runs on vCPUs what the model has run".into(),
             help: "add --engine both".into(),
-        });
-    }
-    if options.jobs > 1 && options.strategy == ExploreStrategy::Exhaustive {
-        return Err(Failure::Usage {
-            problem:
-                "--jobs: an exhaustive search is one job, for each schedule depends on those before"
-                    .into(),
-            help: "leave --jobs out".into(),
         });
     }
     if !options.fail_any.is_empty() && options.strategy == ExploreStrategy::Exhaustive {
@@ -112,6 +105,8 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "points": summary.points,
         "events": summary.events,
         "search": summary.explored,
+        "complete": summary.explored.map(|explored| explored.complete()),
+        "pruned": summary.explored.map(|explored| explored.pruned()),
         "conflicting_pairs": summary.pairs,
         "replayed_and_compared": summary.verified,
         "states_checked": summary.states,
@@ -338,40 +333,11 @@ fn headline(
         summary.elapsed.as_secs_f64(),
         average(summary.points),
         average(summary.events),
-        searched(plan, summary),
+        search::ending(plan, summary, interrupted),
         summary.pairs,
         summary.states,
         summary.verified,
         split(summary),
-    )
-}
-
-/// What an exhaustive search came to, in a line.
-fn searched(plan: &Plan, summary: &Summary) -> String {
-    let (Strategy::Exhaustive { preemptions }, Some(explored)) = (plan.strategy, summary.explored)
-    else {
-        return String::new();
-    };
-    let within = preemptions.map_or_else(String::new, |most| {
-        format!(" with at most {most} preemptions")
-    });
-    let whole = explored.executions - explored.pruned;
-    let verdict = match (
-        explored.exhausted,
-        explored.too_long,
-        summary.found.is_empty(),
-    ) {
-        (true, 0, _) => format!("complete: every schedule{within}"),
-        (true, long, _) => {
-            format!("not complete: {long} executions were too long to vary to their ends")
-        }
-        (false, _, true) => format!("not complete: not every schedule{within} was tried"),
-        (false, _, false) => "ended by what was found".into(),
-    };
-    format!(
-        "  search     {verdict}; {whole} run to their ends stand for all, {} were given up as equivalent to \
-         one of these, {} were known to be without a run\n",
-        explored.pruned, explored.asleep,
     )
 }
 

@@ -11,7 +11,8 @@
 //! - The order of a TLB flush and of a change of an entry, of a frame's release, and of the end of an
 //!   operation matters to the TLB model although these touch no common word.
 //! - All code of programs may touch the same words of theirs ([`Resource::Program`]).
-//! - A vCPU takes a pending IPI wherever it may, so each of its steps looks at that.
+//! - A vCPU takes a pending IPI as soon as its interrupts are on: before it goes on with its program, where
+//!   it waits, and after another IPI. Steps that begin and end inside the kernel do not look at that.
 //!
 //! The tests exchange neighbouring steps that are independent by these rules on the model engine, in all
 //! litmus tests, and demand the same memory, events and ending.
@@ -181,8 +182,10 @@ impl Footprints {
                 self.doing.resize(vcpus, Doing::Unknown);
                 let before = self.doing[vcpu];
                 self.follow(vcpu, vcpus, events);
-                print.touch(Resource::Pending(vcpu), Mode::Read);
                 let known = points(&mut print, vcpu, vcpus, before, from, to);
+                if !known || looks_for_ipis(&print, from, to) {
+                    print.touch(Resource::Pending(vcpu), Mode::Read);
+                }
                 let all = events.iter().all(|event| one(&mut print, vcpu, event));
                 let mode = if known && all {
                     Mode::Read
@@ -203,6 +206,13 @@ fn is_of_mm(call: u64) -> bool {
         call,
         nr::MMAP | nr::MUNMAP | nr::MPROTECT | nr::MADVISE | nr::BRK | nr::SCHED_YIELD
     )
+}
+
+/// True where interrupts may be on between the two points.
+fn looks_for_ipis(print: &Footprint, from: Standing, to: Standing) -> bool {
+    let handles = |point| matches!(point, Some(Point::IpiReceive | Point::IpiAck));
+    let of_program = print.0.iter().any(|(known, _)| *known == Resource::Program);
+    of_program || from.wait().is_some() || handles(from.point) || handles(to.point)
 }
 
 /// What lies between two points without an event. False: not known.

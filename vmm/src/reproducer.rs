@@ -36,6 +36,9 @@ pub struct Reproducer {
     /// Where instructions were scheduling points: `flush-issue:1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     window: Option<String>,
+    /// All invariants looked at every point.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub check_every_point: bool,
     /// The scenario, as a scenario file.
     scenario: String,
 }
@@ -109,7 +112,17 @@ impl Reproducer {
             digest,
             schedule: schedule_text(schedule),
             window: None,
+            check_every_point: false,
             scenario: scenario.to_toml(),
+        }
+    }
+
+    /// One that is checked at every point, or not.
+    #[must_use]
+    pub fn with_check(self, check_every_point: bool) -> Self {
+        Self {
+            check_every_point,
+            ..self
         }
     }
 

@@ -177,6 +177,15 @@ pub struct Explore {
     /// In each schedule one passage of this failpoint fails, drawn from the seed; repeatable
     #[arg(long = "fail-any", value_name = "NAME", value_parser = failpoint, help_heading = "Failures")]
     pub fail_any: Vec<Failpoint>,
+    /// When all invariants look at the state: at the end of every --state-every-th schedule, or at every point
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        default_value = "end",
+        help_heading = "Checks"
+    )]
+    pub check: CheckWhen,
     /// Replay every Nth schedule and compare all events (0: none)
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
     pub verify: u64,

@@ -17,9 +17,8 @@ use super::{
     Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
 };
 use crate::check::stream::{self, Monitor};
-use crate::check::{self, Context, Moment, Violation};
+use crate::check::{Moment, Violation};
 use crate::engine::{Costs, Engine};
-use crate::inspect::Snapshot;
 use crate::scenario::Fail;
 
 /// How schedules are chosen.
@@ -57,6 +56,8 @@ pub struct Plan {
     pub time_limit: Option<Duration>,
     /// Every how many executions the state at the end is checked by all invariants too (0: never).
     pub state_every: u64,
+    /// All invariants look at every point too.
+    pub everywhere: bool,
     /// Every how many executions one is replayed and compared (0: never).
     pub verify_every: u64,
     /// Engines at once.
@@ -81,6 +82,7 @@ impl Plan {
             seed: 0,
             time_limit: None,
             state_every: 1,
+            everywhere: false,
             verify_every: 0,
             jobs: 1,
             first: true,
@@ -303,6 +305,7 @@ impl<E: Engine> Worker<E> {
             checks: Duration::ZERO,
             passages: Passages::default(),
         };
+        worker.driver.look_everywhere(plan.everywhere);
         worker.driver.start(&mut worker.monitors)?;
         if !plan.fail_any.is_empty() {
             let vcpus = worker.driver.engine().nr_vcpus();
@@ -355,15 +358,11 @@ impl<E: Engine> Worker<E> {
                 monitor.compare(engine.memory(), root, &mut found);
             }
             if state && found.is_empty() {
-                let facts = engine.vcpu_facts()?;
-                if let Ok(snapshot) = Snapshot::read(engine.memory(), root) {
-                    let moment = match status {
-                        Some(_) => Moment::AfterExit,
-                        None => Moment::Paused,
-                    };
-                    let context = Context::new(engine.memory(), &snapshot, &facts, moment);
-                    found = check::run(&context).violations;
-                }
+                let moment = match status {
+                    Some(_) => Moment::AfterExit,
+                    None => Moment::Paused,
+                };
+                found.extend(self.driver.look(moment)?);
             }
             if !found.is_empty() {
                 run.ending = Ending::Violation(Box::new(found.swap_remove(0)));

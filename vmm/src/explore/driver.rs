@@ -9,10 +9,11 @@ use abi::syscall::{Errno, nr};
 
 use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
-use crate::check::Violation;
 use crate::check::stream::{Monitor, Seen};
+use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
+use crate::inspect::Snapshot;
 use crate::scenario::Fail;
 
 /// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
@@ -165,6 +166,7 @@ pub struct Driver<E> {
     spare: Vec<Seen>,
     /// Time in monitors since the first execution.
     checks: Duration,
+    looks: bool,
     spare_schedule: Schedule,
     /// Failpoints to arm for each execution, and those that may still be armed from the last one.
     fails: Vec<Fail>,
@@ -210,6 +212,7 @@ impl<E: Engine> Driver<E> {
             spare: Vec::new(),
             spare_schedule: Schedule::default(),
             checks: Duration::ZERO,
+            looks: false,
             fails: Vec::new(),
             armed: Vec::new(),
             cut_short: None,
@@ -453,7 +456,11 @@ impl<E: Engine> Driver<E> {
                 points: choice.points.clamp(1, left),
                 traps: ALWAYS.and(self.awaited()),
             };
-            let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
+            let halt = if self.looks {
+                self.run_and_look(vcpu, limit, &mut found)?
+            } else {
+                self.engine.run(vcpu, limit, &mut self.slice)?
+            };
             // The count lies in guest memory: what cannot be is not believed. A step that does not reach
             // a point counts too: a replay must take it.
             let told = self.engine.points_passed(vcpu).saturating_sub(before);
@@ -471,10 +478,11 @@ impl<E: Engine> Driver<E> {
                     event: *event,
                 };
                 run.events.push(seen);
+                let before = found.len();
                 for monitor in monitors.iter_mut() {
                     monitor.observe(&seen, &mut found);
                 }
-                if !found.is_empty() {
+                if found.len() > before {
                     break; // What comes after it tells nothing more.
                 }
             }
@@ -488,7 +496,8 @@ impl<E: Engine> Driver<E> {
                     self.stopped_in[vcpu] = self.steps;
                 }
                 self.cut_short = Some((vcpu, halt));
-                return Ok(Ending::Violation(Box::new(found.swap_remove(0))));
+                // What a monitor says came before the state that was looked at.
+                return Ok(Ending::Violation(Box::new(found.pop().expect("not empty"))));
             }
             match halt {
                 Halt::Point { point, args } => {
@@ -518,6 +527,53 @@ impl<E: Engine> Driver<E> {
                 Halt::Crashed(crash) => return Ok(Ending::Crashed { vcpu, crash }),
             }
         }
+    }
+
+    /// As [`Engine::run`], with a look at the whole state at every point; ends at the first that is broken.
+    fn run_and_look(
+        &mut self,
+        vcpu: usize,
+        limit: Limit,
+        found: &mut Vec<Violation>,
+    ) -> Result<Halt, DriverError> {
+        let target = self.engine.points_passed(vcpu).saturating_add(limit.points);
+        loop {
+            let (one, seen) = (Limit { points: 1, ..limit }, self.slice.len());
+            let halt = self.engine.run(vcpu, one, &mut self.slice)?;
+            found.extend(self.look(Moment::Paused)?);
+            let sends = |event: &Event| event.kind == EventKind::IpiSend as u32;
+            match halt {
+                Halt::Point { point, .. }
+                    if found.is_empty()
+                        && !limit.traps.has(point)
+                        && self.engine.points_passed(vcpu) < target
+                        && !self.slice[seen..].iter().any(sends) => {}
+                halt => return Ok(halt),
+            }
+        }
+    }
+
+    /// What the invariants say of the state now.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn look(&mut self, moment: Moment) -> Result<Option<Violation>, DriverError> {
+        let started = Instant::now();
+        let facts = self.engine.vcpu_facts()?;
+        let root = self.engine.kernel_root().unwrap_or(0);
+        let found = Snapshot::read(self.engine.memory(), root)
+            .ok()
+            .and_then(|snapshot| {
+                let context = Context::new(self.engine.memory(), &snapshot, &facts, moment);
+                check::run(&context).violations.into_iter().next()
+            });
+        self.checks += started.elapsed();
+        Ok(found)
+    }
+
+    /// Whether every point of every execution is looked at by all invariants: slow, and thorough.
+    pub fn look_everywhere(&mut self, looks: bool) {
+        self.looks = looks;
     }
 
     /// True for a call that failed, or a child that was killed, for want of memory in an execution in

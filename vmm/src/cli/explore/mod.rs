@@ -23,7 +23,7 @@ use crate::engine::EngineKind;
 use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, failure_id};
 use crate::explore::{Ending, Source};
 use crate::report::story;
-use crate::scenario::{Fail, Scenario, fail};
+use crate::scenario::{CheckWhen, Fail, Scenario, fail};
 use crate::snapshot::{SavedMachine, SnapshotError};
 
 use aftermath::Aftermath;
@@ -75,6 +75,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         seed,
         time_limit: options.time_limit,
         state_every: options.state_every,
+        everywhere: options.check == CheckWhen::EveryPoint,
         verify_every: options.verify,
         jobs: options.jobs.max(1),
         first: !options.keep_going,

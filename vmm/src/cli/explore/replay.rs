@@ -48,7 +48,11 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
             None => Engines::Model,
         });
         let source = Source::new(engine_of(engines), scenario.clone()).with_window(window);
-        let mut worker = Worker::new(source.driver()?, &Plan::replay())?;
+        let plan = Plan {
+            everywhere: reproducer.check_every_point,
+            ..Plan::replay()
+        };
+        let mut worker = Worker::new(source.driver()?, &plan)?;
         worker.arm(&scenario.fails);
         let mut second = match engines {
             Engines::Both => Some(Second::new(scenario)?),

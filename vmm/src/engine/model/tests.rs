@@ -120,14 +120,18 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
     }
 }
 
-/// One preemption is enough for every bug that points can show, and all schedules with one are clean
+/// One preemption is enough for every bug that points can show but one, and all schedules with one are clean
 /// without the bug.
 #[test]
 fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
     let search = |test: &str, bug: Option<&str>| {
         let scenario = litmus(test, bug);
         // With three vCPUs one preemption makes 26,000 schedules: too many for a debug build.
-        let preemptions = u32::from(bug.is_some() || scenario.vcpus < 3);
+        let preemptions = match bug {
+            Some("switch-clears-lazy-late") => 2,
+            Some(_) => 1,
+            None => u32::from(scenario.vcpus < 3),
+        };
         let plan = Plan {
             strategy: Strategy::Exhaustive {
                 preemptions: Some(preemptions),

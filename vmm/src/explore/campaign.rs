@@ -11,7 +11,7 @@ use super::compare::{self, Masks};
 use super::failing::{self, Passages};
 use super::probe::Shown;
 use super::strategy::{
-    Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant,
+    Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant, Within,
 };
 use super::{
     Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
@@ -156,6 +156,8 @@ pub struct Counts {
     pub pairs: AtomicU64,
     /// Found so far.
     pub found: AtomicU64,
+    /// What an exhaustive search has come to with the bound that it has reached.
+    pub within: Mutex<Option<Within>>,
 }
 
 /// A name for how an execution ended, the same for the same kind of failure; none where it is well.
@@ -174,7 +176,8 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
 /// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.
 ///
 /// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first. Not so in an
-/// exhaustive search, of which every job takes a part: only what all of it comes to is the same.
+/// exhaustive search, of which every job takes a part: only what all of it comes to is the same
+/// ([`Within::schedules`]).
 ///
 /// # Errors
 /// An engine failed, or two runs of one schedule differ.
@@ -214,6 +217,9 @@ pub fn run<E: Engine>(
                 break;
             }
             counts.executions.fetch_add(1, Ordering::Relaxed);
+            if let Some(search) = &worker.search {
+                *counts.within.lock().expect("no job panics") = Some(search.reached());
+            }
             if summary
                 .found
                 .last()
@@ -474,13 +480,18 @@ impl<E: Engine> Worker<E> {
                 return Err(DriverError::Nondeterminism { index, difference });
             }
         }
-        if failure_id(&run.ending).is_some() {
+        // An exhaustive search comes by some failures more than once, with each bound and in each job.
+        let fails = failure_id(&run.ending).is_some();
+        let is_new = |search: &Exhaustive| search.fails_anew();
+        if fails && self.search.as_ref().is_none_or(is_new) {
             summary.found.push(Found {
                 index,
                 execution: run,
             });
         } else {
-            summary.sample.offer(index, &run);
+            if !fails {
+                summary.sample.offer(index, &run);
+            }
             self.driver.recycle(run);
         }
         Ok(true)

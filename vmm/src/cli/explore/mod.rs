@@ -21,6 +21,7 @@ use super::{interrupt, run};
 use crate::boot;
 use crate::engine::EngineKind;
 use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, failure_id};
+use crate::explore::strategy::Explored;
 use crate::explore::{Ending, Source};
 use crate::report::story;
 use crate::scenario::{CheckWhen, Fail, Scenario, fail};
@@ -106,8 +107,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "points": summary.points,
         "events": summary.events,
         "search": summary.explored,
-        "complete": summary.explored.map(|explored| explored.complete()),
-        "pruned": summary.explored.map(|explored| explored.pruned()),
+        "complete": summary.explored.as_ref().map(Explored::is_complete),
         "conflicting_pairs": summary.pairs,
         "replayed_and_compared": summary.verified,
         "states_checked": summary.states,
@@ -266,10 +266,7 @@ fn with_progress<T>(
     let interrupt = interrupt::on_ctrl_c();
     let over = AtomicBool::new(false);
     let bar = if output.shows_progress() {
-        let style = ProgressStyle::with_template(
-            "{elapsed_precise} {wide_bar} {pos}/{len} schedules, {per_sec}, {msg}",
-        );
-        ProgressBar::new(plan.executions).with_style(style.expect("a fixed template"))
+        progress_bar(plan)
     } else {
         ProgressBar::hidden()
     };
@@ -283,7 +280,11 @@ fn with_progress<T>(
                 bar.set_position(counts.executions.load(Ordering::Relaxed));
                 let pairs = counts.pairs.load(Ordering::Relaxed);
                 let found = counts.found.load(Ordering::Relaxed);
-                bar.set_message(format!("{pairs} conflicting pairs, {found} failures"));
+                let within = *counts.within.lock().expect("no job panics");
+                let within = within.map_or_else(String::new, |within| search::progress(&within));
+                bar.set_message(format!(
+                    "{within}{pairs} conflicting pairs, {found} failures"
+                ));
             }
         });
         let result = work();
@@ -291,6 +292,18 @@ fn with_progress<T>(
         bar.finish_and_clear();
         result
     })
+}
+
+fn progress_bar(plan: &Plan) -> ProgressBar {
+    let (bar, template) = if plan.executions == u64::MAX {
+        let template = "{elapsed_precise} {pos} schedules, {per_sec}, {msg}";
+        (ProgressBar::new_spinner(), template)
+    } else {
+        let template = "{elapsed_precise} {wide_bar} {pos}/{len} schedules, {per_sec}, {msg}";
+        (ProgressBar::new(plan.executions), template)
+    };
+    let style = ProgressStyle::with_template(template);
+    bar.with_style(style.expect("a fixed template"))
 }
 
 fn headline(
@@ -307,7 +320,7 @@ fn headline(
         Strategy::RoundRobin => "round robin".into(),
         Strategy::Exhaustive { preemptions } => preemptions.map_or_else(
             || "exhaustive".into(),
-            |most| format!("exhaustive, at most {most} preemptions"),
+            |most| format!("exhaustive, {}", search::preemptions(most)),
         ),
     };
     let rate = summary.executions as f64 / summary.elapsed.as_secs_f64().max(1e-9);

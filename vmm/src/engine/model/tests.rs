@@ -154,7 +154,7 @@ fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
         assert_eq!(found, None, "{test}");
         let explored = summary.explored.unwrap();
         assert!(
-            explored.exhausted && explored.executions > 1,
+            explored.is_complete() && explored.reached().schedules > 1,
             "{test}: {explored:?}"
         );
     }

@@ -95,13 +95,20 @@ fn reduction_loses_nothing(
     let (all, plain) = outcomes(scripts, preemptions, Reduction::None, MOST);
     prop_assume!(plain.exhausted);
     let (some, reduced) = outcomes(scripts, preemptions, Reduction::Traces, u64::MAX);
-    prop_assert!(reduced.complete());
+    prop_assert!(reduced.is_complete());
     prop_assert_eq!(&all, &some, "plain {:?} reduced {:?}", plain, reduced);
-    prop_assert!(reduced.executions <= plain.executions);
+    prop_assert_eq!(schedules(&plain), schedules(&reduced));
+    prop_assert!(reduced.executions() <= plain.executions());
     let (split, reduced) = outcomes_of_workers(scripts, preemptions, 3);
-    prop_assert!(reduced.complete());
+    prop_assert!(reduced.is_complete());
     prop_assert_eq!(&all, &split, "{:?}", reduced);
+    prop_assert_eq!(schedules(&plain), schedules(&reduced));
     Ok(())
+}
+
+/// How many there are up to equivalence, with every bound: as many whatever is left out and whoever searches.
+fn schedules(explored: &Explored) -> Vec<u64> {
+    explored.bounds.iter().map(|within| within.schedules).collect()
 }
 
 fn cases(cases: u32) -> ProptestConfig {
@@ -150,9 +157,11 @@ fn independent_threads_need_few_executions() {
     let (all, plain) = outcomes(&scripts, Some(2), Reduction::None, u64::MAX);
     let (some, reduced) = outcomes(&scripts, Some(2), Reduction::Traces, u64::MAX);
     assert_eq!((all.len(), &all), (1, &some));
-    let completed = reduced.whole();
+    let last = reduced.reached();
+    let completed = last.executions - last.given_up;
+    let plainly = plain.reached().executions;
     assert!(
-        reduced.executions * 2 < plain.executions && completed * 8 < plain.executions,
+        last.executions * 2 < plainly && completed * 8 < plainly,
         "{reduced:?} against {plain:?}"
     );
 }
@@ -184,9 +193,11 @@ fn the_bound_on_steps_ends_the_variation() {
     let mut search = Exhaustive::new(bounds, Reduction::Traces);
     while driver.execute(&mut search, &mut []).unwrap().is_some() {}
     let explored = search.explored();
+    let reached = explored.reached();
     assert!(
-        explored.exhausted && explored.too_long > 0 && explored.executions < 30,
+        explored.exhausted && reached.too_long > 0 && reached.executions < 30,
         "{explored:?}"
     );
+    assert!(!explored.is_complete(), "{explored:?}");
     assert!(Limits::default().points > 4);
 }

@@ -32,16 +32,20 @@
 //! varied further; and the driver is fair, so a vCPU that waits for anyone is not run twice in a row, nor
 //! are others passed by for ever by those who only wait (spinning longer changes no state).
 
+mod explored;
 mod node;
 mod shared;
+mod turns;
 mod visited;
 
 use std::sync::Arc;
 
 use abi::point::Wait;
 
+pub use explored::{Explored, Within};
 use node::{Candidate, Node};
 use shared::Shared;
+use turns::Turns;
 use visited::Visit;
 
 use crate::explore::footprint::Footprints;
@@ -79,53 +83,6 @@ pub enum Reduction {
     Traces,
 }
 
-/// What a search came to, with the bound that it has reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Explored {
-    /// Preemptions that executions may have so far: those with fewer were all tried before. None: any number.
-    pub preemptions: Option<u32>,
-    /// Executions with this bound, pruned ones included.
-    pub executions: u64,
-    /// Executions that were given up as equivalent to earlier ones.
-    pub given_up: u64,
-    /// Alternatives that were left out without running them, as equivalent to earlier ones.
-    pub asleep: u64,
-    /// Alternatives that would have taken more preemptions than allowed.
-    pub out_of_bounds: u64,
-    /// Executions longer than the bound on steps.
-    pub too_long: u64,
-    /// Nothing within the bounds is left.
-    pub exhausted: bool,
-}
-
-impl Explored {
-    /// Executions that ran to their ends: one of each kind.
-    #[must_use]
-    pub fn whole(&self) -> u64 {
-        self.executions - self.given_up
-    }
-
-    /// Executions that were left out as equivalent to earlier ones, with a run or without.
-    #[must_use]
-    pub fn pruned(&self) -> u64 {
-        self.given_up + self.asleep
-    }
-
-    /// True where every execution within the bounds was run, or one equivalent to it.
-    #[must_use]
-    pub fn complete(&self) -> bool {
-        self.exhausted && self.too_long == 0
-    }
-
-    fn add(&mut self, more: Self) {
-        self.executions += more.executions;
-        self.given_up += more.given_up;
-        self.asleep += more.asleep;
-        self.out_of_bounds += more.out_of_bounds;
-        self.too_long += more.too_long;
-    }
-}
-
 /// One worker of a search. See the module.
 #[derive(Debug)]
 pub struct Exhaustive {
@@ -133,7 +90,7 @@ pub struct Exhaustive {
     reduction: Reduction,
     shared: Arc<Shared>,
     /// Counted since the others were told.
-    counted: Explored,
+    counted: Within,
     /// It has a part to explore, of which `nodes` are the path.
     busy: bool,
     nodes: Vec<Node>,
@@ -145,8 +102,13 @@ pub struct Exhaustive {
     /// The step under way, with where its vCPU stood before it.
     under_way: Option<(Actor, Standing)>,
     last_vcpu: Option<u8>,
+    turns: Turns,
     footprints: Footprints,
     trace: Trace,
+    /// It was given up: its end is not known.
+    given_up: bool,
+    /// Fingerprint of the last execution, with who took its last step.
+    end: Option<u64>,
 }
 
 const NOWHERE: Standing = Standing {
@@ -173,7 +135,7 @@ impl Exhaustive {
             bounds,
             reduction,
             shared,
-            counted: Explored::default(),
+            counted: Within::default(),
             busy: false,
             nodes: Vec::new(),
             preemptions: None,
@@ -181,8 +143,11 @@ impl Exhaustive {
             prefix: 0,
             under_way: None,
             last_vcpu: None,
+            turns: Turns::default(),
             footprints: Footprints::default(),
             trace: Trace::default(),
+            given_up: false,
+            end: None,
         }
     }
 
@@ -190,8 +155,21 @@ impl Exhaustive {
     #[must_use]
     pub fn explored(&self) -> Explored {
         let mut explored = self.shared.explored();
-        explored.add(self.counted);
+        explored.reached_mut().add(self.counted);
         explored
+    }
+
+    /// The bound that the search has reached, and what was counted within it.
+    #[must_use]
+    pub fn reached(&self) -> Within {
+        self.shared.reached()
+    }
+
+    /// Notes that the last execution failed. False: an equivalent one did before, with a smaller bound or in
+    /// another worker.
+    #[must_use]
+    pub fn fails_anew(&self) -> bool {
+        self.end.is_none_or(|end| self.shared.failed(end))
     }
 
     /// Goes to what is to be explored next. False: nothing is.
@@ -271,15 +249,17 @@ impl Exhaustive {
             self.counted.out_of_bounds += 1;
             return false;
         };
-        // What the step leaves behind is not known in full: nothing is said of it that may not be so.
+        // The step is one that gets on, or an IPI: nobody is held after it, and whether the vCPU that ran
+        // last could go on is the same wherever this state was visited.
+        let vcpu = match candidate.actor {
+            Actor::Vcpu(vcpu) => Some(vcpu),
+            Actor::Wire(_) => node.last.map(|(vcpu, _)| vcpu),
+        };
         let visit = Visit {
-            last: match candidate.actor {
-                Actor::Vcpu(vcpu) => Some((vcpu, true)),
-                Actor::Wire(_) => node.last,
-            },
+            last: vcpu.map(|vcpu| (vcpu, true)),
             left,
             held: 0,
-            idle: 0,
+            turns: 0,
             wires: true,
         };
         let known = candidate
@@ -319,7 +299,9 @@ impl Exhaustive {
         };
         let print = self.footprints.step(actor, vcpus, from, to, view.events);
         self.trace.step(actor, &print);
-        self.nodes[self.at].print = Some(print);
+        let node = &mut self.nodes[self.at];
+        node.print = Some(print);
+        node.gets_on = view.idle_turns == 0 && to.wait() != Some(Wait::Anyone);
         self.at += 1;
     }
 
@@ -336,6 +318,7 @@ impl Exhaustive {
             last: visit.last,
             left: visit.left,
             print: None,
+            gets_on: false,
             known: Vec::new(),
         };
         if reduces {
@@ -375,7 +358,7 @@ impl Exhaustive {
                 None => self.preemptions.unwrap_or(u32::MAX),
             },
             held: (0..view.standing.len()).fold(0, |set, vcpu| set | u16::from(held(vcpu)) << vcpu),
-            idle: u16::try_from(view.idle_turns).unwrap_or(u16::MAX),
+            turns: self.turns.print(view.idle_turns),
             wires: view.enabled.iter().any(is_wire),
         }
     }
@@ -404,7 +387,9 @@ impl Scheduler for Exhaustive {
         self.at = 0;
         self.under_way = None;
         self.last_vcpu = None;
+        self.turns.begin();
         self.footprints.begin();
+        self.given_up = false;
         true
     }
 
@@ -415,6 +400,7 @@ impl Scheduler for Exhaustive {
         self.step_over(view);
         if self.at == self.nodes.len() && !self.grow(view) {
             self.counted.given_up += 1;
+            self.given_up = true;
             return None;
         }
         let actor = self.nodes[self.at].actor();
@@ -428,6 +414,7 @@ impl Scheduler for Exhaustive {
         let from = match actor {
             Actor::Vcpu(vcpu) => {
                 self.last_vcpu = Some(vcpu);
+                self.turns.ran(vcpu);
                 view.standing[usize::from(vcpu)]
             }
             Actor::Wire(_) => NOWHERE,
@@ -437,8 +424,13 @@ impl Scheduler for Exhaustive {
     }
 
     fn end(&mut self, _ran: &Schedule) {
-        // A step that ended the execution stays without a footprint: it is not known what it did.
-        self.under_way = None;
+        // A step that ended the execution stays without a footprint: it is not known what it did. But it
+        // does the same in the same state.
+        let last = self.under_way.take().map(|(actor, _)| actor);
+        self.end = (!self.given_up).then(|| self.trace.end(last));
+        if let Some(end) = self.end {
+            self.counted.schedules += u64::from(self.shared.ended(end));
+        }
     }
 }
 

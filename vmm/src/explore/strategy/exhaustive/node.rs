@@ -16,6 +16,8 @@ pub(super) struct Node {
     pub(super) left: u32,
     /// The step that was taken; none while it is not over, or where it ended the execution.
     pub(super) print: Option<Footprint>,
+    /// The step was more than to wait for anyone: what can be done after it follows from the state alone.
+    pub(super) gets_on: bool,
     /// Steps whose effect here is known.
     pub(super) known: Vec<(Actor, Footprint)>,
 }
@@ -37,6 +39,7 @@ impl Node {
     pub(super) fn advance(&mut self) {
         let taken = self.actor();
         if let Some(print) = self.print.take()
+            && self.gets_on
             && !self.known.iter().any(|(actor, _)| *actor == taken)
         {
             self.known.push((taken, print));

@@ -2,15 +2,20 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 
+use rustc_hash::FxHashSet;
+
 use super::node::Node;
 use super::visited::Visited;
-use super::{Bounds, Explored};
+use super::{Bounds, Explored, Within};
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) visited: Visited,
-    most: Option<u32>,
+    /// Ends of executions, with whatever bound, and those of them that failed.
+    ends: Mutex<FxHashSet<u64>>,
+    failures: Mutex<FxHashSet<u64>>,
+    bounds: Bounds,
     pool: Mutex<Pool>,
     changed: Condvar,
 }
@@ -29,19 +34,17 @@ struct Pool {
 
 impl Shared {
     pub(super) fn new(bounds: &Bounds) -> Self {
-        let explored = Explored {
-            preemptions: bounds.preemptions.map(|_| 0),
-            ..Explored::default()
-        };
         Self {
             visited: Visited::new(bounds.prefixes),
-            most: bounds.preemptions,
+            ends: Mutex::default(),
+            failures: Mutex::default(),
+            bounds: *bounds,
             pool: Mutex::new(Pool {
                 parts: vec![Vec::new()],
                 busy: 0,
                 waiting: 0,
                 given_up: false,
-                explored,
+                explored: Explored::new(bounds.preemptions.map(|_| 0)),
             }),
             changed: Condvar::new(),
         }
@@ -49,7 +52,24 @@ impl Shared {
 
     /// What all workers have told.
     pub(super) fn explored(&self) -> Explored {
-        self.pool().explored
+        self.pool().explored.clone()
+    }
+
+    /// The bound that is reached, with what was counted so far.
+    pub(super) fn reached(&self) -> Within {
+        *self.pool().explored.reached()
+    }
+
+    /// Notes the end of an execution. False: an equivalent one ended before.
+    pub(super) fn ended(&self, end: u64) -> bool {
+        let mut ends = self.ends.lock().expect("no job panics");
+        // Without room for more all are new.
+        ends.len() >= self.bounds.prefixes || ends.insert(end)
+    }
+
+    /// Notes that it failed. False: an equivalent one did before.
+    pub(super) fn failed(&self, end: u64) -> bool {
+        self.failures.lock().expect("no job panics").insert(end)
     }
 
     /// A part to explore, with preemptions that it may have. None: nothing is left, or nobody is there who
@@ -65,7 +85,7 @@ impl Shared {
             }
             if let Some(part) = pool.parts.pop() {
                 pool.busy += 1;
-                return Some((part, pool.explored.preemptions));
+                return Some((part, pool.explored.reached().preemptions));
             }
             pool.waiting += 1;
             pool = self.changed.wait(pool).expect("no job panics");
@@ -74,9 +94,9 @@ impl Shared {
     }
 
     /// Takes over what a worker has counted. True: another one has nothing to do.
-    pub(super) fn note(&self, counted: &mut Explored) -> bool {
+    pub(super) fn note(&self, counted: &mut Within) -> bool {
         let mut pool = self.pool();
-        pool.explored.add(std::mem::take(counted));
+        pool.explored.reached_mut().add(std::mem::take(counted));
         pool.waiting > pool.parts.len()
     }
 
@@ -87,25 +107,28 @@ impl Shared {
     }
 
     /// A worker is through with its part, or leaves it.
-    pub(super) fn put_back(&self, counted: &mut Explored, given_up: bool) {
+    pub(super) fn put_back(&self, counted: &mut Within, given_up: bool) {
         let mut pool = self.pool();
-        pool.explored.add(std::mem::take(counted));
+        pool.explored.reached_mut().add(std::mem::take(counted));
         pool.busy -= 1;
         pool.given_up |= given_up;
         if pool.busy == 0 && pool.parts.is_empty() && !pool.given_up {
+            let reached = pool.explored.reached();
             // Where no choice was out of bounds a larger bound allows nothing more.
-            let last = pool.explored.preemptions == self.most;
-            pool.explored.exhausted = last || pool.explored.out_of_bounds == 0;
+            let is_last = reached.preemptions == self.bounds.preemptions;
+            pool.explored.exhausted = is_last || reached.out_of_bounds == 0;
         }
         self.changed.notify_all();
     }
 
     /// From the root again, with one preemption more.
     fn next_bound(&self, pool: &mut Pool) {
-        pool.explored = Explored {
-            preemptions: pool.explored.preemptions.map(|bound| bound + 1),
-            ..Explored::default()
-        };
+        let before = *pool.explored.reached();
+        pool.explored.bounds.push(Within {
+            preemptions: before.preemptions.map(|bound| bound + 1),
+            schedules: before.schedules,
+            ..Within::default()
+        });
         pool.parts.push(Vec::new());
         self.visited.clear();
     }

@@ -14,8 +14,8 @@ pub(super) struct Visit {
     pub(super) left: u32,
     /// vCPUs that could run in this state, but do not have their turn: they have just waited for anyone.
     pub(super) held: u16,
-    /// Turns for which nobody has done anything but wait for anyone: the driver ends too many of them.
-    pub(super) idle: u16,
+    /// Whose turn it is where nobody gets anywhere ([`Turns::print`](super::turns::Turns::print)).
+    pub(super) turns: u32,
     /// An IPI is on its way.
     pub(super) wires: bool,
 }
@@ -23,17 +23,20 @@ pub(super) struct Visit {
 impl Visit {
     /// True where whatever can be done from `other` could be done from here.
     pub(super) fn covers(&self, other: &Self) -> bool {
-        if self.held & !other.held != 0 || self.idle > other.idle {
+        if self.held & !other.held != 0 || self.turns != other.turns {
             return false;
         }
         let vcpu = |last: Option<(u8, bool)>| last.map(|(vcpu, _)| vcpu);
-        if vcpu(self.last) == vcpu(other.last) {
-            return self.left >= other.left;
-        }
-        // Whoever is to run next can, for one preemption where the last one could go on; an IPI that arrives
-        // before that may have let it. From then on the same vCPU ran last in both.
-        let could_go_on = self.wires || self.last.is_some_and(|(_, could)| could);
-        self.left >= other.left.saturating_add(could_go_on.into())
+        let could_go_on = |last: Option<(u8, bool)>| last.is_some_and(|(_, could)| could);
+        let is_dearer = if vcpu(self.last) == vcpu(other.last) {
+            // To leave it is free where it is held, though it could go on in this state.
+            could_go_on(self.last) && !could_go_on(other.last)
+        } else {
+            // Whoever is to run next can, for one preemption where the last one could go on; an IPI that
+            // arrives before that may have let it. From then on the same vCPU ran last in both.
+            self.wires || could_go_on(self.last)
+        };
+        self.left >= other.left.saturating_add(is_dearer.into())
     }
 }
 
@@ -117,7 +120,7 @@ mod tests {
         last: Some((0, true)),
         left: 2,
         held: 0,
-        idle: 0,
+        turns: 0,
         wires: false,
     };
 
@@ -131,7 +134,15 @@ mod tests {
         let cases = [
             (less(|v| v.left = 1), true, false),
             (less(|v| v.held = 2), true, false),
-            (less(|v| v.idle = 3), true, false),
+            // Others have their turn there.
+            (less(|v| v.turns = 3), false, false),
+            // To leave it costs nothing there, for it is held.
+            (less(|v| (v.last, v.held) = (Some((0, false)), 1)), false, false),
+            (
+                less(|v| (v.last, v.held, v.left) = (Some((0, false)), 1, 1)),
+                true,
+                false,
+            ),
             // Another vCPU ran last: one more preemption makes up for it.
             (less(|v| v.last = Some((1, true))), false, false),
             (

@@ -217,16 +217,19 @@ impl Fake {
                 self.next(vcpu, &exit(nr::MUNMAP));
                 None
             }
-            Op::Fail(frame, value) if *self.frame(frame) == value => {
-                Some(Halt::Report(crate::control::ProbeReport {
-                    kind: abi::channel::ReportKind::WrongResult,
-                    gva: u64::from(frame),
-                    expected: 0,
-                    found: value,
-                    task: vcpu as u64,
-                }))
+            Op::Fail(frame, value) => {
+                let frame_at = u64::from(frame) << 12;
+                self.log(vcpu, EventKind::RefcountChange, [frame_at, 0], events);
+                (*self.frame(frame) == value).then(|| {
+                    Halt::Report(crate::control::ProbeReport {
+                        kind: abi::channel::ReportKind::WrongResult,
+                        gva: u64::from(frame),
+                        expected: 0,
+                        found: value,
+                        task: vcpu as u64,
+                    })
+                })
             }
-            Op::Fail(..) => None,
             Op::Spin => {
                 self.next(vcpu, &[Micro::Op(op)]);
                 self.stop(Point::VmaAttach, [0; 2])
@@ -292,7 +295,9 @@ impl Fake {
                     let [yields, _] = enter(nr::SCHED_YIELD);
                     let relax = Micro::Point(Point::UserRelax, [0; 2]);
                     let [exits, point] = exit(nr::SCHED_YIELD);
-                    vec![yields, relax, exits, point, Micro::Poll(word)]
+                    // A point without an event, as there are on the way in the kernel.
+                    let quiet = Micro::Point(Point::SwitchMm, [0; 2]);
+                    vec![yields, quiet, relax, exits, point, Micro::Poll(word)]
                 } else {
                     enter(nr::MUNMAP).to_vec()
                 };

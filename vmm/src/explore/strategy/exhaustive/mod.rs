@@ -232,14 +232,15 @@ impl Exhaustive {
         false
     }
 
-    /// Preemptions that it takes.
+    /// Preemptions that it takes: one where the vCPU that ran last could go on, but another one does, or
+    /// an IPI interrupts it.
     fn cost(&self, last: Option<(u8, bool)>, actor: Actor) -> u32 {
-        match (last, actor) {
-            (Some((vcpu, true)), Actor::Vcpu(next)) if next != vcpu => {
-                self.preemptions.is_some().into()
-            }
-            _ => 0,
-        }
+        let preempts = match (last, actor) {
+            (Some((vcpu, true)), Actor::Vcpu(next)) => next != vcpu,
+            (Some((vcpu, true)), Actor::Wire(to)) => to == vcpu,
+            _ => false,
+        };
+        (preempts && self.preemptions.is_some()).into()
     }
 
     /// True where the candidate is within the bounds and may lead to what was not seen before.

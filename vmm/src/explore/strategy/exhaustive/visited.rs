@@ -28,15 +28,16 @@ impl Visit {
         }
         let vcpu = |last: Option<(u8, bool)>| last.map(|(vcpu, _)| vcpu);
         let could_go_on = |last: Option<(u8, bool)>| last.is_some_and(|(_, could)| could);
-        let is_dearer = if vcpu(self.last) == vcpu(other.last) {
-            // To leave it is free where it is held, though it could go on in this state.
-            could_go_on(self.last) && !could_go_on(other.last)
+        let more = if vcpu(self.last) == vcpu(other.last) {
+            // To leave or to interrupt it is free where it is held, though it could go on in this state.
+            u32::from(could_go_on(self.last) && !could_go_on(other.last))
         } else {
-            // Whoever is to run next can, for one preemption where the last one could go on; an IPI that
-            // arrives before that may have let it. From then on the same vCPU ran last in both.
-            self.wires || could_go_on(self.last)
+            // Whoever is to run next can, for one preemption where the last one could go on. An IPI that is
+            // to arrive before that may interrupt the last one, or let it go on. From then on the same vCPU
+            // ran last in both.
+            u32::from(could_go_on(self.last)) + u32::from(self.wires)
         };
-        self.left >= other.left.saturating_add(is_dearer.into())
+        self.left >= other.left.saturating_add(more)
     }
 }
 
@@ -137,7 +138,11 @@ mod tests {
             // Others have their turn there.
             (less(|v| v.turns = 3), false, false),
             // To leave it costs nothing there, for it is held.
-            (less(|v| (v.last, v.held) = (Some((0, false)), 1)), false, false),
+            (
+                less(|v| (v.last, v.held) = (Some((0, false)), 1)),
+                false,
+                false,
+            ),
             (
                 less(|v| (v.last, v.held, v.left) = (Some((0, false)), 1, 1)),
                 true,
@@ -151,10 +156,22 @@ mod tests {
                 false,
             ),
             (less(|v| v.last = Some((1, false))), false, true),
+            // What arrives there lets the one go on that did not, and then costs one to leave; and it may
+            // interrupt the one that did, and that costs one more.
             (
                 less(|v| (v.last, v.wires) = (Some((1, false)), true)),
                 false,
                 false,
+            ),
+            (
+                less(|v| (v.last, v.wires, v.left) = (Some((1, true)), true, 3)),
+                false,
+                false,
+            ),
+            (
+                less(|v| (v.last, v.wires, v.left) = (Some((1, true)), true, 4)),
+                false,
+                true,
             ),
         ];
         for (other, covers, covered) in cases {

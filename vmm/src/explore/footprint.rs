@@ -11,6 +11,8 @@
 //! - The order of a TLB flush and of a change of an entry, of a frame's release, and of the end of an
 //!   operation matters to the TLB model although these touch no common word.
 //! - All code of programs may touch the same words of theirs ([`Resource::Program`]).
+//! - What is on its way to a vCPU is seen by nobody else, so its delivery commutes with whatever others do,
+//!   but for sending more to that vCPU.
 //! - A vCPU takes a pending IPI as soon as its interrupts are on: before it goes on with its program, where
 //!   it waits, and after another IPI. Steps that begin and end inside the kernel do not look at that.
 //!
@@ -27,7 +29,7 @@ use super::{Actor, Standing};
 /// Something that steps touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Resource {
-    /// Whatever there is.
+    /// Whatever vCPUs touch. IPIs on their way are none of it: whoever sends or takes one says so.
     Everything,
     /// Memory of programs outside the test, and all that their threads tell each other.
     Program,
@@ -175,7 +177,6 @@ impl Footprints {
             Actor::Wire(vcpu) => {
                 print.touch(Resource::InFlight(vcpu.into()), Mode::Write);
                 print.touch(Resource::Pending(vcpu.into()), Mode::Write);
-                print.touch(Resource::Everything, Mode::Read);
             }
             Actor::Vcpu(vcpu) => {
                 let vcpu = usize::from(vcpu);
@@ -183,15 +184,14 @@ impl Footprints {
                 let before = self.doing[vcpu];
                 self.follow(vcpu, vcpus, events);
                 let known = points(&mut print, vcpu, vcpus, before, from, to);
-                if !known || looks_for_ipis(&print, from, to) {
+                let mut all = known;
+                for event in events {
+                    all &= one(&mut print, vcpu, event);
+                }
+                if !all || looks_for_ipis(&print, from, to) {
                     print.touch(Resource::Pending(vcpu), Mode::Read);
                 }
-                let all = events.iter().all(|event| one(&mut print, vcpu, event));
-                let mode = if known && all {
-                    Mode::Read
-                } else {
-                    Mode::Write
-                };
+                let mode = if all { Mode::Read } else { Mode::Write };
                 print.touch(Resource::Everything, mode);
             }
         }

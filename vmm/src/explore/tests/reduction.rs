@@ -13,7 +13,7 @@ use crate::explore::{Driver, Ending, Limits};
 type Outcome = (Option<String>, Vec<u64>);
 
 /// Brute force is given up after so many executions.
-const MOST: u64 = 20_000;
+const MOST: u64 = 6_000;
 
 /// A search of these scripts; all of whose executions end soon, those too in which nobody gets anywhere.
 struct Search<'a> {

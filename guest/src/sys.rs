@@ -110,6 +110,13 @@ pub trait Sys: Sized + Sync + 'static {
     fn end(&self) {
         let _ = self.syscall(nr::TESTBED_END, [0; 6]);
     }
+    /// What process `pid` has at `gva` just now, without its doing ([`nr::TESTBED_PEEK`]). Elsewhere ENOSYS.
+    ///
+    /// # Errors
+    /// ESRCH where there is no such process, EFAULT where nothing is present there.
+    fn peek(&self, pid: u64, gva: u64) -> Result<u64, Errno> {
+        self.syscall(nr::TESTBED_PEEK, [pid, gva, 0, 0, 0, 0])
+    }
     /// Makes whole mapped pages the program's own memory, not under test: no access to them faults any
     /// more, and fork copies them. Elsewhere nothing.
     fn wire(&self, gva: u64, len: u64) {

@@ -67,6 +67,10 @@ bugs! {
     /// CR3: who changes entries of the new mm in that window passes it by (class C5). This kernel had it, until
     /// exploration found it in its 60,306th schedule of `litmus-fork`.
     SwitchClearsLazyLate = 13, "switch-clears-lazy-late";
+    /// Page-table pages are freed as soon as they are flushed, without a grace period (class C8; B12 ii,
+    /// Linux 2ba99c5e0881): a walker on a CPU that does not have the mm loaded, which no flush reaches, may be inside
+    /// them.
+    TablesFreeWithoutGracePeriod = 14, "tables-free-without-grace-period";
 }
 
 /// A set of seeded bugs.

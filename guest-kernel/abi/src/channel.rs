@@ -176,6 +176,69 @@ pub mod access {
     pub const FAULT: u64 = 8;
 }
 
+/// Argument `cause` of [`EventKind::MapcountChange`] and [`EventKind::RefcountChange`].
+pub mod cause {
+    /// An entry begins to map the folio: a fault, or a process's first segments.
+    pub const MAP: u64 = 0;
+    /// An entry of a forked child does.
+    pub const SHARE: u64 = 1;
+    /// An entry no longer does.
+    pub const UNMAP: u64 = 2;
+    /// Somebody keeps the frame for a while, or has kept it.
+    pub const HOLD: u64 = 3;
+}
+
+/// Argument `walker` of [`EventKind::WalkBegin`] and [`EventKind::WalkEnd`]: who walks, and so what keeps the
+/// tables where they are meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u64)]
+pub enum Walker {
+    /// A page fault, under the mmap_lock.
+    Fault = 0,
+    /// An access of the kernel to user memory, with interrupts off and the mm loaded.
+    User = 1,
+    /// munmap, madvise or the end of an mm, under the mmap_lock.
+    Unmap = 2,
+    /// mprotect, under the mmap_lock.
+    Protect = 3,
+    /// fork, which copies entries, under the mmap_lock.
+    Fork = 4,
+    /// A walk back from a folio, under the lock of its anon_vmas.
+    Rmap = 5,
+    /// A look into another process's memory, in an RCU read section.
+    Peek = 6,
+}
+
+impl Walker {
+    /// The walker with number `value`.
+    #[must_use]
+    pub const fn from_u64(value: u64) -> Option<Self> {
+        Some(match value {
+            0 => Self::Fault,
+            1 => Self::User,
+            2 => Self::Unmap,
+            3 => Self::Protect,
+            4 => Self::Fork,
+            5 => Self::Rmap,
+            6 => Self::Peek,
+            _ => return None,
+        })
+    }
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fault => "fault",
+            Self::User => "user access",
+            Self::Unmap => "unmap",
+            Self::Protect => "mprotect",
+            Self::Fork => "fork",
+            Self::Rmap => "rmap walk",
+            Self::Peek => "peek",
+        }
+    }
+}
+
 macro_rules! events {
     ($($variant:ident = $id:literal, $name:literal, [$($arg:literal),*];)+) => {
         /// What happened, and what the arguments of its record are.
@@ -220,14 +283,14 @@ events! {
     IpiAck = 12, "ipi-ack", ["from"];
     FrameAlloc = 13, "frame-alloc", ["frame", "order", "kind"];
     FrameFree = 14, "frame-free", ["frame", "order", "kind"];
-    MapcountChange = 15, "mapcount", ["frame", "new"];
-    RefcountChange = 16, "refcount", ["frame", "new"];
+    MapcountChange = 15, "mapcount", ["frame", "new", "old", "cause"];
+    RefcountChange = 16, "refcount", ["frame", "new", "old", "cause"];
     VmaAttach = 17, "vma-attach", ["mm", "vma", "start", "end", "flags"];
     VmaDetach = 18, "vma-detach", ["mm", "vma", "start", "end"];
     LockAcquire = 19, "lock-acquire", ["lock", "class"];
     LockRelease = 20, "lock-release", ["lock", "class"];
     Switch = 21, "switch", ["from", "to"];
-    MmCreate = 22, "mm-create", ["mm", "pgd"];
+    MmCreate = 22, "mm-create", ["mm", "pgd", "object"];
     MmDestroy = 23, "mm-destroy", ["mm"];
     TaskCreate = 24, "task-create", ["task", "mm"];
     TaskExit = 25, "task-exit", ["task", "status"];
@@ -241,10 +304,34 @@ events! {
     MmCount = 33, "mm-count", ["mm", "count"];
     VmaAlloc = 34, "vma-alloc", ["vma", "generation"];
     VmaFree = 35, "vma-free", ["vma", "generation"];
-    VmaFound = 36, "vma-found", ["mm", "vma", "gva"];
-    WalkBegin = 37, "walk-begin", ["mm", "gva"];
-    WalkEnd = 38, "walk-end", ["mm", "gva"];
+    VmaFound = 36, "vma-found", ["mm", "vma", "gva", "generation"];
+    WalkBegin = 37, "walk-begin", ["mm", "gva", "walker"];
+    WalkEnd = 38, "walk-end", ["mm", "gva", "walker"];
     MmUsers = 39, "mm-users", ["mm", "users"];
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
+    RcuEnter = 48, "rcu-enter", ["nesting"];
+    RcuExit = 49, "rcu-exit", ["nesting"];
+    RcuRetire = 50, "rcu-retire", ["object", "kind"];
+    RcuGpStart = 51, "rcu-gp-start", ["grace"];
+    RcuGpWait = 52, "rcu-gp-wait", ["grace", "cpus"];
+    RcuGpEnd = 53, "rcu-gp-end", ["grace"];
+    RcuFree = 54, "rcu-free", ["object", "kind"];
+}
+
+/// What the arguments `kind` of [`EventKind::RcuRetire`] and [`EventKind::RcuFree`] say.
+pub mod rcu_object {
+    /// A page-table page, by its GPA.
+    pub const TABLE: u64 = 1;
+    /// An [`crate::objects::Mm`] and its level-4 table, by the GPA of the object.
+    pub const MM: u64 = 2;
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(kind: u64) -> &'static str {
+        match kind {
+            TABLE => "page-table page",
+            MM => "mm",
+            _ => "object",
+        }
+    }
 }

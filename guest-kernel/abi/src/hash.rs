@@ -4,7 +4,7 @@
 use core::mem::offset_of;
 
 use crate::objects::{
-    AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Slab, SoftTlb, Task, Vma, VmaNode,
+    AnonVma, AnonVmaChain, Cpu, CpuRcu, Folio, KernelRoot, Mm, Slab, SoftTlb, Task, Vma, VmaNode,
 };
 use crate::{boot::BootInfo, channel, point::Point};
 
@@ -47,7 +47,8 @@ pub const fn layout_hash() -> u64 {
         AnonVma { root, parent, chains, refcount, degree }
         AnonVmaChain { vma, anon_vma, next_of_vma, next_of_anon }
         Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame, leader, flags, threads }
-        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush, idle_sp, dead, soft_tlb }
+        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush, idle_sp, dead, soft_tlb, rcu }
+        CpuRcu { watching, nesting, retired, waiting, grace, pending, seen }
         SoftTlb { pages, tables, evictions }
         Slab { object_bytes, used, frames, free }
     };

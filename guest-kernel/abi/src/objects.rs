@@ -110,6 +110,9 @@ pub enum FrameKind {
     Kernel = 7,
     /// Allocated, and not yet given one of the other kinds.
     Unset = 8,
+    /// A page-table page to which no entry leads any more, and which is freed when a grace period is over
+    /// ([`CpuRcu`]); as [`FrameKind::Table`] otherwise. One of level 4 takes its [`Mm`] with it.
+    Retired = 9,
 }
 
 impl FrameKind {
@@ -124,6 +127,7 @@ impl FrameKind {
         Self::Stack,
         Self::Kernel,
         Self::Unset,
+        Self::Retired,
     ];
     /// The kind with number `value`.
     #[must_use]
@@ -499,6 +503,39 @@ pub struct Cpu {
     pub dead: Link<Task>,
     /// Its soft TLB, none with `tlb=hw`.
     pub soft_tlb: Link<SoftTlb>,
+    /// Its part of RCU.
+    pub rcu: CpuRcu,
+}
+
+/// RCU on one CPU: what it reads, and the grace period that it waits for.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct CpuRcu {
+    /// Odd while the CPU may be inside a read section: in the kernel, and not waiting for anything. +1 at
+    /// every change, so that whoever saw it odd and sees another value knows of a quiescent state between
+    /// (the `RCU_WATCHING` counter of Linux's context tracking).
+    pub watching: AtomicU64,
+    /// Read sections that are open here, one inside the other.
+    pub nesting: AtomicU64,
+    /// Retired page-table pages for which no grace period has begun: first frame number of a list by
+    /// [`Folio::next`], 0 for none.
+    pub retired: AtomicU64,
+    /// Those that the grace period under way is for.
+    pub waiting: AtomicU64,
+    /// Grace periods that this CPU has begun and ended: odd while one is under way.
+    pub grace: AtomicU64,
+    /// CPUs that were watching when it began and were not seen quiescent since.
+    pub pending: AtomicU64,
+    /// What `watching` of each CPU of `pending` was when it began.
+    pub seen: [AtomicU64; MAX_CPUS],
+}
+
+impl CpuRcu {
+    /// True where a CPU whose `watching` was `seen` at the start of a grace period and is `now` holds it up.
+    #[must_use]
+    pub const fn holds_up(seen: u64, now: u64) -> bool {
+        seen % 2 == 1 && seen == now
+    }
 }
 
 /// Translations that a [`SoftTlb`] holds.

@@ -68,6 +68,12 @@ points! {
     TestBegin = 34, "test-begin", "the program's set-up is over: schedules start here";
     SwitchMm = 36, "switch-mm", "a CPU has loaded the page tables of an mm and not yet noted that it has";
     TestEnd = 35, "test-end", "the program's test is over: schedules end here";
+    RcuEnter = 37, "rcu-enter", "an RCU read section has begun";
+    RcuExit = 38, "rcu-exit", "an RCU read section is about to end";
+    RcuGpStart = 39, "rcu-gp-start", "a grace period has begun";
+    RcuGpEnd = 40, "rcu-gp-end", "a grace period is over; what was retired before it is about to be freed";
+    RcuWait = 41, "rcu-wait", "spinning until the CPUs that hold up a grace period were quiescent";
+    WalkStep = 42, "walk-step", "a walk without locks has read an entry and is about to follow it";
 }
 
 impl Point {
@@ -76,7 +82,7 @@ impl Point {
     pub const fn is_wait(self) -> bool {
         matches!(
             self,
-            Self::LockWait | Self::FlushWait | Self::IdleEnter | Self::UserRelax
+            Self::LockWait | Self::FlushWait | Self::IdleEnter | Self::UserRelax | Self::RcuWait
         )
     }
 
@@ -91,6 +97,7 @@ impl Point {
             Self::FlushWait => Wait::Acknowledged { word: args[0] },
             Self::IdleEnter => Wait::Interrupt,
             Self::UserRelax => Wait::Anyone,
+            Self::RcuWait => Wait::GracePeriod { first: args[0] },
             _ => return None,
         })
     }
@@ -110,6 +117,12 @@ pub enum Wait {
     Acknowledged {
         /// GPA of [`crate::objects::FlushRequest::pending`].
         word: u64,
+    },
+    /// Until no CPU holds up its grace period ([`crate::objects::CpuRcu::holds_up`]).
+    GracePeriod {
+        /// GPA of [`crate::objects::Cpu::rcu`] of CPU 0; that of CPU `i` lies `i` [`crate::objects::Cpu`]s
+        /// behind it.
+        first: u64,
     },
     /// For an IPI.
     Interrupt,

@@ -65,6 +65,11 @@ pub mod nr {
         /// `wire(start, len)`: populates whole mapped pages and marks them
         /// [`crate::objects::vma_flags::WIRED`]. Nothing with `tlb=hw`.
         TESTBED_WIRE = TESTBED_BASE + 10;
+        /// `peek(pid, gva)`: the 8 aligned bytes at `gva` of process `pid`, by a walk of its page tables under
+        /// RCU, without its mmap_lock and whatever it does meanwhile. ESRCH where there is no such
+        /// process, EFAULT where the page is not present. A value that looks like an errno is taken
+        /// for one.
+        TESTBED_PEEK = TESTBED_BASE + 11;
     }
 }
 

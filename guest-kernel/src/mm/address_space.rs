@@ -5,7 +5,7 @@
 //! one for every CPU that has it loaded, lazy or not; the last one frees the level-4 table and the
 //! object. So a CPU never has a freed table in CR3.
 
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use abi::boot::Segment;
 use abi::channel::EventKind;
@@ -20,6 +20,8 @@ use super::vma::{Area, leaf_flags, prot_flags};
 use super::{Field, Slot, is_page_aligned};
 use crate::Kernel;
 use crate::arch::Arch;
+#[cfg(feature = "testbed")]
+use crate::sync::rcu::RcuReader;
 use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
@@ -50,9 +52,10 @@ impl<A: Arch> Kernel<A> {
             let _guard = self.lock(&root.mms_lock, LockClass::MmList);
             space.id.set(id);
             space.next.set(root.mms.get());
-            root.mms.set(mm);
+            // Release: pairs with the Acquire in `mm_by_id`.
+            root.mms.store(mm, Release);
         }
-        self.event(EventKind::MmCreate, [id, pgd, 0, 0, 0]);
+        self.event(EventKind::MmCreate, [id, pgd, mm.0, 0, 0]);
         Ok(mm)
     }
 
@@ -105,10 +108,32 @@ impl<A: Arch> Kernel<A> {
         assert!(space.users.get() == 0 && space.vmas.get().is_null());
         self.event(EventKind::MmDestroy, [space.id.get(), 0, 0, 0, 0]);
         self.unlist_mm(mm);
-        // No flush: every CPU that had it loaded held a reference and has loaded another since.
+        // No flush: every CPU that had it loaded held a reference and has loaded another since. A reader may have
+        // found it on the list.
+        self.rcu_retire(space.pgd.get());
+        self.rcu_poll();
+    }
+
+    /// Frees an mm that nobody can find any more, with its level-4 table.
+    pub(crate) fn mm_free(&self, mm: Pa<Mm>) {
+        let space = self.obj(mm);
         self.table_free(space.pgd.get());
         self.event(EventKind::MmFree, [space.id.get(), 0, 0, 0, 0]);
         self.slab_free(mm);
+    }
+
+    /// The mm with number `id`, which stays what it is to the end of the section: it may be torn down, but is
+    /// neither freed nor reused.
+    #[cfg(feature = "testbed")]
+    pub(crate) fn mm_by_id(&self, _section: &RcuReader<'_, A>, id: u64) -> Option<Pa<Mm>> {
+        let mut link = &self.root().mms;
+        loop {
+            let mm = link.load(Acquire).some()?;
+            if self.obj(mm).id.get() == id {
+                return Some(mm);
+            }
+            link = &self.obj(mm).next;
+        }
     }
 
     fn unlist_mm(&self, mm: Pa<Mm>) {
@@ -119,7 +144,8 @@ impl<A: Arch> Kernel<A> {
             assert!(!link.get().is_null(), "mm {mm:?} is on no list");
             link = &self.obj(link.get()).next;
         }
-        link.set(self.obj(mm).next.get());
+        // Release: a reader comes to the next one by this link now. The mm's own link stays for readers on it.
+        link.store(self.obj(mm).next.get(), Release);
     }
 
     /// Unmaps everything, and frees all tables but the level-4 one.

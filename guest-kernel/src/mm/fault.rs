@@ -18,7 +18,7 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
 use abi::bug::Bug;
-use abi::channel::EventKind;
+use abi::channel::{Walker, cause};
 use abi::lock::LockClass;
 
 /// Largest stack that grows by itself (Linux's default RLIMIT_STACK).
@@ -67,16 +67,32 @@ impl<A: Arch> Kernel<A> {
         {
             let _guard = self.read_lock(&space.mmap_lock, LockClass::MmapRead);
             if let Some(vma) = self.vma_at(space, page) {
-                self.event(EventKind::VmaFound, [space.id.get(), vma.0, page, 0, 0]);
+                self.vma_found(space, vma, page);
                 return self.fault_in(mm, vma, page, error);
             }
         }
         let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
         let vma = self.vma_find(space, page).ok_or(FaultError::NoMapping)?;
+        self.vma_found(space, vma, page);
         if self.obj(vma).start.get() > page {
             self.expand_stack(mm, vma, page)?;
         }
         self.fault_in(mm, vma, page, error)
+    }
+
+    /// Told so that the host can tell a VMA that was recycled since.
+    #[inline]
+    fn vma_found(&self, mm: &Mm, vma: Pa<Vma>, gva: u64) {
+        #[cfg(feature = "testbed")]
+        {
+            let generation = self.obj(vma).generation.get();
+            self.event(
+                abi::channel::EventKind::VmaFound,
+                [mm.id.get(), vma.0, gva, generation.into(), 0],
+            );
+        }
+        #[cfg(not(feature = "testbed"))]
+        let _ = (mm, vma, gva);
     }
 
     pub(super) fn fault_in(
@@ -91,10 +107,9 @@ impl<A: Arch> Kernel<A> {
             return Err(FaultError::Access);
         }
         self.anon_vma_prepare(mm, vma)?;
-        let walk = [self.obj(mm).id.get(), gva, 0, 0, 0];
-        self.event(EventKind::WalkBegin, walk);
+        self.walk_begins(self.obj(mm), gva, Walker::Fault);
         let result = self.fault_in_table(mm, vma, gva, error);
-        self.event(EventKind::WalkEnd, walk);
+        self.walk_ends(self.obj(mm), gva, Walker::Fault);
         result
     }
 
@@ -183,10 +198,10 @@ impl<A: Arch> Kernel<A> {
                 return Ok(());
             }
             // Whatever happens to the entry meanwhile, the frame stays as long as it is copied.
-            self.folio_get(shared);
+            self.folio_get(shared, cause::HOLD);
         }
         let result = self.copy_on_write(fault, shared);
-        self.folio_put(shared);
+        self.folio_put(shared, cause::HOLD);
         if self.config.bugs.has(Bug::CowFreeBeforeFlush) {
             let (start, end) = (fault.gva, fault.gva + PAGE_SIZE);
             self.flush_range(fault.mm, start, end, FreedTables::No);
@@ -239,7 +254,7 @@ impl<A: Arch> Kernel<A> {
             self.install(fault, Pte::NONE, new);
         }
         // The mapping's reference: nobody translates to the original here any more.
-        self.folio_put(shared);
+        self.folio_put(shared, cause::UNMAP);
         Ok(())
     }
 
@@ -251,7 +266,7 @@ impl<A: Arch> Kernel<A> {
         self.install(fault, fault.entry, new);
         self.folio_unmap(shared);
         drop(guard);
-        self.folio_put(shared);
+        self.folio_put(shared, cause::UNMAP);
     }
 
     /// Maps a frame that nobody else knows. Under the page-table lock.

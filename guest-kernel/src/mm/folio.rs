@@ -7,7 +7,7 @@
 
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 
-use abi::channel::EventKind;
+use abi::channel::{EventKind, cause};
 use abi::objects::{AnonVma, FrameKind, Pa, folio_flags};
 use abi::point::Point;
 use abi::syscall::Errno;
@@ -36,32 +36,32 @@ impl<A: Arch> Kernel<A> {
         folio.owner.set(owner.0);
         folio.index.set(index);
         folio.flags.set(folio_flags::EXCLUSIVE);
-        self.set_mapcount(gpa, 1);
+        self.set_mapcount(gpa, 1, cause::MAP);
     }
 
     /// Counts one more mapping of a folio, which makes all of them shared (fork).
     pub(super) fn folio_share(&self, gpa: u64) {
         let folio = self.folio(gpa);
         folio.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
-        self.folio_get(gpa);
-        self.set_mapcount(gpa, 1);
+        self.folio_get(gpa, cause::SHARE);
+        self.set_mapcount(gpa, 1, cause::SHARE);
     }
 
     /// Counts one mapping less. The mapping's reference stays with the caller.
     pub(super) fn folio_unmap(&self, gpa: u64) {
-        let before = self.set_mapcount(gpa, -1);
+        let before = self.set_mapcount(gpa, -1, cause::UNMAP);
         assert!(before > 0, "folio {gpa:#x} unmapped more often than mapped");
     }
 
-    /// Takes a reference.
-    pub(super) fn folio_get(&self, gpa: u64) {
+    /// Takes a reference, for a [`cause`].
+    pub(super) fn folio_get(&self, gpa: u64, cause: u64) {
         self.point(Point::RefcountChange, [gpa, 1]);
         let before = self.folio(gpa).refcount.fetch_add(1, Relaxed);
-        self.refcount_changed(gpa, before + 1);
+        self.refcount_changed(gpa, before, before + 1, cause);
     }
 
-    /// Gives a reference up; the last one frees the folio.
-    pub(super) fn folio_put(&self, gpa: u64) {
+    /// Gives a reference up that was taken for a [`cause`]; the last one frees the folio.
+    pub(super) fn folio_put(&self, gpa: u64, cause: u64) {
         // Read first: the last reference leaves the count to `free_frames`, so that 0 means free.
         // AcqRel: whoever frees sees what the other holders did with the frame.
         self.point(Point::RefcountChange, [gpa, 0]);
@@ -70,18 +70,18 @@ impl<A: Arch> Kernel<A> {
         if !sole {
             let before = folio.refcount.fetch_sub(1, AcqRel);
             if before > 1 {
-                return self.refcount_changed(gpa, before - 1);
+                return self.refcount_changed(gpa, before, before - 1, cause);
             }
             folio.refcount.set(1);
         }
-        self.free_user_frame(gpa);
+        self.free_user_frame(gpa, cause);
     }
 
-    fn free_user_frame(&self, gpa: u64) {
+    fn free_user_frame(&self, gpa: u64, cause: u64) {
         let folio = self.folio(gpa);
         assert!(folio.mapcount.get() == 0, "mapped folio {gpa:#x} freed");
         self.point(Point::FrameFree, [gpa, folio.owner.get()]);
-        self.refcount_changed(gpa, 0);
+        self.refcount_changed(gpa, 1, 0, cause);
         if self.config.poison {
             self.arch.fill_frame(gpa, POISON ^ gpa);
         }
@@ -99,7 +99,7 @@ impl<A: Arch> Kernel<A> {
         self.folio(gpa).flags.get() & folio_flags::EXCLUSIVE != 0
     }
 
-    fn set_mapcount(&self, gpa: u64, delta: i32) -> u32 {
+    fn set_mapcount(&self, gpa: u64, delta: i32, cause: u64) -> u32 {
         let folio = self.folio(gpa);
         self.point(
             Point::MapcountChange,
@@ -107,11 +107,17 @@ impl<A: Arch> Kernel<A> {
         );
         let before = folio.mapcount.fetch_add(delta.cast_unsigned(), AcqRel);
         let after = u64::from(before.wrapping_add_signed(delta));
-        self.event(EventKind::MapcountChange, [gpa, after, 0, 0, 0]);
+        self.event(
+            EventKind::MapcountChange,
+            [gpa, after, before.into(), cause, 0],
+        );
         before
     }
 
-    fn refcount_changed(&self, gpa: u64, to: u32) {
-        self.event(EventKind::RefcountChange, [gpa, u64::from(to), 0, 0, 0]);
+    fn refcount_changed(&self, gpa: u64, from: u32, to: u32, cause: u64) {
+        self.event(
+            EventKind::RefcountChange,
+            [gpa, to.into(), from.into(), cause, 0],
+        );
     }
 }

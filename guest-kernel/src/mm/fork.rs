@@ -4,6 +4,7 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use abi::bug::Bug;
+use abi::channel::Walker;
 use abi::layout::PAGE_SIZE;
 use abi::objects::{Mm, Pa, Vma};
 use abi::point::Point;
@@ -91,7 +92,7 @@ impl<A: Arch> Kernel<A> {
         (start, end): (u64, u64),
     ) -> Result<(), Errno> {
         let (old, new) = (self.obj(parent), self.obj(child));
-        self.for_each_leaf_table(old, start, end, |table, from, to| {
+        self.for_each_leaf_table(old, Walker::Fork, (start, end), |table, from, to| {
             if self.folio(table).used.get() == 0 {
                 return Ok(());
             }

@@ -30,22 +30,27 @@ impl<A: Arch> Kernel<A> {
         if self.fail(Failpoint::FrameAlloc) {
             return Err(Errno::ENOMEM);
         }
-        let frame = if order == 0 && self.config.pcp_batch > 0 {
-            self.pcp_take(kind)
-        } else {
-            let taken = self.buddy_take(order, kind);
-            if taken.is_none() && self.config.pcp_batch > 0 {
-                self.pcp_spill(0);
-                self.buddy_take(order, kind)
-            } else {
-                taken
-            }
-        };
+        let mut frame = self.take_block(order, kind);
+        if frame.is_none() && self.rcu_reclaim() {
+            frame = self.take_block(order, kind);
+        }
         let gpa = frame.ok_or(Errno::ENOMEM)? << PAGE_SHIFT;
         let args = [gpa, u64::from(order), kind as u64];
         self.event(EventKind::FrameAlloc, [args[0], args[1], args[2], 0, 0]);
         self.point(Point::FrameAlloc, [gpa, args[1]]);
         Ok(gpa)
+    }
+
+    fn take_block(&self, order: u8, kind: FrameKind) -> Option<u64> {
+        if order == 0 && self.config.pcp_batch > 0 {
+            return self.pcp_take(kind);
+        }
+        let taken = self.buddy_take(order, kind);
+        if taken.is_none() && self.config.pcp_batch > 0 {
+            self.pcp_spill(0);
+            return self.buddy_take(order, kind);
+        }
+        taken
     }
 
     /// Gives the block whose head is at `gpa` back. Its contents stay as they are.

@@ -9,6 +9,7 @@ use core::convert::Infallible;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use abi::bug::Bug;
+use abi::channel::{Walker, cause};
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{AnonVmaChain, Mm, Pa};
 use abi::point::Point;
@@ -95,16 +96,17 @@ impl<A: Arch> Kernel<A> {
     /// Clears the entries of `start..end`.
     pub(super) fn zap_range(&self, gather: &mut Gather, start: u64, end: u64) {
         let mm = self.obj(gather.mm);
-        let Ok(()) = self.for_each_leaf_table(mm, start, end, |table, from, to| {
-            let mut gva = from;
-            while gva < to {
-                gva = self.zap_table(gather, table, gva, to);
-                if gather.is_full() {
-                    self.gather_flush(gather);
+        let Ok(()) =
+            self.for_each_leaf_table(mm, Walker::Unmap, (start, end), |table, from, to| {
+                let mut gva = from;
+                while gva < to {
+                    gva = self.zap_table(gather, table, gva, to);
+                    if gather.is_full() {
+                        self.gather_flush(gather);
+                    }
                 }
-            }
-            Ok::<(), Infallible>(())
-        });
+                Ok::<(), Infallible>(())
+            });
     }
 
     /// Clears entries of one table until the gather is full; returns where it stopped.
@@ -150,12 +152,26 @@ impl<A: Arch> Kernel<A> {
             Unmap::Exit => self.flush_range(gather.mm, gather.start, gather.end, freed),
         }
         self.free_gathered_frames(gather);
+        self.retire_gathered_tables(gather);
+        (gather.start, gather.end) = (u64::MAX, 0);
+    }
+
+    /// The flush has reached the CPUs that have the mm loaded; walkers of other CPUs, and those that may take an IPI
+    /// on the way, are what the grace period is for (Linux's tlb_remove_table_free).
+    fn retire_gathered_tables(&self, gather: &mut Gather) {
+        if gather.tables == 0 {
+            return;
+        }
         while gather.tables != 0 {
             let table = gather.tables << PAGE_SHIFT;
             gather.tables = self.folio(table).next.get();
-            self.table_free(table);
+            if self.config.bugs.has(Bug::TablesFreeWithoutGracePeriod) {
+                self.rcu_retire_and_free(table);
+            } else {
+                self.rcu_retire(table);
+            }
         }
-        (gather.start, gather.end) = (u64::MAX, 0);
+        self.rcu_poll();
     }
 
     fn free_gathered_frames(&self, gather: &mut Gather) {
@@ -163,7 +179,7 @@ impl<A: Arch> Kernel<A> {
             if self.config.bugs.has(Bug::MapcountAfterUnlock) {
                 self.folio_unmap(gpa);
             }
-            self.folio_put(gpa);
+            self.folio_put(gpa, cause::UNMAP);
         }
         gather.nr_frames = 0;
     }

@@ -23,6 +23,8 @@ mod gather;
 mod map;
 mod merge;
 mod page_table;
+#[cfg(feature = "testbed")]
+mod peek;
 mod protect;
 mod rmap;
 mod slab;

@@ -12,7 +12,7 @@
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 
-use abi::channel::EventKind;
+use abi::channel::{EventKind, Walker};
 use abi::layout::ENTRIES_PER_TABLE;
 use abi::objects::{FrameKind, Mm, Pa};
 use abi::point::Point;
@@ -110,6 +110,27 @@ impl<A: Arch> Kernel<A> {
         self.lock_table(mm.pgd.get())
     }
 
+    /// Somebody begins to walk the tables of `mm` for `gva`, and holds pointers to them from now on.
+    #[inline]
+    pub(super) fn walk_begins(&self, mm: &Mm, gva: u64, walker: Walker) {
+        self.walk_event(EventKind::WalkBegin, mm, gva, walker);
+    }
+
+    /// The walk is over.
+    #[inline]
+    pub(super) fn walk_ends(&self, mm: &Mm, gva: u64, walker: Walker) {
+        self.walk_event(EventKind::WalkEnd, mm, gva, walker);
+    }
+
+    #[inline]
+    fn walk_event(&self, kind: EventKind, mm: &Mm, gva: u64, walker: Walker) {
+        // Not even the load of the number is left without the feature.
+        #[cfg(feature = "testbed")]
+        self.event(kind, [mm.id.get(), gva, walker as u64, 0, 0]);
+        #[cfg(not(feature = "testbed"))]
+        let _ = (kind, mm, gva, walker);
+    }
+
     /// The level-1 table that covers `gva`; where there is none, the level at which the walk ends.
     ///
     /// # Errors
@@ -136,11 +157,10 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// The code of the fault.
     pub(crate) fn check_access(&self, mm: &Mm, gva: u64, error: u64) -> Result<(), u64> {
-        let walk = [mm.id.get(), gva, 0, 0, 0];
-        self.event(EventKind::WalkBegin, walk);
+        self.walk_begins(mm, gva, Walker::User);
         let table = self.leaf_table(mm, gva);
         let entry = table.map_or(Pte::NONE, |table| self.read_pte(Slot::new(table, 1, gva)));
-        self.event(EventKind::WalkEnd, walk);
+        self.walk_ends(mm, gva, Walker::User);
         if !entry.is_present() {
             return Err(error);
         }
@@ -206,8 +226,8 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn for_each_leaf_table<E>(
         &self,
         mm: &Mm,
-        start: u64,
-        end: u64,
+        walker: Walker,
+        (start, end): (u64, u64),
         mut f: impl FnMut(u64, u64, u64) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut gva = start;
@@ -219,10 +239,9 @@ impl<A: Arch> Kernel<A> {
             let size = level_size(level);
             let next = ((gva & !(size - 1)) + size).min(end);
             if let Some(table) = table {
-                let walk = [mm.id.get(), gva, 0, 0, 0];
-                self.event(EventKind::WalkBegin, walk);
+                self.walk_begins(mm, gva, walker);
                 let result = f(table, gva, next);
-                self.event(EventKind::WalkEnd, walk);
+                self.walk_ends(mm, gva, walker);
                 result?;
             }
             gva = next;
@@ -328,7 +347,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Frees a table that no CPU can walk any more.
-    pub(super) fn table_free(&self, table: u64) {
+    pub(crate) fn table_free(&self, table: u64) {
         self.point(Point::TableFree, [table, self.folio(table).index.get()]);
         self.free_frames(table);
     }

@@ -2,6 +2,7 @@
 
 use core::convert::Infallible;
 
+use abi::channel::Walker;
 use abi::layout::PAGE_SIZE;
 use abi::objects::{Mm, Pa, Vma, vma_flags};
 use abi::point::Point;
@@ -107,23 +108,24 @@ impl<A: Arch> Kernel<A> {
         reduced: &mut Reduced,
     ) {
         let space = self.obj(mm);
-        let Ok(()) = self.for_each_leaf_table(space, start, end, |table, from, to| {
-            let _guard = self.lock_table(table);
-            let mut rest = from;
-            while let Some((gva, entry)) = self.next_present((table, 1), rest, to) {
-                let new = self.protected(entry, flags);
-                if new != entry {
-                    self.set_pte(space, gva, Slot::new(table, 1, gva), entry, new);
+        let Ok(()) =
+            self.for_each_leaf_table(space, Walker::Protect, (start, end), |table, from, to| {
+                let _guard = self.lock_table(table);
+                let mut rest = from;
+                while let Some((gva, entry)) = self.next_present((table, 1), rest, to) {
+                    let new = self.protected(entry, flags);
+                    if new != entry {
+                        self.set_pte(space, gva, Slot::new(table, 1, gva), entry, new);
+                    }
+                    if takes_away(entry, new) {
+                        reduced.start = reduced.start.min(gva);
+                        reduced.end = gva + PAGE_SIZE;
+                        self.point(Point::PteProtect, [space.id.get(), gva]);
+                    }
+                    rest = gva + PAGE_SIZE;
                 }
-                if takes_away(entry, new) {
-                    reduced.start = reduced.start.min(gva);
-                    reduced.end = gva + PAGE_SIZE;
-                    self.point(Point::PteProtect, [space.id.get(), gva]);
-                }
-                rest = gva + PAGE_SIZE;
-            }
-            Ok::<(), Infallible>(())
-        });
+                Ok::<(), Infallible>(())
+            });
     }
 
     /// `entry` with the permissions of a VMA with `flags`. It becomes writable only where a write needs

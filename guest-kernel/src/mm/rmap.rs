@@ -7,7 +7,7 @@
 
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
-use abi::channel::EventKind;
+use abi::channel::Walker;
 use abi::layout::PAGE_SHIFT;
 use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Vma};
 use abi::pte::Pte;
@@ -204,8 +204,7 @@ impl<A: Arch> Kernel<A> {
             }
             let gva = start + ((index - pgoff) << PAGE_SHIFT);
             let mm = area.mm.get();
-            let walk = [self.obj(mm).id.get(), gva, 0, 0, 0];
-            self.event(EventKind::WalkBegin, walk);
+            self.walk_begins(self.obj(mm), gva, Walker::Rmap);
             if let Ok(table) = self.leaf_table(self.obj(mm), gva) {
                 let _guard = self.lock_table(table);
                 let entry = self.read_pte(Slot::new(table, 1, gva));
@@ -213,7 +212,7 @@ impl<A: Arch> Kernel<A> {
                     f(mm, vma, gva, entry);
                 }
             }
-            self.event(EventKind::WalkEnd, walk);
+            self.walk_ends(self.obj(mm), gva, Walker::Rmap);
         }
     }
 

@@ -185,8 +185,7 @@ impl<A: Arch> Kernel<A> {
             if left == 0 {
                 break;
             }
-            self.point(Point::FlushWait, [self.lock_id(pending), left]);
-            self.arch.relax();
+            self.spin(Point::FlushWait, [self.lock_id(pending), left]);
         }
         self.event(EventKind::ShootdownEnd, [id, targets, 0, 0, 0]);
         self.point(Point::FlushSync, [id, targets]);

@@ -99,6 +99,7 @@ impl<A: Arch> Kernel<A> {
 
     /// An interrupt, at any CPL: in user mode, in [`Arch::relax`] or in [`Arch::wait_for_interrupt`].
     pub fn interrupt(&self, vector: u8) {
+        self.rcu_enter_kernel();
         self.progress();
         if vector == Ipi::Shootdown as u8 {
             return self.handle_shootdown();
@@ -113,6 +114,7 @@ impl<A: Arch> Kernel<A> {
     /// that comes later is followed by an interrupt of CPL 3.
     pub fn return_to_user(&self, _frame: &mut UserFrame) {
         self.honour_requests();
+        self.rcu_return_to_user();
     }
 
     /// Continues at the fixup that the program has set for where it is, or kills it.

@@ -36,6 +36,7 @@ impl<A: Arch> Kernel<A> {
         self.root().online.fetch_or(1 << me, AcqRel);
         drop(lock);
         loop {
+            self.rcu_enter_kernel();
             let lock = self.sched_lock();
             if let Some(next) = self.pick() {
                 self.switch_to(lock, next);
@@ -46,11 +47,24 @@ impl<A: Arch> Kernel<A> {
             if over {
                 self.retire();
             }
-            self.point(Point::IdleEnter, [me as u64, 0]);
+            if self.rcu_has_work() {
+                // Its memory is not to wait for the CPU's next task.
+                self.rcu_poll();
+                if self.rcu_has_work() {
+                    self.rcu_wait();
+                }
+                continue;
+            }
             // Interrupts have been off since the look at the queue, so a wake-up that came after it
             // is still pending here.
-            self.arch.wait_for_interrupt();
+            self.idle();
         }
+    }
+
+    fn idle(&self) {
+        self.rcu_leave_kernel();
+        self.point(Point::IdleEnter, [self.arch.cpu() as u64, 0]);
+        self.arch.wait_for_interrupt();
     }
 
     /// What a new task does first on its own stack, before CPL 3.
@@ -207,6 +221,7 @@ impl<A: Arch> Kernel<A> {
         self.progress();
         self.event(EventKind::Switch, [id(prev), id(next), 0, 0, 0]);
         self.point(Point::Switch, [id(prev), id(next)]);
+        self.rcu_note_switch();
         cpu.current.set(next);
         let to = if let Some(next) = next.some() {
             let next = self.obj(next);
@@ -277,6 +292,7 @@ impl<A: Arch> Kernel<A> {
     /// so ends the machine. The host then finds every frame accounted for.
     fn retire(&self) -> ! {
         self.leave_mm();
+        self.rcu_barrier();
         let lock = self.sched_lock();
         let me = 1 << self.arch.cpu();
         let last = self.root().online.fetch_and(!me, AcqRel) == me;
@@ -289,8 +305,7 @@ impl<A: Arch> Kernel<A> {
             self.arch.exit(wait::shell(status));
         }
         loop {
-            self.point(Point::IdleEnter, [self.arch.cpu() as u64, 0]);
-            self.arch.wait_for_interrupt();
+            self.idle();
         }
     }
 }

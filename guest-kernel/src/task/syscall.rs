@@ -33,8 +33,9 @@ impl<A: Arch> Kernel<A> {
         self.point(Point::SyscallExit, [nr, result]);
     }
 
-    /// What every entry from CPL 3 does: a sign of life, and the registers where the host finds them.
+    /// What every entry from CPL 3 does: RCU watches, a sign of life, and the registers where the host finds them.
     pub(super) fn entered(&self, frame: &UserFrame) {
+        self.rcu_enter_kernel();
         self.progress();
         self.current().frame.set(core::ptr::from_ref(frame) as u64);
     }
@@ -91,6 +92,8 @@ impl<A: Arch> Kernel<A> {
             nr::TESTBED_NR_CPUS => Ok(self.arch.nr_cpus() as u64),
             #[cfg(feature = "testbed")]
             nr::TESTBED_CRASH => self.testbed_crash(a0),
+            #[cfg(feature = "testbed")]
+            nr::TESTBED_PEEK => self.testbed_peek(a0, a1),
             _ => Err(Errno::ENOSYS),
         }
     }

@@ -42,6 +42,23 @@ impl<A: Arch> Kernel<A> {
         Ok(0)
     }
 
+    /// `peek(pid, gva)`.
+    #[cfg(feature = "testbed")]
+    pub(super) fn testbed_peek(&self, pid: u64, gva: u64) -> Result<u64, Errno> {
+        if !gva.is_multiple_of(8) || gva >= USER_END {
+            return Err(Errno::EFAULT);
+        }
+        let id = {
+            let _lock = self.sched_lock();
+            let mut tasks = self.tasks().map(|task| self.obj(task));
+            let found = tasks.find(|t| u64::from(t.process.get()) == pid && !t.mm.get().is_null());
+            let mm = found.ok_or(Errno::ESRCH)?.mm.get();
+            self.obj(mm).id.get()
+        };
+        // Nothing holds the mm from here on but RCU.
+        self.peek(id, gva)
+    }
+
     /// `tlb()`; without the testbed there is only the processor's.
     pub(super) fn testbed_tlb(&self) -> u64 {
         match self.config.tlb {

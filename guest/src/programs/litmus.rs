@@ -18,6 +18,7 @@
 //! | `switch` | munmaps A, maps B | reads A, yields to another process on its CPU, reads A | as `unmap` |
 //! | `cow` | writes A, which a child shares that exits meanwhile | reads A | a value nobody wrote to A, the old value after the new one or once the write is done |
 //! | `fork` | forks a child that reads A twice | writes A | a value that changes in the child |
+//! | `peek` | munmaps A, and its page tables go too | nothing; a child on its CPU peeks at its parent's A | a value that was never in A, a walk of a freed table |
 //! | `remap` | munmaps A | maps A anew and reads it | the old value |
 
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -38,8 +39,8 @@ pub(super) const PROGRAM: Program = Program {
     args: &[
         Arg {
             name: "test",
-            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart|wake",
-            range: 0..=10,
+            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart|wake|peek",
+            range: 0..=11,
             help: "which race",
         },
         Arg {
@@ -71,9 +72,10 @@ enum Test {
     Remap,
     Apart,
     Wake,
+    Peek,
 }
 
-const TESTS: [Test; 11] = [
+const TESTS: [Test; 12] = [
     Test::Unmap,
     Test::Protect,
     Test::Dontneed,
@@ -85,6 +87,7 @@ const TESTS: [Test; 11] = [
     Test::Remap,
     Test::Apart,
     Test::Wake,
+    Test::Peek,
 ];
 
 impl Test {
@@ -94,7 +97,7 @@ impl Test {
     }
     /// Pages behind the raced ones, which stay: they keep the page tables.
     fn spare_pages(self) -> u64 {
-        u64::from(self != Self::LazyTables)
+        u64::from(!matches!(self, Self::LazyTables | Self::Peek))
     }
 }
 
@@ -168,6 +171,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
                 }
                 None
             }
+            Test::Peek => Some(peeper(sys, &shared)),
             _ => None,
         };
         if shared.test == Test::Cow {
@@ -211,6 +215,32 @@ fn bystander<S: Sys>(sys: &S, findings: &Findings, cpu: usize, turns: u64) -> Op
     child.ok()
 }
 
+/// A process on the other CPU that looks at A of its parent, which does not know: what it sees is A's value as long
+/// as it is there, and then nothing.
+fn peeper<S: Sys>(sys: &S, shared: &Shared) -> Option<u64> {
+    let findings = &shared.findings;
+    let (pages, passes) = (shared.pages, shared.passes);
+    let parent = sys.getpid().unwrap_or(0);
+    pin(sys, findings, 1);
+    let child = sys.fork(move |sys| {
+        let findings = Findings::default();
+        for page in (0..passes).flat_map(|_| 0..pages) {
+            let (gva, expected) = (subject(page), tag(Region::Subject, 0, page).encode());
+            match sys.peek(parent, gva) {
+                Ok(found) if found != expected => {
+                    findings.report(sys, ForeignFrame, gva, expected, found);
+                }
+                // Where nobody can peek, there is nothing to see.
+                _ => {}
+            }
+        }
+        findings.status()
+    });
+    pin(sys, findings, 0);
+    must(sys, findings, 0, 0, child.map(|_| 0));
+    child.ok()
+}
+
 fn pin<S: Sys>(sys: &S, findings: &Findings, cpu: usize) {
     let cpu = cpu % sys.nr_cpus();
     must(sys, findings, 0, 0, sys.set_affinity(cpu).map(|()| 0));
@@ -227,7 +257,7 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = match shared.test {
-        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Remap => {
+        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Remap | Test::Peek => {
             sys.munmap(SUBJECT_GVA, bytes)
         }
         Test::Wake => {
@@ -274,7 +304,7 @@ fn wake<S: Sys>(sys: &S, shared: &Shared) {
 fn after<S: Sys>(sys: &S, shared: &Shared) {
     if !matches!(
         shared.test,
-        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Wake
+        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Wake | Test::Peek
     ) {
         return;
     }
@@ -389,6 +419,7 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
         Test::Apart => drop_one_look_at_both(sys, shared, 1),
         Test::Remap => remap(sys, shared),
         Test::Cow => watch(sys, shared),
+        Test::Peek => {}
         _ => access(sys, shared),
     }
 }
@@ -483,7 +514,7 @@ mod tests {
     use crate::native;
     use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
 
-    const TESTS: [&str; 11] = [
+    const TESTS: [&str; 12] = [
         "unmap",
         "protect",
         "dontneed",
@@ -495,6 +526,7 @@ mod tests {
         "cow",
         "fork",
         "remap",
+        "peek",
     ];
 
     #[test]

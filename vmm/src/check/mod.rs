@@ -121,6 +121,36 @@ pub const ALL: &[&[Invariant]] = &[
     lifetime::INVARIANTS,
 ];
 
+/// Any invariant, of a state or of the stream, for a person.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// Never reused for anything else.
+    pub id: &'static str,
+    /// What must be true, in one line.
+    pub predicate: &'static str,
+    /// When it must be.
+    pub applies: &'static str,
+    /// Who says so.
+    pub source: &'static str,
+}
+
+/// Every invariant there is: those of states, then those of the stream of events.
+pub fn described() -> impl Iterator<Item = Described> {
+    let states = all().map(|invariant| Described {
+        id: invariant.id,
+        predicate: invariant.predicate,
+        applies: invariant.applies.describe(),
+        source: invariant.source,
+    });
+    let stream = stream::rules().map(|&(id, predicate)| Described {
+        id,
+        predicate,
+        applies: "on the stream of events",
+        source: stream::source(id),
+    });
+    states.chain(stream)
+}
+
 /// One invariant that does not hold for one object.
 #[derive(Clone, Debug, Serialize)]
 pub struct Violation {

@@ -23,6 +23,11 @@ struct Entry {
     #[serde(skip_serializing_if = "String::is_empty")]
     form: String,
     help: String,
+    /// Of an invariant: when it must hold, and who says so.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    applies: &'static str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    source: &'static str,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     args: Vec<Entry>,
 }
@@ -65,10 +70,12 @@ fn entries(what: Listed) -> Vec<Entry> {
             .iter()
             .map(|failpoint| entry(failpoint.name(), String::new(), failpoint.help()))
             .collect(),
-        Listed::Invariants => crate::check::all()
-            .map(|invariant| (invariant.id, invariant.predicate))
-            .chain(crate::check::stream::rules().copied())
-            .map(|(id, predicate)| entry(id, String::new(), predicate))
+        Listed::Invariants => crate::check::described()
+            .map(|invariant| Entry {
+                applies: invariant.applies,
+                source: invariant.source,
+                ..entry(invariant.id, String::new(), invariant.predicate)
+            })
             .collect(),
         Listed::Scenarios => scenario::available()
             .into_iter()
@@ -86,6 +93,8 @@ fn entry(name: &str, form: String, help: &str) -> Entry {
         name: name.to_owned(),
         form,
         help,
+        applies: "",
+        source: "",
         args: Vec::new(),
     }
 }
@@ -126,5 +135,9 @@ fn line(entry: &Entry, width: usize, paint: Paint) -> String {
         "" => String::new(),
         form => format!("{}  ", paint.dim(form)),
     };
-    format!("{}  {form}{}", paint.bold(&name), entry.help)
+    let source = match entry.source {
+        "" => String::new(),
+        source => format!("  {}", paint.dim(&format!("[{source}]"))),
+    };
+    format!("{}  {form}{}{source}", paint.bold(&name), entry.help)
 }

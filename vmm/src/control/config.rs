@@ -26,7 +26,14 @@ pub const NOISY_EVENTS: u64 = 1 << EventKind::LockAcquire as u32
     | 1 << EventKind::CpumaskClear as u32
     | 1 << EventKind::TlbGen as u32
     | 1 << EventKind::MmCount as u32
-    | 1 << EventKind::MmUsers as u32;
+    | 1 << EventKind::MmUsers as u32
+    | 1 << EventKind::RcuEnter as u32
+    | 1 << EventKind::RcuExit as u32
+    | 1 << EventKind::RcuRetire as u32
+    | 1 << EventKind::RcuGpStart as u32
+    | 1 << EventKind::RcuGpWait as u32
+    | 1 << EventKind::RcuGpEnd as u32
+    | 1 << EventKind::RcuFree as u32;
 
 /// Description of a machine.
 #[derive(Clone, Debug)]

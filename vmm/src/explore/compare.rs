@@ -33,7 +33,7 @@ pub fn masked(seen: &Seen) -> Seen {
             }
             // Registers that the call does not use hold whatever was there.
             let used = match args[0] {
-                nr::MUNMAP | nr::TESTBED_WIRE => 2,
+                nr::MUNMAP | nr::TESTBED_WIRE | nr::TESTBED_PEEK => 2,
                 nr::MPROTECT | nr::MADVISE | nr::WRITE | nr::SCHED_SETAFFINITY => 3,
                 nr::MMAP | nr::FUTEX | nr::CLONE | nr::WAIT4 | nr::TESTBED_REPORT => 4,
                 nr::BRK | nr::EXIT | nr::EXIT_GROUP => 1,

@@ -1,9 +1,11 @@
 //! Runs one schedule on an engine.
 
+use std::mem::offset_of;
 use std::time::{Duration, Instant};
 
 use abi::channel::{Event, EventKind, ReportKind};
 use abi::lock::LockClass;
+use abi::objects::{Cpu, CpuRcu};
 use abi::point::{Point, Wait};
 use abi::syscall::{Errno, nr};
 
@@ -22,6 +24,7 @@ const ALWAYS: PointSet = PointSet::of(&[
     Point::FlushWait,
     Point::IdleEnter,
     Point::UserRelax,
+    Point::RcuWait,
     Point::TestBegin,
     Point::TestEnd,
 ]);
@@ -50,7 +53,8 @@ pub struct WaitsFor {
     pub vcpu: usize,
     /// What for.
     pub wait: Wait,
-    /// Value of the word that it waits on: a spin lock's is the holder's CPU plus one.
+    /// Value of the word that it waits on: a spin lock's is the holder's CPU plus one. For a grace period the mask
+    /// of the vCPUs that hold it up.
     pub word: u64,
 }
 
@@ -486,6 +490,17 @@ impl<E: Engine> Driver<E> {
                     break; // What comes after it tells nothing more.
                 }
             }
+            let others = self.standing.iter().enumerate();
+            let mut others = others.filter(|(other, _)| *other != vcpu);
+            if found.is_empty()
+                && matches!(halt, Halt::Point { .. })
+                && others.all(|(_, standing)| standing.point.is_some())
+            {
+                let root = self.engine.kernel_root().unwrap_or(0);
+                for monitor in monitors.iter_mut() {
+                    monitor.settled(self.engine.memory(), root, &mut found);
+                }
+            }
             self.checks += started.elapsed();
             if !found.is_empty() {
                 if let Halt::Point { point, args } = halt {
@@ -592,6 +607,13 @@ impl<E: Engine> Driver<E> {
             set.and(match wait {
                 Wait::Lock { .. } => PointSet::of(&[Point::LockRelease]),
                 Wait::Acknowledged { .. } => PointSet::of(&[Point::IpiAck]),
+                // The first points after a quiescent state; that of a vCPU that waits or idles stops anyway.
+                Wait::GracePeriod { .. } => PointSet::of(&[
+                    Point::SyscallEnter,
+                    Point::FaultEnter,
+                    Point::Access,
+                    Point::IpiReceive,
+                ]),
                 Wait::Interrupt | Wait::Anyone => PointSet::default(),
             })
         })
@@ -618,6 +640,7 @@ impl<E: Engine> Driver<E> {
                 _ if self.engine.pending(vcpu) => true,
                 Some(Wait::Lock { word, class }) => class.lets_in(self.word(word)),
                 Some(Wait::Acknowledged { word }) => self.word(word) == 0,
+                Some(Wait::GracePeriod { first }) => self.holds_up(vcpu, first) == 0,
                 Some(Wait::Interrupt) => false,
                 Some(Wait::Anyone) => {
                     let nobody_since = self.stopped_in[vcpu] + 1 == self.steps;
@@ -673,6 +696,21 @@ impl<E: Engine> Driver<E> {
         }
     }
 
+    /// The vCPUs that hold up the grace period of `vcpu`, as a mask.
+    fn holds_up(&self, vcpu: usize, first: u64) -> u64 {
+        let field = |cpu: usize, offset: usize| {
+            let offset = cpu * size_of::<Cpu>() + offset;
+            self.word(first.wrapping_add(offset as u64))
+        };
+        let pending = field(vcpu, offset_of!(CpuRcu, pending));
+        let cpus = (0..self.standing.len()).filter(|cpu| pending & 1 << cpu != 0);
+        let holding = cpus.filter(|cpu| {
+            let seen = field(vcpu, offset_of!(CpuRcu, seen) + cpu * size_of::<u64>());
+            CpuRcu::holds_up(seen, field(*cpu, offset_of!(CpuRcu, watching)))
+        });
+        holding.fold(0, |mask, cpu| mask | 1 << cpu)
+    }
+
     fn who_waits(&self) -> Vec<WaitsFor> {
         let waits = self.standing.iter().enumerate();
         waits
@@ -680,6 +718,7 @@ impl<E: Engine> Driver<E> {
                 let wait = standing.wait()?;
                 let word = match wait {
                     Wait::Lock { word, .. } | Wait::Acknowledged { word } => self.word(word),
+                    Wait::GracePeriod { first } => self.holds_up(vcpu, first),
                     Wait::Interrupt | Wait::Anyone => 0,
                 };
                 Some(WaitsFor { vcpu, wait, word })

@@ -343,7 +343,8 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
             print.touch(Resource::Leaves, Mode::Read);
             print.touch(Resource::Tables, Mode::Read);
         }
-        K::IpiReceive | K::FailpointHit => {}
+        // What the order of a section and a grace period is worth is in the events of the grace period.
+        K::IpiReceive | K::FailpointHit | K::RcuEnter | K::RcuExit => {}
         K::PteChange => {
             let leaf = Resource::Leaf(args[1] >> 12);
             if args[2] == 1 {
@@ -409,6 +410,8 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
                 print.part(Resource::Frames, Resource::Frame(args[1] >> 12), mode);
             }
         }
+        // A grace period looks at what every CPU is doing, which is no event where nobody looks.
+        K::RcuRetire | K::RcuFree | K::RcuGpStart | K::RcuGpWait | K::RcuGpEnd => return false,
         K::Switch | K::MmCreate | K::MmDestroy | K::MmFree | K::TaskCreate | K::TaskExit => {
             return false;
         }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use abi::channel::{EventKind, access};
+use abi::channel::{EventKind, access, rcu_object};
 use abi::failpoint::Failpoint;
 use abi::lock::LockClass;
 use abi::objects::FrameKind;
@@ -195,6 +195,11 @@ fn waits_for(wait: &crate::explore::WaitsFor) -> String {
             "waits for the vCPUs of the mask {:#b} to acknowledge its shootdown",
             wait.word
         ),
+        Wait::GracePeriod { .. } => format!(
+            "waits for a grace period, which the vCPUs of the mask {:#b} hold up: each was in the kernel when it \
+             began and has not been quiescent since",
+            wait.word
+        ),
         Wait::Interrupt => "idles, and nothing is in flight to it".into(),
         Wait::Anyone => "waits for another thread of its program".into(),
     }
@@ -279,6 +284,19 @@ pub(super) fn line(seen: &Seen) -> Option<String> {
                 )
             }
         }
+        EventKind::RcuEnter => "enters an RCU read section".into(),
+        EventKind::RcuExit => "leaves the RCU read section".into(),
+        EventKind::RcuRetire => format!("retires the {} {:#x}", rcu_object::name(args[1]), args[0]),
+        EventKind::RcuFree => format!(
+            "frees the retired {} {:#x}",
+            rcu_object::name(args[1]),
+            args[0]
+        ),
+        EventKind::RcuGpStart => format!("grace period {} begins", args[0]),
+        EventKind::RcuGpWait => {
+            format!("grace period {} waits for vCPUs {}", args[0], mask(args[1]))
+        }
+        EventKind::RcuGpEnd => format!("grace period {} is over", args[0]),
         EventKind::FailpointHit => {
             let failpoint = Failpoint::from_id(args[0]);
             format!("failpoint {} fails", failpoint.map_or("?", |it| it.name()))

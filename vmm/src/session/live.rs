@@ -30,7 +30,12 @@ use crate::scenario::{CheckWhen, Scenario};
 
 /// Points at which a vCPU only waits for others: between two passages of one nothing changes that
 /// another point would not show, and stopping at each would never end.
-const WAITING: [Point; 3] = [Point::LockWait, Point::FlushWait, Point::IdleEnter];
+const WAITING: [Point; 4] = [
+    Point::LockWait,
+    Point::FlushWait,
+    Point::IdleEnter,
+    Point::RcuWait,
+];
 
 /// What a verdict must know of this host.
 ///

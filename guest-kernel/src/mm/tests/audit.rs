@@ -386,11 +386,35 @@ fn audit_frames<A: Arch>(kernel: &Kernel<A>, found: &Found) {
 
 fn audit_slabs<A: Arch>(kernel: &Kernel<A>, found: &Found) {
     let used = |id: SlabId| kernel.root().slabs[id as usize].used.get() as usize;
-    assert_eq!(used(SlabId::Mm), found.mms.len());
+    assert_eq!(used(SlabId::Mm), found.mms.len() + audit_retired(kernel));
     assert_eq!(used(SlabId::Vma), found.vmas.len());
     assert_eq!(used(SlabId::VmaNode), found.nodes.len());
     assert_eq!(used(SlabId::AnonVmaChain), found.chains.len());
     assert_eq!(used(SlabId::AnonVma), found.anons.len());
+}
+
+/// Checks that exactly the retired tables are on the CPUs' lists; returns how many take an mm with them.
+fn audit_retired<A: Arch>(kernel: &Kernel<A>) -> usize {
+    let root = kernel.root();
+    let mut listed = BTreeSet::new();
+    for cpu in &root.cpus {
+        assert!(cpu.rcu.waiting.get() == 0 || cpu.rcu.grace.get() % 2 == 1);
+        for list in [&cpu.rcu.retired, &cpu.rcu.waiting] {
+            let mut frame = list.get();
+            while frame != 0 {
+                assert!(listed.insert(frame), "table {frame:#x} retired twice");
+                frame = kernel.frame_folio(frame).next.get();
+            }
+        }
+    }
+    let is_retired =
+        |frame: &u64| kernel.frame_folio(*frame).kind.get() == FrameKind::Retired as u8;
+    let retired: BTreeSet<u64> = (1..root.nr_frames.get()).filter(is_retired).collect();
+    assert_eq!(retired, listed);
+    let roots = retired
+        .iter()
+        .filter(|&&frame| kernel.frame_folio(frame).index.get() == 4);
+    roots.count()
 }
 
 /// What a CPU has cached must be what the tables say: nothing that they no longer permit. A lazy CPU

@@ -5,6 +5,8 @@ mod flush;
 mod frames;
 mod oom;
 mod random;
+#[cfg(feature = "testbed")]
+mod rcu;
 mod semantics;
 mod tables;
 mod tree;

@@ -32,11 +32,16 @@ pub const INVARIANTS: &[Rule] = &[
         REFERENCES,
         "a folio has at least as many references as mappings",
     ),
+    (
+        EXPLAINED,
+        "the events explain the counts of folios: they end as memory has them",
+    ),
 ];
 
 const TOGETHER: &str = "F-01";
 const FREED: &str = "F-02";
 const REFERENCES: &str = "F-03";
+const EXPLAINED: &str = "F-04";
 
 /// What the events say of one frame.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,6 +75,8 @@ pub struct Folios {
     start: FxHashMap<u64, Frame>,
     frames: FxHashMap<u64, Frame>,
     sections: Vec<Section>,
+    /// Frames whose counts the events have told.
+    told: Vec<u64>,
 }
 
 impl Folios {
@@ -96,6 +103,7 @@ impl Folios {
         };
         let by = new.cast_signed().wrapping_sub(frame.mapcount.cast_signed());
         frame.mapcount = new;
+        self.told.push(gpa);
         self.sections[seen.vcpu].change(gpa, by.wrapping_neg());
         self.judge(seen, gpa, found);
     }
@@ -114,6 +122,7 @@ impl Folios {
             ));
         }
         frame.refcount = new;
+        self.told.push(gpa);
         if new > 0 {
             self.judge(seen, gpa, found);
         }
@@ -143,6 +152,12 @@ impl Folios {
                     "{} entries map it, its mapcount is {}",
                     frame.entries, frame.mapcount
                 ));
+            found.push(violation(INVARIANTS, FREED, finding));
+        }
+        if frame.refcount > 1 {
+            let finding = finding(seen, "a folio that others refer to is freed", gpa)
+                .expected("the last reference, or none")
+                .found(format!("{} references", frame.refcount));
             found.push(violation(INVARIANTS, FREED, finding));
         }
         frame.freed = true;
@@ -185,6 +200,7 @@ impl Monitor for Folios {
     }
     fn reset(&mut self) {
         self.frames.clone_from(&self.start);
+        self.told.clear();
         for section in &mut self.sections {
             section.locks = 0;
             section.changed.clear();
@@ -220,7 +236,24 @@ impl Monitor for Folios {
             _ => {}
         }
     }
-    fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
+    fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
+        self.told.sort_unstable();
+        self.told.dedup();
+        for gpa in &self.told {
+            let Some(told) = self.frames.get(gpa).filter(|frame| !frame.freed) else {
+                continue;
+            };
+            let is = counts(memory, kernel_root, *gpa);
+            if (told.refcount, told.mapcount) != (is.refcount, is.mapcount) {
+                let text = |f: &Frame| format!("refcount {}, mapcount {}", f.refcount, f.mapcount);
+                let title = format!("unexplained counts of frame {:#x}", gpa / PAGE_SIZE);
+                let finding = Finding::new(title).expected(text(told)).found(text(&is));
+                let finding = finding.frame(gpa >> PAGE_SHIFT);
+                found.push(violation(INVARIANTS, EXPLAINED, finding));
+                return;
+            }
+        }
+    }
 }
 
 /// What the kernel's descriptor of a frame says.
@@ -343,6 +376,30 @@ mod tests {
         assert_eq!(ids(&[&mapped[..], &[free()]].concat()), ["F-02"]);
         assert_eq!(ids(&[alloc(), free(), refcount(1)]), ["F-02"]);
         assert_eq!(ids(&[alloc(), free(), alloc(), refcount(2)]), [""; 0]);
+        assert_eq!(ids(&[alloc(), refcount(2), free()]), ["F-02"]);
+    }
+
+    #[test]
+    fn a_count_that_no_event_told_is_f_04() {
+        use crate::check::world::{DATA, ROOT_GPA, World};
+        let world = World::new();
+        let mut folios = Folios::default();
+        folios.start(&world.memory, ROOT_GPA, 2);
+        let frame = world.mapped_frame(world.parent, DATA);
+        let count = world.folio(frame, |folio| *folio.refcount.get_mut());
+        let mut told = |new: u32| {
+            let event = Event {
+                kind: K::RefcountChange as u32,
+                args: [frame << PAGE_SHIFT, new.into(), 0, 0, 0],
+                ..Event::default()
+            };
+            let mut found = Vec::new();
+            folios.observe(&Seen { vcpu: 0, event }, &mut found);
+            folios.compare(&world.memory, ROOT_GPA, &mut found);
+            found.iter().map(|v| v.id).collect::<Vec<_>>()
+        };
+        assert_eq!(told(count), [""; 0]);
+        assert_eq!(told(count + 1), ["F-04"]);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 //! Objects come from type-stable slabs, so a use after free reads a recycled object and nothing crashes:
 //! no single state shows it.
 
-use abi::channel::EventKind;
+use abi::channel::{EventKind, Walker};
+use abi::lock::LockClass;
+use abi::pte::Pte;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{Monitor, Rule, Seen};
@@ -14,7 +16,7 @@ use crate::memory::PhysMem;
 pub const INVARIANTS: &[Rule] = &[
     (
         USED,
-        "a VMA is used by a fault only while it is linked in its mm",
+        "a VMA is used by a fault only while it is linked in its mm, and as what it was found",
     ),
     (
         LINKED,
@@ -25,12 +27,22 @@ pub const INVARIANTS: &[Rule] = &[
         MM_COUNT,
         "an mm's count and users never rise from 0, and it is freed with both 0",
     ),
+    (
+        IN_USE,
+        "a VMA is neither taken out nor freed by others while a fault uses it",
+    ),
+    (
+        UNCOUNTED,
+        "an mm is loaded only while it is counted, and mapped only while it has users",
+    ),
 ];
 
 const USED: &str = "O-01";
 const LINKED: &str = "O-02";
 const MM_USED: &str = "O-03";
 const MM_COUNT: &str = "O-04";
+const IN_USE: &str = "O-05";
+const UNCOUNTED: &str = "O-06";
 
 /// A VMA whose history is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,11 +60,18 @@ pub struct Lifetime {
     freed_mms: FxHashSet<u64>,
     /// By mm and kind of count: its last value.
     counts: FxHashMap<(u64, EventKind), u64>,
+    /// By VMA: its generation since it was allocated or freed last.
+    generations: FxHashMap<u64, u64>,
+    /// Who uses which VMA: a task, whether it walks already, the VMA.
+    in_use: Vec<(u32, bool, u64)>,
 }
 
 impl Lifetime {
     fn vma(&mut self, seen: &Seen, gpa: u64, next: Vma, found: &mut Vec<Violation>) {
         let before = self.vmas.insert(gpa, next);
+        if matches!(next, Vma::Detached | Vma::Freed) {
+            self.taken(seen, gpa, found);
+        }
         let right = match (before, next) {
             // From before the stream began.
             (None, _) => true,
@@ -93,18 +112,85 @@ impl Lifetime {
         }
     }
 
-    fn used(&self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [mm, gpa, gva, ..] = seen.event.args;
+    /// A VMA that goes must be nobody's.
+    fn taken(&self, seen: &Seen, gpa: u64, found: &mut Vec<Violation>) {
+        let me = seen.event.task;
+        let user = self
+            .in_use
+            .iter()
+            .find(|(task, _, vma)| *task != me && *vma == gpa);
+        if let Some((task, ..)) = user {
+            let finding = Finding::new(format!("a VMA goes while a fault of task {task} uses it"))
+                .expected("nobody who uses it")
+                .found(format!("task {me} takes it out"))
+                .object("VMA", gpa)
+                .vcpu(seen.vcpu);
+            found.push(violation(IN_USE, finding));
+        }
+    }
+
+    /// When a fault has done with its VMA: it has walked, or dropped the lock under which it was found.
+    fn using(&mut self, seen: &Seen, kind: EventKind) {
+        let me = seen.event.task;
+        let Some(at) = self.in_use.iter().position(|(task, ..)| *task == me) else {
+            return;
+        };
+        let fault = seen.event.args[2] == Walker::Fault as u64;
+        let over = match kind {
+            EventKind::WalkBegin if fault => {
+                self.in_use[at].1 = true;
+                false
+            }
+            EventKind::WalkEnd => fault,
+            EventKind::LockRelease => {
+                let class = LockClass::from_u64(seen.event.args[1]);
+                let mmap = matches!(class, Some(LockClass::MmapRead | LockClass::MmapWrite));
+                mmap && !self.in_use[at].1
+            }
+            EventKind::FaultExit | EventKind::SyscallExit => true,
+            _ => false,
+        };
+        if over {
+            self.in_use.swap_remove(at);
+        }
+    }
+
+    fn uncounted(&self, seen: &Seen, kind: EventKind, found: &mut Vec<Violation>) {
+        let [a, b, _, _, new] = seen.event.args;
+        let (mm, count, does) = match kind {
+            EventKind::Cr3Load => (b, EventKind::MmCount, "is loaded"),
+            EventKind::VmaAttach => (a, EventKind::MmUsers, "gets a VMA"),
+            EventKind::PteChange if Pte(new).is_present() => {
+                (a, EventKind::MmUsers, "gets an entry")
+            }
+            _ => return,
+        };
+        if self.counts.get(&(mm, count)) == Some(&0) {
+            let title = format!("mm {mm} {does} and its {} is 0", count.name());
+            let finding = Finding::new(title).mm(mm).vcpu(seen.vcpu);
+            found.push(violation(
+                UNCOUNTED,
+                finding.expected("at least 1").found("0"),
+            ));
+        }
+    }
+
+    fn used(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [mm, gpa, gva, generation, _] = seen.event.args;
+        let me = seen.event.task;
+        self.in_use.retain(|(task, ..)| *task != me);
+        self.in_use.push((me, false, gpa));
         match self.vmas.get(&gpa) {
             None => {}
-            Some(Vma::Attached(owner)) if *owner == mm => {}
+            Some(Vma::Attached(owner))
+                if *owner == mm && self.generations.get(&gpa) == Some(&generation) => {}
             Some(state) => {
                 let finding = Finding::new(format!(
                     "task {} uses a VMA for {gva:#x} that is not linked in its mm",
                     seen.event.task
                 ))
                 .expected(format!("linked in mm {mm}"))
-                .found(format!("{state:?}"))
+                .found(format!("{state:?}, found as generation {generation}"))
                 .object("VMA", gpa)
                 .mm(mm)
                 .gva(gva)
@@ -126,6 +212,8 @@ impl Monitor for Lifetime {
         self.vmas.clear();
         self.freed_mms.clear();
         self.counts.clear();
+        self.generations.clear();
+        self.in_use.clear();
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let args = seen.event.args;
@@ -147,6 +235,10 @@ impl Monitor for Lifetime {
             let finding = Finding::new(title).mm(mm).vcpu(seen.vcpu);
             found.push(violation(MM_USED, finding));
         }
+        self.uncounted(seen, kind, found);
+        if let EventKind::VmaAlloc | EventKind::VmaFree = kind {
+            self.generations.insert(args[0], args[1]);
+        }
         match kind {
             EventKind::VmaAlloc => self.vma(seen, args[0], Vma::Allocated, found),
             EventKind::VmaFree => self.vma(seen, args[0], Vma::Freed, found),
@@ -155,6 +247,11 @@ impl Monitor for Lifetime {
             EventKind::VmaFound => self.used(seen, found),
             EventKind::MmFree => self.mm_freed(seen, found),
             EventKind::MmCount | EventKind::MmUsers => self.counted(seen, kind, found),
+            EventKind::WalkBegin
+            | EventKind::WalkEnd
+            | EventKind::LockRelease
+            | EventKind::FaultExit
+            | EventKind::SyscallExit => self.using(seen, kind),
             _ => {}
         }
     }
@@ -173,12 +270,22 @@ mod tests {
     use EventKind::{Cr3Load, MmFree, VmaAlloc, VmaAttach, VmaDetach, VmaFound, VmaFree};
 
     fn ids(steps: &[(EventKind, [u64; 3])]) -> Vec<&'static str> {
+        let wide = |&(kind, [a, b, c]): &(EventKind, [u64; 3])| {
+            // Every VMA is found as its first self.
+            let generation = u64::from(kind == VmaFound);
+            (0, kind, [a, b, c, generation, 0])
+        };
+        ids_of(&steps.iter().map(wide).collect::<Vec<_>>())
+    }
+
+    fn ids_of(steps: &[(u32, EventKind, [u64; 5])]) -> Vec<&'static str> {
         let mut lifetime = Lifetime::default();
         let mut found = Vec::new();
-        for &(kind, [a, b, c]) in steps {
+        for &(task, kind, args) in steps {
             let event = Event {
                 kind: kind as u32,
-                args: [a, b, c, 0, 0],
+                task,
+                args,
                 ..Event::default()
             };
             lifetime.observe(&Seen { vcpu: 0, event }, &mut found);
@@ -212,6 +319,54 @@ mod tests {
             ids(&[ALLOC, ATTACH, DETACH, FREE, ALLOC, recycled, FOUND]),
             ["O-01"]
         );
+    }
+
+    #[test]
+    fn a_vma_found_as_its_former_self_is_o_01() {
+        let alloc = |generation| (1, VmaAlloc, [8, generation, 0, 0, 0]);
+        let attach = (1, VmaAttach, [1, 8, 0, 0, 0]);
+        let used = |generation| (2, VmaFound, [1, 8, 0x1000, generation, 0]);
+        assert_eq!(ids_of(&[alloc(3), attach, used(3)]), [""; 0]);
+        assert_eq!(ids_of(&[alloc(3), attach, used(1)]), ["O-01"]);
+    }
+
+    #[test]
+    fn a_vma_that_goes_while_a_fault_uses_it_is_o_05() {
+        let fault = Walker::Fault as u64;
+        let mmap = LockClass::MmapRead as u64;
+        let used = (2, VmaFound, [1, 8, 0x1000, 1, 0]);
+        let begin = (2, EventKind::WalkBegin, [1, 0x1000, fault, 0, 0]);
+        let end = (2, EventKind::WalkEnd, [1, 0x1000, fault, 0, 0]);
+        let unlock = (2, EventKind::LockRelease, [4, mmap, 0, 0, 0]);
+        let table = (
+            2,
+            EventKind::LockRelease,
+            [4, LockClass::PageTable as u64, 0, 0, 0],
+        );
+        let detach = |task| (task, VmaDetach, [1, 8, 0, 0, 0]);
+        assert_eq!(ids_of(&[used, detach(1)]), ["O-05"]);
+        assert_eq!(ids_of(&[used, begin, table, unlock, detach(1)]), ["O-05"]);
+        assert_eq!(ids_of(&[used, begin, end, detach(1)]), [""; 0]);
+        assert_eq!(ids_of(&[used, unlock, detach(1)]), [""; 0], "refused");
+        assert_eq!(ids_of(&[used, begin, detach(2)]), [""; 0], "its own doing");
+    }
+
+    #[test]
+    fn an_mm_loaded_or_mapped_when_nobody_counts_it_is_o_06() {
+        let (count, users) = (EventKind::MmCount, EventKind::MmUsers);
+        let load = (1, Cr3Load, [0x1000, 3, 0, 0, 0]);
+        let attach = (1, VmaAttach, [3, 8, 0, 0, 0]);
+        let map = (1, EventKind::PteChange, [3, 0x1000, 1, 0, 1]);
+        let unmap = (1, EventKind::PteChange, [3, 0x1000, 1, 1, 0]);
+        let set = |kind, value| (1, kind, [3, value, 0, 0, 0]);
+        assert_eq!(
+            ids_of(&[set(count, 1), set(users, 1), load, attach, map]),
+            [""; 0]
+        );
+        assert_eq!(ids_of(&[set(count, 0), load]), ["O-06"]);
+        assert_eq!(ids_of(&[set(users, 0), attach]), ["O-06"]);
+        assert_eq!(ids_of(&[set(users, 0), map]), ["O-06"]);
+        assert_eq!(ids_of(&[set(users, 0), unmap]), [""; 0], "the end of an mm");
     }
 
     #[test]

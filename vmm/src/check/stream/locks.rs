@@ -1,13 +1,12 @@
 //! Locks (family K): taken in the documented order, by one holder, and none kept on the way out.
 //!
-//! The order is the kernel's own (`guest-kernel/src/sync.rs`, after Linux's
+//! The order is the kernel's own (`guest-kernel/src/sync`, after Linux's
 //! `Documentation/mm/process_addrs.rst`), so a schedule that breaks it is reported whether or not another
 //! one takes the locks the other way round: a deadlock needs both, and only one of them is wrong.
 
 use abi::channel::EventKind;
 use abi::lock::LockClass;
-use abi::objects::FrameKind;
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 
 use super::{Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
@@ -24,21 +23,16 @@ pub const INVARIANTS: &[Rule] = &[
         "a lock has one holder, or only readers, and is released by who holds it",
     ),
     (KEPT, "a system call or fault that is over holds no lock"),
-    (
-        CYCLE,
-        "no two locks of one kind are taken in both orders, nor more of them round in a circle",
-    ),
 ];
 
 const ORDER: &str = "K-01";
 const HOLDER: &str = "K-02";
 const KEPT: &str = "K-03";
-const CYCLE: &str = "K-04";
 
 /// Who holds a lock: spin locks belong to a CPU (the scheduler's is handed over with it at a context
 /// switch), mmap_locks to a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Holder {
+pub(super) enum Holder {
     Cpu(usize),
     Task(u32),
 }
@@ -49,9 +43,6 @@ pub struct Locks {
     held: Vec<(Holder, u64, LockClass)>,
     /// Locks whose history is known: those taken at least once since the start.
     known: FxHashSet<u64>,
-    /// Which locks were taken under which of the same rank: between ranks the order is fixed (K-01). A lock that
-    /// is freed with its object leaves the graph.
-    under: FxHashMap<u64, Vec<(u64, LockClass)>>,
 }
 
 fn rank(class: LockClass) -> u8 {
@@ -89,58 +80,11 @@ impl Locks {
         if let Some((_, at, held)) = wrong {
             let title = format!("the {} was taken under the {}", class.name(), held.name());
             let finding = finding(seen, &title, class, word)
-                .expected("the order of guest-kernel/src/sync.rs")
+                .expected("the order of guest-kernel/src/sync")
                 .found(format!("{} at {at:#x} held meanwhile", held.name()));
             found.push(violation(ORDER, finding));
         }
-        let mates: Vec<u64> = self
-            .held
-            .iter()
-            .filter(|(who, at, held)| {
-                mine.contains(who) && *at != word && rank(*held) == rank(class)
-            })
-            .map(|(_, at, _)| *at)
-            .collect();
-        for before in mates {
-            if let Some(circle) = self.path(word, before) {
-                let round: Vec<String> = circle.iter().map(|word| format!("{word:#x}")).collect();
-                let title = format!("{} locks are taken in a circle", class.name());
-                let finding = finding(seen, &title, class, word)
-                    .expected("one order for all")
-                    .found(format!("{} under {before:#x}", round.join(" before ")));
-                found.push(violation(CYCLE, finding));
-            }
-            let taken = self.under.entry(before).or_default();
-            if !taken.iter().any(|(other, _)| *other == word) {
-                taken.push((word, class));
-            }
-        }
         self.held.push((me, word, class));
-    }
-
-    /// Locks from `from` to `to`, each taken under the one before it; none where there is no such way.
-    fn path(&self, from: u64, to: u64) -> Option<Vec<u64>> {
-        let mut ways = vec![vec![from]];
-        let mut met = FxHashSet::default();
-        while let Some(way) = ways.pop() {
-            let last = *way.last()?;
-            if last == to {
-                return Some(way);
-            }
-            if met.insert(last) {
-                let next = self.under.get(&last).into_iter().flatten();
-                ways.extend(next.map(|(word, _)| [&way[..], &[*word]].concat()));
-            }
-        }
-        None
-    }
-
-    /// Locks of these classes may be others from now on: their objects were freed and may be reused.
-    fn forget(&mut self, classes: &[LockClass]) {
-        for taken in self.under.values_mut() {
-            taken.retain(|(_, class)| !classes.contains(class));
-        }
-        self.under.retain(|_, taken| !taken.is_empty());
     }
 
     fn released(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
@@ -179,7 +123,6 @@ impl Monitor for Locks {
     fn reset(&mut self) {
         self.held.clear();
         self.known.clear();
-        self.under.clear();
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [word, class, ..] = seen.event.args;
@@ -188,19 +131,13 @@ impl Monitor for Locks {
             (Some(EventKind::LockAcquire), Some(class)) => self.acquired(seen, word, class, found),
             (Some(EventKind::LockRelease), Some(class)) => self.released(seen, word, class, found),
             (Some(EventKind::SyscallExit | EventKind::FaultExit), _) => self.over(seen, found),
-            (Some(EventKind::FrameFree), _) if seen.event.args[2] == FrameKind::Table as u64 => {
-                self.forget(&[LockClass::PageTable]);
-            }
-            (Some(EventKind::MmFree), _) => {
-                self.forget(&[LockClass::MmapRead, LockClass::MmapWrite]);
-            }
             _ => {}
         }
     }
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
 }
 
-fn holder(seen: &Seen, class: LockClass) -> Holder {
+pub(super) fn holder(seen: &Seen, class: LockClass) -> Holder {
     match rank(class) {
         0 => Holder::Task(seen.event.task),
         _ => Holder::Cpu(seen.vcpu),
@@ -307,23 +244,6 @@ mod tests {
             (1, 2, SyscallExit, 0, MmapRead),
         ];
         assert_eq!(ids(&others), [""; 0]);
-    }
-
-    #[test]
-    fn two_locks_of_a_kind_in_both_orders_or_more_in_a_circle_are_k_04() {
-        let pair = |vcpu: usize, one: u64, two: u64| {
-            let task = vcpu as u32 + 1;
-            [
-                (vcpu, task, LockAcquire, one, PageTable),
-                (vcpu, task, LockAcquire, two, PageTable),
-                (vcpu, task, LockRelease, two, PageTable),
-                (vcpu, task, LockRelease, one, PageTable),
-            ]
-        };
-        assert_eq!(ids(&[pair(0, 1, 2), pair(1, 1, 2)].concat()), [""; 0]);
-        assert_eq!(ids(&[pair(0, 1, 2), pair(1, 2, 1)].concat()), ["K-04"]);
-        let circle = [pair(0, 1, 2), pair(1, 2, 3), pair(0, 3, 1)].concat();
-        assert_eq!(ids(&circle), ["K-04"]);
     }
 
     proptest! {

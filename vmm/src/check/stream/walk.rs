@@ -3,32 +3,68 @@
 //! A walk in software holds pointers to tables from its first load to its end: a fault, a copy to or from
 //! user memory, an unmap, an rmap walk, fork. A walk that began before a table was unlinked may have reached it;
 //! one that began later cannot. Walks by processors, lazy ones too, are the TLB model's (T-03).
+//!
+//! What keeps the tables where they are depends on who walks (`abi::channel::Walker`): unmapping takes the mmap_lock for
+//! writing, takes a VMA off its anon_vmas first, and its flush waits for every CPU that has interrupts off.
 
-use abi::channel::EventKind;
-use abi::objects::FrameKind;
+use std::mem::offset_of;
+
+use abi::channel::{EventKind, Walker};
+use abi::lock::LockClass;
+use abi::objects::{Cpu, FrameKind, KernelRoot, Mm};
 use abi::pte::{Pte, level_size};
 use rustc_hash::FxHashMap;
 
+use super::words::{Word as _, mms};
 use super::{Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
-pub const INVARIANTS: &[Rule] = &[(
-    INSIDE,
-    "a page-table page is freed only when no walk that began before it was unlinked goes on",
-)];
+pub const INVARIANTS: &[Rule] = &[
+    (
+        INSIDE,
+        "a page-table page is freed only when no walk that began before it was unlinked goes on",
+    ),
+    (
+        PROTECTED,
+        "who walks page tables holds what keeps them there: the mmap_lock, the anon_vma's lock, an RCU read section, or this vCPU's CR3",
+    ),
+];
 
 const INSIDE: &str = "W-01";
+const PROTECTED: &str = "W-02";
 
 /// A walk that goes on.
 #[derive(Clone, Copy, Debug)]
 struct Walk {
     /// Who walks: a task, which may go on on another vCPU; without one the vCPU.
     who: (u32, usize),
+    vcpu: usize,
     mm: u64,
     gva: u64,
+    walker: Option<Walker>,
     began: u64,
+}
+
+/// Locks that the walks of one kind rely on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Held {
+    who: (u32, usize),
+    vcpu: usize,
+    class: LockClass,
+    word: u64,
+}
+
+/// What memory says at the start.
+#[derive(Clone, Debug, Default)]
+struct Start {
+    /// By number: where the object lies.
+    mms: FxHashMap<u64, u64>,
+    /// Number of the mm that each vCPU has loaded.
+    loaded: Vec<u64>,
+    /// Lock words that somebody holds already: nobody knows who.
+    held: Vec<u64>,
 }
 
 /// A table that nothing refers to any more.
@@ -45,11 +81,109 @@ struct Unlinked {
 pub struct Walks {
     walks: Vec<Walk>,
     unlinked: FxHashMap<u64, Unlinked>,
+    held: Vec<Held>,
+    /// Depth of each vCPU's RCU read section.
+    sections: FxHashMap<usize, u64>,
+    start: Start,
+    now: Start,
     /// Events so far.
     at: u64,
 }
 
 impl Walks {
+    fn begin(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [mm, gva, walker, ..] = seen.event.args;
+        let walk = Walk {
+            who: who(seen),
+            vcpu: seen.vcpu,
+            mm,
+            gva,
+            walker: Walker::from_u64(walker),
+            began: self.at,
+        };
+        self.walks.push(walk);
+        self.judge(seen, walk, "begins", found);
+    }
+
+    /// Whether `walk` still holds what it needs.
+    fn judge(&self, seen: &Seen, walk: Walk, does: &str, found: &mut Vec<Violation>) {
+        let Some(walker) = walk.walker else { return };
+        let held = match walker {
+            Walker::User => {
+                let loaded = self.now.loaded.get(walk.vcpu);
+                loaded.is_none_or(|loaded| *loaded == walk.mm)
+            }
+            // One that was open before the stream began is not known.
+            Walker::Peek => self.sections.get(&walk.vcpu) != Some(&0),
+            // A fault that stays inside the family it has locked walks one mm only; others lock by task.
+            Walker::Rmap => {
+                let mut held = self.held.iter();
+                held.any(|held| held.class == LockClass::AnonVma && held.vcpu == walk.vcpu)
+            }
+            _ => {
+                let Some(object) = self.now.mms.get(&walk.mm) else {
+                    return; // An mm from before the stream that is on no list.
+                };
+                let word = mmap_lock(*object);
+                let mut held = self.held.iter();
+                self.now.held.contains(&word)
+                    || held.any(|held| held.word == word && held.who == walk.who)
+            }
+        };
+        if !held {
+            let needs = match walker {
+                Walker::User => "its CR3 loaded",
+                Walker::Rmap => "an anon_vma lock",
+                Walker::Peek => "an RCU read section",
+                _ => "its mmap_lock",
+            };
+            let title = format!("a walk by {} {does} without {needs}", walker.name());
+            let finding = Finding::new(title)
+                .expected(needs)
+                .found(format!("none held by task {}", walk.who.0))
+                .mm(walk.mm)
+                .gva(walk.gva)
+                .vcpu(seen.vcpu);
+            found.push(violation(INVARIANTS, PROTECTED, finding));
+        }
+    }
+
+    /// The walks of `seen`'s task and vCPU that go on.
+    fn judge_own(&self, seen: &Seen, found: &mut Vec<Violation>) {
+        let (me, vcpu) = (who(seen), seen.vcpu);
+        for walk in self.walks.iter().filter(|w| w.who == me && w.vcpu == vcpu) {
+            self.judge(seen, *walk, "goes on", found);
+        }
+    }
+
+    fn lock(&mut self, seen: &Seen, taken: bool, found: &mut Vec<Violation>) {
+        let [word, class, ..] = seen.event.args;
+        let Some(class) = LockClass::from_u64(class) else {
+            return;
+        };
+        if !matches!(
+            class,
+            LockClass::MmapRead | LockClass::MmapWrite | LockClass::AnonVma
+        ) {
+            return;
+        }
+        let held = Held {
+            who: who(seen),
+            vcpu: seen.vcpu,
+            class,
+            word,
+        };
+        if taken {
+            return self.held.push(held);
+        }
+        let same = |other: &Held| (other.who, other.class, other.word) == (held.who, class, word);
+        match self.held.iter().rposition(same) {
+            Some(at) => drop(self.held.swap_remove(at)),
+            None => self.now.held.retain(|other| *other != word),
+        }
+        self.judge_own(seen, found);
+    }
+
     fn unlink(&mut self, args: [u64; 5]) {
         let [mm, gva, level, old, new] = args;
         let (old, new) = (Pte(old), Pte(new));
@@ -107,24 +241,37 @@ impl Monitor for Walks {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
     }
-    fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
+    fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
+        self.start = read(memory, kernel_root, nr_vcpus);
         self.reset();
     }
     fn reset(&mut self) {
         self.walks.clear();
         self.unlinked.clear();
+        self.held.clear();
+        self.sections.clear();
+        self.now.clone_from(&self.start);
         self.at = 0;
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         self.at += 1;
         let args = seen.event.args;
         match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::WalkBegin) => self.walks.push(Walk {
-                who: who(seen),
-                mm: args[0],
-                gva: args[1],
-                began: self.at,
-            }),
+            Some(EventKind::WalkBegin) => self.begin(seen, found),
+            Some(EventKind::LockAcquire) => self.lock(seen, true, found),
+            Some(EventKind::LockRelease) => self.lock(seen, false, found),
+            Some(EventKind::RcuEnter | EventKind::RcuExit) => {
+                self.sections.insert(seen.vcpu, args[0]);
+                self.judge_own(seen, found);
+            }
+            Some(EventKind::MmCreate) => drop(self.now.mms.insert(args[0], args[2])),
+            Some(EventKind::MmFree) => drop(self.now.mms.remove(&args[0])),
+            Some(EventKind::Cr3Load) => {
+                if let Some(loaded) = self.now.loaded.get_mut(seen.vcpu) {
+                    *loaded = args[1];
+                }
+                self.judge_own(seen, found);
+            }
             Some(EventKind::WalkEnd) => {
                 let me = who(seen);
                 // The innermost: walks nest.
@@ -139,6 +286,28 @@ impl Monitor for Walks {
         }
     }
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
+}
+
+fn mmap_lock(mm: u64) -> u64 {
+    mm.wrapping_add(offset_of!(Mm, mmap_lock) as u64)
+}
+
+fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> Start {
+    let mut start = Start::default();
+    for mm in mms(memory, kernel_root) {
+        let id = memory.field(mm, offset_of!(Mm, id));
+        start.mms.insert(id, mm);
+        if memory.field(mm, offset_of!(Mm, mmap_lock)) != 0 {
+            start.held.push(mmap_lock(mm));
+        }
+    }
+    for index in 0..nr_vcpus {
+        let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
+        let mm = memory.field(kernel_root, cpu + offset_of!(Cpu, loaded_mm));
+        let id = memory.field(mm, offset_of!(Mm, id));
+        start.loaded.push(if mm == 0 { 0 } else { id });
+    }
+    start
 }
 
 fn who(seen: &Seen) -> (u32, usize) {
@@ -160,6 +329,7 @@ mod tests {
 
     fn ids(steps: &[(u32, K, [u64; 5])]) -> Vec<&'static str> {
         let mut walks = Walks::default();
+        walks.now.loaded = vec![1];
         let mut found = Vec::new();
         for &(task, kind, args) in steps {
             let event = Event {
@@ -171,6 +341,48 @@ mod tests {
             walks.observe(&Seen { vcpu: 0, event }, &mut found);
         }
         found.iter().map(|violation| violation.id).collect()
+    }
+
+    #[test]
+    fn a_walk_without_its_lock_is_w_02() {
+        let mmap = mmap_lock(0x100);
+        let (read, anon) = (LockClass::MmapRead as u64, LockClass::AnonVma as u64);
+        let create = (1, K::MmCreate, [1, 0, 0x100, 0, 0]);
+        let walk = |task, walker: Walker| (task, K::WalkBegin, [1, 0x1000, walker as u64, 0, 0]);
+        let end = |walker: Walker| (1, K::WalkEnd, [1, 0x1000, walker as u64, 0, 0]);
+        let take = |word, class| (1, K::LockAcquire, [word, class, 0, 0, 0]);
+        let give = |word, class| (1, K::LockRelease, [word, class, 0, 0, 0]);
+
+        let fault = [create, take(mmap, read), walk(1, Walker::Fault)];
+        let over = [end(Walker::Fault), give(mmap, read)];
+        assert_eq!(ids(&[fault, [over[0], over[1], create]].concat()), [""; 0]);
+        assert_eq!(ids(&[create, walk(1, Walker::Fault)]), ["W-02"]);
+        assert_eq!(
+            ids(&[create, take(mmap, read), walk(2, Walker::Unmap)]),
+            ["W-02"],
+            "another task's lock"
+        );
+        assert_eq!(
+            ids(&[create, take(8, read), walk(1, Walker::Fork)]),
+            ["W-02"],
+            "another mm's lock"
+        );
+        assert_eq!(
+            ids(&[&fault[..], &[give(mmap, read)]].concat()),
+            ["W-02"],
+            "dropped inside"
+        );
+        assert_eq!(ids(&[walk(1, Walker::Rmap)]), ["W-02"]);
+        let rmap = [take(8, anon), walk(1, Walker::Rmap), end(Walker::Rmap)];
+        assert_eq!(ids(&rmap), [""; 0]);
+        let load = |mm| (1, K::Cr3Load, [0, mm, 0, 0, 0]);
+        assert_eq!(ids(&[load(1), walk(1, Walker::User)]), [""; 0]);
+        assert_eq!(ids(&[load(2), walk(1, Walker::User)]), ["W-02"]);
+        let (enter, exit) = ((1, K::RcuEnter, [1, 0, 0, 0, 0]), (1, K::RcuExit, [0; 5]));
+        let peek = [enter, walk(1, Walker::Peek), end(Walker::Peek), exit];
+        assert_eq!(ids(&peek), [""; 0]);
+        assert_eq!(ids(&[exit, walk(1, Walker::Peek)]), ["W-02"]);
+        assert_eq!(ids(&[&peek[..2], &[exit]].concat()), ["W-02"]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::check::{Family, all};
+use crate::check::{Family, all, described};
 
 const DOCUMENT: &str = include_str!("../../../../docs/invariants.md");
 const TESTS: &str = concat!(
@@ -11,6 +11,17 @@ const TESTS: &str = concat!(
     include_str!("rmap.rs"),
     include_str!("vma.rs"),
     include_str!("lifetime.rs"),
+);
+/// Tests of rules on the stream, beside the monitors.
+const STREAM_TESTS: &str = concat!(
+    include_str!("../stream/tlb/tests.rs"),
+    include_str!("../stream/locks.rs"),
+    include_str!("../stream/order.rs"),
+    include_str!("../stream/lifetime.rs"),
+    include_str!("../stream/folio.rs"),
+    include_str!("../stream/walk.rs"),
+    include_str!("../stream/rcu.rs"),
+    include_str!("../stream/rmap.rs"),
 );
 
 /// The cells of the table's rows.
@@ -23,9 +34,10 @@ fn rows() -> Vec<Vec<&'static str>> {
 #[test]
 fn the_document_lists_the_registry() {
     let written: Vec<_> = rows().iter().map(|cells| cells[..4].join(" | ")).collect();
-    let registered: Vec<_> = all()
+    let registered: Vec<_> = described()
         .map(|invariant| {
-            let applies = invariant.applies.describe();
+            assert!(!invariant.source.is_empty(), "{}", invariant.id);
+            let applies = invariant.applies;
             [invariant.id, invariant.predicate, applies, invariant.source].join(" | ")
         })
         .collect();
@@ -37,7 +49,20 @@ fn the_document_lists_the_registry() {
 
 #[test]
 fn every_invariant_has_a_test_that_makes_it_fire() {
-    for cells in rows() {
+    let of_states = all().count();
+    for cells in &rows()[of_states..] {
+        let test = format!("fn {}()", cells[4].trim_matches('`'));
+        let body = STREAM_TESTS
+            .split("#[test]")
+            .find(|body| body.contains(&test));
+        let body = body.unwrap_or_else(|| panic!("there is no test {test}"));
+        assert!(
+            body.contains(&format!("\"{}\"", cells[0])),
+            "{test}: {}",
+            cells[0]
+        );
+    }
+    for cells in &rows()[..of_states] {
         let test = cells[4].trim_matches('`');
         let id = cells[0].replace('-', "").to_lowercase();
         assert!(
@@ -64,6 +89,12 @@ fn ids_are_unique_and_their_letter_is_the_family() {
             Family::Lifetime => 'L',
         };
         assert!(invariant.id.starts_with(letter));
-        assert!(!invariant.predicate.contains('\n') && !invariant.predicate.contains('|'));
     }
+    for invariant in described() {
+        assert!(!invariant.predicate.contains('\n') && !invariant.predicate.contains('|'));
+        seen.remove(invariant.id);
+    }
+    assert!(seen.is_empty());
+    let ids: BTreeSet<_> = described().map(|invariant| invariant.id).collect();
+    assert_eq!(ids.len(), described().count());
 }

@@ -2,6 +2,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use abi::bug::Bug;
+use abi::channel::EventKind;
 
 use super::ModelEngine;
 use crate::explore::campaign::{self, Counts, Plan, Strategy, Worker, failure_id};
@@ -10,7 +11,7 @@ use crate::explore::{Driver, Ending, Execution, Limits, Scheduler, switches};
 use crate::report::story;
 use crate::scenario::{self, Scenario};
 
-pub(crate) const TESTS: [&str; 11] = [
+pub(crate) const TESTS: [&str; 12] = [
     "unmap",
     "protect",
     "dontneed",
@@ -22,6 +23,7 @@ pub(crate) const TESTS: [&str; 11] = [
     "remap",
     "apart",
     "wake",
+    "peek",
 ];
 
 /// vCPUs that a test needs to show all that it can.
@@ -83,8 +85,29 @@ fn a_replay_is_identical_every_time() {
     }
 }
 
+/// A clean `peek` shows little if no grace period ever has to wait for its reader.
+#[test]
+fn grace_periods_wait_for_readers_and_end() {
+    let mut driver = driver("peek", None);
+    let mut waited = 0;
+    for index in 0..200 {
+        let run = once(&mut driver, &mut Pct::new(1, index, 3, Some(400)));
+        assert!(
+            matches!(run.ending, Ending::Finished { .. }),
+            "{:?}",
+            run.ending
+        );
+        let first = |kind: EventKind| run.events.iter().position(|s| s.event.kind == kind as u32);
+        if let Some(wait) = first(EventKind::RcuGpWait) {
+            let mut later = run.events[wait..].iter();
+            waited += usize::from(later.any(|s| s.event.kind == EventKind::RcuFree as u32));
+        }
+    }
+    assert!(waited > 0, "no grace period waited and ended");
+}
+
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 13] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 14] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -98,6 +121,7 @@ pub(crate) const SHOWN_BY: [(&str, &str); 13] = [
     ("cow-free-before-flush", "cow"),
     ("mapcount-after-unlock", "unmap"),
     ("switch-clears-lazy-late", "wake"),
+    ("tables-free-without-grace-period", "peek"),
 ];
 
 /// What no scheduling point separates: only schedules of instructions show it (`engine::kvm::tests`).

@@ -478,6 +478,23 @@ pub(super) fn leaf_frames(memory: &dyn PhysMem, kernel_root: u64) -> Vec<u64> {
     read(memory, kernel_root, 0).leaf_frames()
 }
 
+/// Addresses at which the tables below `pgd` map `frame`.
+pub(super) fn leaf_addresses(memory: &dyn PhysMem, pgd: u64, frame: u64) -> Vec<u64> {
+    let mut state = State::default();
+    walk(memory, &mut state, 0, pgd, 4, 0);
+    let maps = |entry: Pte| entry.is_present() && entry.address() == frame;
+    let leaves = state
+        .entries
+        .iter()
+        .filter(|((_, level, _), _)| *level == 1);
+    let mut found: Vec<u64> = leaves
+        .filter(|(_, entry)| maps(**entry))
+        .map(|((_, _, gva), _)| *gva)
+        .collect();
+    found.sort_unstable();
+    found
+}
+
 fn walk(memory: &dyn PhysMem, state: &mut State, mm: u64, table: u64, level: u8, base: u64) {
     let Ok(entries) = memory.table(table) else {
         return;

@@ -1,19 +1,32 @@
-//! Locks over words in shared objects: a spin lock and a reader-writer lock that prefers writers.
+//! Locks over words in shared objects: a spin lock and a reader-writer lock that prefers writers; and RCU.
 //!
-//! Both spin with [`Arch::relax`], so a CPU that waits still takes IPIs: a shootdown never deadlocks
-//! with a lock. Neither may be taken from an IPI handler. Lock words live in `abi` objects so that the
-//! host can see who holds what.
+//! Each algorithm is a file of its own, generic over the atomics ([`Word`]), with its ordering rules: [`spin`],
+//! [`rwlock`], [`seqcount`], [`srcu`], [`grace`] (the counters of RCU). What is here and in [`rcu`] puts them on the kernel's
+//! objects, with the events and points that the host sees.
+//!
+//! Both locks spin with [`Arch::relax`], so a CPU that waits still takes IPIs: a shootdown never deadlocks
+//! with a lock; outside of RCU read sections it is quiescent meanwhile. Neither may be taken from an IPI handler.
+//! Lock words live in `abi` objects so that the host can see who holds what.
 //!
 //! Lock order (Linux's `Documentation/mm/process_addrs.rst`, the part that exists here):
 //! `mmap_lock` -> anon_vma root -> page-table lock -> buddy/slab/mms/sched locks. Two mmap_locks:
 //! parent before child (fork; nobody else can know the child).
 
+pub mod grace;
+pub mod rcu;
+pub mod rwlock;
+pub mod seqcount;
+pub mod spin;
+pub mod srcu;
+mod word;
+
+pub use word::Word;
+
 use core::sync::atomic::AtomicU64;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::EventKind;
 use abi::lock::LockClass;
-use abi::objects::RwLockWord;
 use abi::point::Point;
 
 use crate::Kernel;
@@ -35,8 +48,7 @@ impl<A: Arch> Kernel<A> {
     /// Where this CPU holds it already.
     pub fn lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
         let me = self.arch.cpu() as u64 + 1;
-        // Acquire: what the last holder wrote is visible from here on.
-        while let Err(holder) = word.compare_exchange_weak(0, me, Acquire, Relaxed) {
+        while let Err(holder) = spin::try_acquire(word, me) {
             assert!(holder != me, "{class:?} lock taken twice by CPU {}", me - 1);
             self.wait(word, class);
         }
@@ -64,34 +76,22 @@ impl<A: Arch> Kernel<A> {
 
     /// Takes the reader-writer lock `word` for reading: shared with other readers.
     pub fn read_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
-        loop {
-            let value = word.load(Relaxed);
-            if LockClass::MmapRead.lets_in(value)
-                && word
-                    .compare_exchange_weak(value, value + 1, Acquire, Relaxed)
-                    .is_ok()
-            {
-                return self.acquired(word, class);
-            }
+        while !rwlock::try_read(word) {
             self.wait(word, class);
         }
+        self.acquired(word, class)
     }
 
     /// Takes the reader-writer lock `word` for writing: alone.
     pub fn write_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
         loop {
-            let value = word.load(Relaxed);
-            if LockClass::MmapWrite.lets_in(value) {
-                if word
-                    .compare_exchange_weak(value, RwLockWord::WRITER, Acquire, Relaxed)
-                    .is_ok()
-                {
-                    return self.acquired(word, class);
+            match rwlock::try_write(word) {
+                Ok(()) => return self.acquired(word, class),
+                Err(rwlock::Refused::Raced) => {}
+                Err(rwlock::Refused::Held) => {
+                    rwlock::claim(word);
+                    self.wait(word, class);
                 }
-            } else {
-                // Another waiting writer's claim is cleared by whoever wins and set again here.
-                word.fetch_or(RwLockWord::WAITING, Relaxed);
-                self.wait(word, class);
             }
         }
     }
@@ -102,8 +102,7 @@ impl<A: Arch> Kernel<A> {
             EventKind::LockWait,
             [self.lock_id(word), class as u64, 0, 0, 0],
         );
-        self.point(Point::LockWait, [self.lock_id(word), class as u64]);
-        self.arch.relax();
+        self.spin(Point::LockWait, [self.lock_id(word), class as u64]);
     }
 
     fn acquired<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
@@ -121,7 +120,12 @@ impl<A: Arch> Kernel<A> {
 
     /// Guest physical address of a lock word: its name in events, the same on every engine.
     pub(crate) fn lock_id(&self, word: &AtomicU64) -> u64 {
-        (core::ptr::from_ref(word) as u64).wrapping_sub(self.arch.phys_to_virt(0) as u64)
+        self.gpa_of(word)
+    }
+
+    /// Guest physical address of a field of a shared object.
+    fn gpa_of<T>(&self, field: &T) -> u64 {
+        (core::ptr::from_ref(field) as u64).wrapping_sub(self.arch.phys_to_virt(0) as u64)
     }
 }
 
@@ -136,16 +140,10 @@ impl<A: Arch> Drop for Guard<'_, A> {
             EventKind::LockRelease,
             [kernel.lock_id(word), *class as u64, 0, 0, 0],
         );
-        // Release: the next holder sees everything written under the lock.
         match class {
-            LockClass::MmapRead => {
-                word.fetch_sub(1, Release);
-            }
-            // WAITING stays if somebody still waits.
-            LockClass::MmapWrite => {
-                word.fetch_and(!RwLockWord::WRITER, Release);
-            }
-            _ => word.store(0, Release),
+            LockClass::MmapRead => rwlock::release_read(*word),
+            LockClass::MmapWrite => rwlock::release_write(*word),
+            _ => spin::release(*word),
         }
         kernel.point(Point::LockRelease, [kernel.lock_id(word), *class as u64]);
     }

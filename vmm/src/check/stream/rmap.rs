@@ -1,0 +1,399 @@
+//! The way back from a folio on the stream (family A): the host walks the kernel's own rmap and finds the entries that the
+//! events have told.
+//!
+//! Reclaim, migration and truncation trust `rmap_walk` to find every entry of a folio; one that it misses stays mapped
+//! to a frame that is reused. So the host does that walk itself, over the kernel's anon_vmas, chains and VMAs in guest
+//! memory (Linux mm/rmap.c, rmap_walk_anon): at the end of every schedule for all folios, and at the first few stops in
+//! which something has changed for those whose entries have. What somebody is changing under a lock is not judged.
+
+use std::mem::offset_of;
+
+use abi::channel::EventKind;
+use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
+use abi::objects::{AnonVma, AnonVmaChain, Folio, KernelRoot, Mm, RwLockWord, Vma};
+use abi::pte::{Pte, index};
+use rustc_hash::FxHashMap;
+
+use super::words::{Word as _, mms};
+use super::{Monitor, Rule, Seen, tlb, violation};
+use crate::check::{Finding, Violation};
+use crate::memory::PhysMem;
+
+/// IDs and predicates.
+pub const INVARIANTS: &[Rule] = &[
+    (
+        FINDS,
+        "a walk back from a folio finds the entries that map it, all of them and no other",
+    ),
+    (
+        ALIVE,
+        "a walk back from a folio passes only what is alive: its anon_vma, chains, attached VMAs, mms",
+    ),
+];
+
+const FINDS: &str = "A-01";
+const ALIVE: &str = "A-02";
+
+/// Stops at which a schedule is looked at before its end: a look costs about a microsecond for each folio.
+const LOOKS: u32 = 4;
+/// Chains that one look follows at most, and tables that it enters to see whether one is locked: the guest may have
+/// tied them into a loop.
+const MAX_CHAINS: u32 = 1 << 16;
+const MAX_TABLES: u32 = 1 << 14;
+
+/// See the module.
+#[derive(Clone, Debug, Default)]
+pub struct Rmap {
+    start: FxHashMap<u64, u32>,
+    /// Present leaf entries that the events have told, by the frame that they map.
+    entries: FxHashMap<u64, u32>,
+    /// Frames whose entries have changed since the last look.
+    changed: Vec<u64>,
+    looks: u32,
+}
+
+impl Rmap {
+    fn change(&mut self, frame: u64, by: i32) {
+        let entries = self.entries.entry(frame).or_default();
+        *entries = entries.saturating_add_signed(by);
+        if !self.changed.contains(&frame) {
+            self.changed.push(frame);
+        }
+    }
+
+    fn look(&self, guest: &mut Guest<'_>, frame: u64, found: &mut Vec<Violation>) {
+        let told = self.entries.get(&frame).copied().unwrap_or(0);
+        if told == 0 {
+            return;
+        }
+        let verdict = match guest.walk_back(frame) {
+            Ok(walked) if walked == told => return,
+            Ok(walked) => {
+                let title = "a walk back from a folio does not find its entries";
+                (
+                    FINDS,
+                    finding(guest, title, frame).found(format!("{walked} entries")),
+                )
+            }
+            Err((kind, at)) => {
+                let title = format!("a walk back from a folio meets a {kind} that is not alive");
+                let finding = finding(guest, &title, frame).found(format!("{kind} at {at:#x}"));
+                (ALIVE, finding.object(kind, at))
+            }
+        };
+        if !guest.is_busy(frame) {
+            let finding = verdict
+                .1
+                .expected(format!("{told} entries, as the events told"));
+            found.push(violation(INVARIANTS, verdict.0, finding));
+        }
+    }
+}
+
+impl Monitor for Rmap {
+    fn fork(&self) -> Box<dyn Monitor> {
+        Box::new(self.clone())
+    }
+    fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, _: usize) {
+        self.start.clear();
+        for frame in tlb::leaf_frames(memory, kernel_root) {
+            *self.start.entry(frame).or_default() += 1;
+        }
+        self.reset();
+    }
+    fn reset(&mut self) {
+        self.entries.clone_from(&self.start);
+        self.changed.clear();
+        self.looks = LOOKS;
+    }
+    fn observe(&mut self, seen: &Seen, _: &mut Vec<Violation>) {
+        if seen.event.kind != EventKind::PteChange as u32 {
+            return;
+        }
+        let [_, _, level, old, new] = seen.event.args;
+        if level == 1 && Pte(old).address() != Pte(new).address() {
+            for (entry, by) in [(Pte(old), -1), (Pte(new), 1)] {
+                if entry.is_present() {
+                    self.change(entry.address(), by);
+                }
+            }
+        }
+    }
+    fn settled(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
+        if self.looks == 0 || self.changed.is_empty() {
+            return;
+        }
+        self.looks -= 1;
+        let mut guest = Guest::new(memory, kernel_root);
+        for frame in std::mem::take(&mut self.changed) {
+            self.look(&mut guest, frame, found);
+        }
+    }
+    fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
+        let mut guest = Guest::new(memory, kernel_root);
+        let mut all = Vec::new();
+        for &frame in self.entries.keys() {
+            self.look(&mut guest, frame, &mut all);
+        }
+        // The map has no order of its own that a replay could rely on.
+        found.extend(all.into_iter().min_by_key(|v| v.finding.where_.frame));
+    }
+}
+
+/// What is not alive, and where it lies.
+type Dead = (&'static str, u64);
+
+/// The kernel's objects in guest memory.
+struct Guest<'m> {
+    memory: &'m dyn PhysMem,
+    kernel_root: u64,
+    folios: u64,
+    /// Chains that may still be followed.
+    left: u32,
+    hits: Vec<(u64, u64)>,
+}
+
+impl<'m> Guest<'m> {
+    fn new(memory: &'m dyn PhysMem, kernel_root: u64) -> Self {
+        Self {
+            memory,
+            kernel_root,
+            folios: memory.field(kernel_root, offset_of!(KernelRoot, folios)),
+            left: MAX_CHAINS,
+            hits: Vec::new(),
+        }
+    }
+
+    fn folio(&self, frame: u64) -> u64 {
+        let offset = (frame >> PAGE_SHIFT).wrapping_mul(size_of::<Folio>() as u64);
+        self.folios.wrapping_add(offset)
+    }
+
+    /// How many entries a walk back from the folio of `frame` finds.
+    fn walk_back(&mut self, frame: u64) -> Result<u32, Dead> {
+        let memory = self.memory;
+        let folio = self.folio(frame);
+        let anon = memory.field(folio, offset_of!(Folio, owner));
+        let at = memory.field(folio, offset_of!(Folio, index));
+        self.hits.clear();
+        if anon == 0 {
+            return Ok(0);
+        }
+        let alive = |kind, object: u64, generation: usize| match memory.half(object, generation) % 2
+        {
+            1 => Ok(()),
+            _ => Err((kind, object)),
+        };
+        alive("AnonVma", anon, offset_of!(AnonVma, generation))?;
+        let mut chain = memory.field(anon, offset_of!(AnonVma, chains));
+        while chain != 0 && self.left > 0 {
+            self.left -= 1;
+            alive("AnonVmaChain", chain, offset_of!(AnonVmaChain, generation))?;
+            let vma = memory.field(chain, offset_of!(AnonVmaChain, vma));
+            alive("VMA", vma, offset_of!(Vma, generation))?;
+            if memory.half(vma, offset_of!(Vma, attached)) == 0 {
+                return Err(("VMA", vma));
+            }
+            let start = memory.field(vma, offset_of!(Vma, start));
+            let end = memory.field(vma, offset_of!(Vma, end));
+            let first = memory.field(vma, offset_of!(Vma, pgoff));
+            let offset = at.wrapping_sub(first);
+            if at >= first && offset < end.wrapping_sub(start) >> PAGE_SHIFT {
+                let mm = memory.field(vma, offset_of!(Vma, mm));
+                alive("mm", mm, offset_of!(Mm, generation))?;
+                let place = (mm, start.wrapping_add(offset << PAGE_SHIFT));
+                // Two VMAs may cover one page for a moment: that is one entry.
+                if self.maps(place, frame) && !self.hits.contains(&place) {
+                    self.hits.push(place);
+                }
+            }
+            chain = memory.field(chain, offset_of!(AnonVmaChain, next_of_anon));
+        }
+        Ok(self.hits.len() as u32)
+    }
+
+    fn maps(&self, (mm, gva): (u64, u64), frame: u64) -> bool {
+        let mut table = self.memory.field(mm, offset_of!(Mm, pgd));
+        for level in [4, 3, 2, 1] {
+            let entry = Pte(self.memory.field(table, 8 * index(gva, level)));
+            if !entry.is_present() {
+                return false;
+            }
+            table = entry.address();
+        }
+        table == frame
+    }
+
+    /// True where somebody may be in the middle of changing what a walk back from `frame` passes: the VMAs
+    /// of any mm, since a chain may lead to any; the entries of any; the lists of the family.
+    fn is_busy(&self, frame: u64) -> bool {
+        let memory = self.memory;
+        let mut left = MAX_TABLES;
+        let folio = self.folio(frame);
+        let anon = memory.field(folio, offset_of!(Folio, owner));
+        let root = memory.field(anon, offset_of!(AnonVma, root));
+        memory.field(root, offset_of!(AnonVma, lock)) != 0
+            || mms(memory, self.kernel_root).any(|mm| {
+                let lock = memory.field(mm, offset_of!(Mm, mmap_lock));
+                let pgd = memory.field(mm, offset_of!(Mm, pgd));
+                lock & RwLockWord::WRITER != 0 || self.is_table_locked(pgd, 4, &mut left)
+            })
+    }
+
+    fn is_table_locked(&self, table: u64, level: u8, left: &mut u32) -> bool {
+        *left = left.saturating_sub(1);
+        let lock = self
+            .memory
+            .field(self.folio(table), offset_of!(Folio, lock));
+        let user = if level == 4 { 256 } else { 512 };
+        lock != 0
+            || level > 1
+                && *left > 0
+                && self.memory.table(table).is_ok_and(|entries| {
+                    let entries = entries[..user].iter();
+                    entries
+                        .map(|entry| Pte(entry.load(std::sync::atomic::Ordering::Relaxed)))
+                        .filter(|entry| entry.is_present())
+                        .any(|entry| self.is_table_locked(entry.address(), level - 1, left))
+                })
+    }
+
+    /// Who maps `frame`, found by a walk of all page tables; at most eight.
+    fn mappings(&self, frame: u64) -> Vec<String> {
+        let mut all = Vec::new();
+        for mm in mms(self.memory, self.kernel_root) {
+            let id = self.memory.field(mm, offset_of!(Mm, id));
+            let pgd = self.memory.field(mm, offset_of!(Mm, pgd));
+            for gva in tlb::leaf_addresses(self.memory, pgd, frame) {
+                all.push(format!("mapped by mm {id} at GVA {gva:#x}"));
+            }
+        }
+        all.truncate(8);
+        all
+    }
+}
+
+fn finding(guest: &Guest<'_>, title: &str, frame: u64) -> Finding {
+    let places = guest.hits.iter();
+    let walked = places.map(|(mm, gva)| format!("found at GVA {gva:#x} of the mm at {mm:#x}"));
+    Finding::new(format!("{title}: frame {:#x}", frame / PAGE_SIZE))
+        .frame(frame >> PAGE_SHIFT)
+        .details(guest.mappings(frame))
+        .details(walked)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use abi::channel::Event;
+    use abi::objects::Pa;
+
+    use super::*;
+    use crate::check::world::{DATA, ROOT_GPA, World};
+
+    fn monitor(world: &World) -> Rmap {
+        let mut rmap = Rmap::default();
+        rmap.start(&world.memory, ROOT_GPA, 2);
+        rmap
+    }
+
+    /// What the end of a schedule shows after `corrupt`.
+    fn ids(corrupt: impl FnOnce(&mut World)) -> Vec<&'static str> {
+        let mut world = World::new();
+        let mut rmap = monitor(&world);
+        corrupt(&mut world);
+        let mut found = Vec::new();
+        rmap.compare(&world.memory, ROOT_GPA, &mut found);
+        found.iter().map(|violation| violation.id).collect()
+    }
+
+    fn shared(world: &World) -> u64 {
+        world.mapped_frame(world.parent, DATA)
+    }
+
+    fn anon_of(world: &World) -> u64 {
+        world.folio(shared(world), |folio| folio.owner.load(Relaxed))
+    }
+
+    #[test]
+    fn a_sound_guest_is_clean() {
+        assert_eq!(ids(|_| {}), [""; 0]);
+    }
+
+    #[test]
+    fn a_chain_that_is_missing_is_a_01() {
+        let cut = |world: &mut World| {
+            let anon = anon_of(world);
+            let first = world.object::<AnonVma>(anon).chains.get().0;
+            let rest = world.object::<AnonVmaChain>(first).next_of_anon.get();
+            world.update::<AnonVma, _>(anon, |anon| anon.chains.set(rest));
+        };
+        assert_eq!(ids(cut), ["A-01"]);
+        assert_eq!(
+            ids(|world| world.folio(shared(world), |folio| folio.index.store(0, Relaxed))),
+            ["A-01"],
+            "the wrong place"
+        );
+        // Somebody is changing the lists.
+        let busy = |world: &mut World| {
+            cut(world);
+            let anon = anon_of(world);
+            world.update::<AnonVma, _>(anon, |anon| anon.lock.store(1, Relaxed));
+        };
+        assert_eq!(ids(busy), [""; 0]);
+        let writer = |world: &mut World| {
+            cut(world);
+            let word = RwLockWord::WRITER;
+            world.update::<Mm, _>(world.child, |mm| mm.mmap_lock.store(word, Relaxed));
+        };
+        assert_eq!(ids(writer), [""; 0]);
+    }
+
+    #[test]
+    fn a_walk_over_what_is_gone_is_a_02() {
+        let detached = |world: &mut World| {
+            let vma = world.vmas[&(world.child, DATA)];
+            world.update::<Vma, _>(vma, |vma| vma.attached.store(0, Relaxed));
+        };
+        assert_eq!(ids(detached), ["A-02"]);
+        let freed = |world: &mut World| {
+            let anon = anon_of(world);
+            world.update::<AnonVma, _>(anon, |anon| anon.generation.store(2, Relaxed));
+        };
+        assert_eq!(ids(freed), ["A-02"]);
+    }
+
+    #[test]
+    fn chains_in_a_loop_and_links_into_nowhere_end() {
+        let looped = |world: &mut World| {
+            let first = world.object::<AnonVma>(anon_of(world)).chains.get();
+            world.update::<AnonVmaChain, _>(first.0, |chain| chain.next_of_anon.set(first));
+        };
+        assert_eq!(ids(looped), ["A-01"]);
+        let outside = |world: &mut World| {
+            world.update::<AnonVma, _>(anon_of(world), |anon| anon.chains.set(Pa::new(!7)));
+        };
+        assert_eq!(ids(outside), ["A-02"]);
+    }
+
+    #[test]
+    fn what_has_changed_is_looked_at_as_soon_as_all_stand_still_a_01() {
+        let world = World::new();
+        let mut rmap = monitor(&world);
+        let entry = world.pte(world.entry(world.parent, DATA, 1)).0;
+        // The event tells one more mapping than the rmap leads to.
+        let event = Event {
+            kind: EventKind::PteChange as u32,
+            args: [7, DATA, 1, 0, entry],
+            ..Event::default()
+        };
+        let mut found = Vec::new();
+        rmap.settled(&world.memory, ROOT_GPA, &mut found);
+        assert!(found.is_empty());
+        rmap.observe(&Seen { vcpu: 0, event }, &mut found);
+        rmap.settled(&world.memory, ROOT_GPA, &mut found);
+        assert_eq!(found[0].id, "A-01");
+        assert!(found[0].finding.details.len() >= 2, "{:?}", found[0]);
+    }
+}

@@ -86,6 +86,15 @@ impl Mode {
 pub(super) struct Footprint(Vec<(Resource, Mode)>);
 
 impl Footprint {
+    /// Of what is in flight to a vCPU as it arrives.
+    pub(super) fn of_wire(vcpu: usize) -> Self {
+        let mut print = Self::default();
+        print.touch(Resource::InFlight(vcpu), Mode::Write);
+        print.touch(Resource::Pending(vcpu), Mode::Write);
+        print.0.sort_unstable();
+        print
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = (Resource, Mode)> {
         self.0.iter().copied()
     }
@@ -174,10 +183,7 @@ impl Footprints {
     ) -> Footprint {
         let mut print = Footprint::default();
         match actor {
-            Actor::Wire(vcpu) => {
-                print.touch(Resource::InFlight(vcpu.into()), Mode::Write);
-                print.touch(Resource::Pending(vcpu.into()), Mode::Write);
-            }
+            Actor::Wire(vcpu) => print = Footprint::of_wire(vcpu.into()),
             Actor::Vcpu(vcpu) => {
                 let vcpu = usize::from(vcpu);
                 self.doing.resize(vcpus, Doing::Unknown);
@@ -228,6 +234,10 @@ fn points(
     let (Some(start), Some(end)) = (from.point, to.point) else {
         return false;
     };
+    // A grace period asks what every CPU is doing.
+    if start == P::RcuWait || end == P::RcuWait {
+        return false;
+    }
     let spins = matches!(
         end,
         P::LockWait | P::LockAcquire | P::FlushWait | P::FlushSync | P::IpiAck | P::IpiReceive

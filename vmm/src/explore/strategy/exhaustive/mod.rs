@@ -48,7 +48,7 @@ use shared::Shared;
 use turns::Turns;
 use visited::Visit;
 
-use crate::explore::footprint::Footprints;
+use crate::explore::footprint::{Footprint, Footprints};
 use crate::explore::trace::Trace;
 use crate::explore::{Actor, Choice, Schedule, Scheduler, Standing, View};
 
@@ -250,9 +250,20 @@ impl Exhaustive {
             self.counted.out_of_bounds += 1;
             return false;
         };
+        let known = candidate.next.is_some_and(|next| {
+            self.was_seen(node, candidate.actor, next, left)
+                || matches!(candidate.actor, Actor::Wire(_))
+                    && self.comes_too_early(node, candidate.actor, next, left)
+        });
+        self.counted.asleep += u64::from(known);
+        !known
+    }
+
+    /// True where something as good as `next` was visited: what comes of a known step of `actor`.
+    fn was_seen(&self, node: &Node, actor: Actor, next: u64, left: u32) -> bool {
         // The step is one that gets on, or an IPI: nobody is held after it, and whether the vCPU that ran
         // last could go on is the same wherever this state was visited.
-        let vcpu = match candidate.actor {
+        let vcpu = match actor {
             Actor::Vcpu(vcpu) => Some(vcpu),
             Actor::Wire(_) => node.last.map(|(vcpu, _)| vcpu),
         };
@@ -263,11 +274,32 @@ impl Exhaustive {
             turns: 0,
             wires: true,
         };
-        let known = candidate
-            .next
-            .is_some_and(|next| self.shared.visited.covers(next, &visit));
-        self.counted.asleep += u64::from(known);
-        !known
+        self.shared.visited.covers(next, &visit)
+    }
+
+    /// True where the IPI may as well arrive later: whoever can take a step after it has done the same
+    /// before it, and what came of that and of the IPI was visited. One step ahead of that rule itself, for
+    /// there are many places where an IPI could arrive.
+    fn comes_too_early(&self, node: &Node, wire: Actor, next: u64, left: u32) -> bool {
+        let Actor::Wire(to) = wire else { return false };
+        let can = |actor| node.candidates.iter().any(|other| other.actor == actor);
+        if node.holds || !can(Actor::Vcpu(to)) {
+            // It lets somebody take a step who could not before.
+            return false;
+        }
+        let print = Footprint::of_wire(to.into());
+        let rest = node.candidates.iter().filter(|other| other.actor != wire);
+        rest.into_iter().all(|other| {
+            let Some(left) = left.checked_sub(self.cost(node.last, other.actor)) else {
+                return true;
+            };
+            let (Some(alone), Some(its)) = (other.next, node.print_of(other.actor)) else {
+                return false;
+            };
+            // Steps that are independent have the same clocks in both orders.
+            let both = alone.wrapping_add(next).wrapping_sub(node.at);
+            its.independent(&print) && self.was_seen(node, other.actor, both, left)
+        })
     }
 
     /// Takes note of the step that is over.
@@ -303,6 +335,9 @@ impl Exhaustive {
         let node = &mut self.nodes[self.at];
         node.print = Some(print);
         node.gets_on = view.idle_turns == 0 && to.wait() != Some(Wait::Anyone);
+        if self.reduction == Reduction::Traces && node.gets_on {
+            node.candidates[node.chosen].next = Some(self.trace.fingerprint());
+        }
         self.at += 1;
     }
 
@@ -318,6 +353,8 @@ impl Exhaustive {
             candidates: Vec::with_capacity(view.enabled.len()),
             last: visit.last,
             left: visit.left,
+            holds: visit.held != 0,
+            at: self.trace.fingerprint(),
             print: None,
             gets_on: false,
             known: Vec::new(),
@@ -329,8 +366,8 @@ impl Exhaustive {
         let first = view.enabled.iter().filter(|actor| Some(**actor) == current);
         let rest = view.enabled.iter().filter(|actor| Some(**actor) != current);
         for &actor in first.chain(rest) {
-            let known = node.known.iter().find(|(known, _)| *known == actor);
-            let next = known.map(|(_, print)| self.trace.peek(actor, print));
+            let print = node.print_of(actor).filter(|_| reduces);
+            let next = print.map(|print| self.trace.peek(actor, &print));
             node.candidates.push(Candidate { actor, next });
         }
         if self.at >= self.bounds.steps {

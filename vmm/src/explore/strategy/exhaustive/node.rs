@@ -1,5 +1,7 @@
 //! A choice on the path that is explored.
 
+use std::borrow::Cow;
+
 use crate::explore::Actor;
 use crate::explore::footprint::Footprint;
 
@@ -14,6 +16,10 @@ pub(super) struct Node {
     pub(super) last: Option<(u8, bool)>,
     /// Preemptions left.
     pub(super) left: u32,
+    /// Somebody who could run does not have their turn.
+    pub(super) holds: bool,
+    /// Fingerprint here.
+    pub(super) at: u64,
     /// The step that was taken; none while it is not over, or where it ended the execution.
     pub(super) print: Option<Footprint>,
     /// The step was more than to wait for anyone: what can be done after it follows from the state alone.
@@ -45,6 +51,17 @@ impl Node {
             self.known.push((taken, print));
         }
         self.chosen += 1;
+    }
+
+    /// What the step of `actor` would touch here, where that is known.
+    pub(super) fn print_of(&self, actor: Actor) -> Option<Cow<'_, Footprint>> {
+        match actor {
+            Actor::Wire(to) => Some(Cow::Owned(Footprint::of_wire(to.into()))),
+            Actor::Vcpu(_) => {
+                let known = self.known.iter().find(|(known, _)| *known == actor);
+                known.map(|(_, print)| Cow::Borrowed(print))
+            }
+        }
     }
 
     /// Leaves nothing to choose but what is chosen.

@@ -64,7 +64,7 @@ fn jobs_share_a_search_and_come_to_the_same() {
         assert!(schedules[1] > schedules[0], "{schedules:?}");
         assert_eq!(found.is_empty(), bug.is_none(), "{found:?}");
         // With each bound a failure is met again: it is told once.
-        assert!((found.len() as u64) < schedules[1]);
+        assert!(found.len() as u64 <= schedules[1]);
         for jobs in [2, 3] {
             assert_eq!(
                 with(jobs),
@@ -93,7 +93,9 @@ fn a_search_that_is_ended_says_how_far_it_got() {
             ..plan(4, jobs)
         };
         let (executions, explored) = ends_early(&few, &Counts::default(), &AtomicBool::new(false));
-        assert_eq!((executions, explored.executions()), (60, 60));
+        // A job that waits for a part when another one ends has begun one for nothing.
+        assert!((60 + 1 - jobs as u64..=60).contains(&executions));
+        assert_eq!(executions, explored.executions());
         let reached = explored.reached();
         assert!(
             reached.preemptions < Some(4) && reached.schedules > 0,

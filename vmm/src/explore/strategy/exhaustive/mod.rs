@@ -1,10 +1,11 @@
 //! Bounded exhaustive search: every execution with at most so many preemptions, once up to equivalence.
 //!
 //! Depth first, stateless: an execution repeats the prefix of the one before up to the last choice that has
-//! an alternative (VeriSoft; Godefroid, POPL 1997). The bounds are CHESS's (Musuvathi, Qadeer, PLDI 2007):
-//! leaving a vCPU that could go on for another one costs one preemption; an IPI that arrives costs none.
-//! As in CHESS the bound grows from 0, so what is found needs no more preemptions than it has, and a search
-//! that is ended early is complete for the bounds before.
+//! an alternative (VeriSoft; Godefroid, POPL 1997). The bounds are CHESS's (Musuvathi, Qadeer, PLDI 2007): a
+//! vCPU that could go on is left for another one, or interrupted by an IPI, at the cost of one preemption.
+//! An IPI that arrives at one that is not running costs none. As in CHESS the bound grows from 0, so what is
+//! found needs no more preemptions than it has, and a search that is ended early is complete for the
+//! bounds before.
 //!
 //! **Reduction.** Two executions are equivalent where they differ only in the order of steps that touch
 //! nothing in common ([footprints](crate::explore::footprint)), that is, where they have the same
@@ -14,11 +15,13 @@
 //! for all the others may be one with too many preemptions (Coons, Musuvathi, McKinley, OOPSLA 2013). So
 //! there are no backtrack sets here, every enabled step is tried, and only these two are left out:
 //! - *Visited.* A prefix that is equivalent to one that was visited with as much freedom is not continued.
-//!   Freedom is what decides, besides the state, what the bounds allow ([`Visit`]): who ran last, how many
-//!   preemptions are left, and who has just waited for anyone.
+//!   Freedom is what decides, besides the state, what the bounds and the driver's fairness allow ([`Visit`]):
+//!   who ran last, how many preemptions are left, who has just waited for anyone, and whose turn it is where
+//!   nobody gets anywhere.
 //! - *Asleep.* A step that was taken before, and of which all that happened since is independent, would do
 //!   the same now (as in Godefroid's sleep sets); so its fingerprint is known without running it, and it
-//!   need not be run where the first rule would end it. Unlike in a sleep set it is run otherwise.
+//!   need not be run where the first rule would end it. Unlike in a sleep set it is run otherwise. An IPI's
+//!   arrival is known without running it, and is left out where all that can follow it would be.
 //!
 //! *Why nothing is lost.* Let `e1 … en` be an execution within the bound. Of each of its prefixes some
 //! equivalent one with as much freedom is visited and continued. So it is of the empty one. If it is of
@@ -30,7 +33,7 @@
 //! What is not in it: fingerprints have 64 bits, so of a million prefixes two different ones are taken for
 //! the same with a probability of 3 in 10^8; executions longer than [`Bounds::steps`] are counted and not
 //! varied further; and the driver is fair, so a vCPU that waits for anyone is not run twice in a row, nor
-//! are others passed by for ever by those who only wait (spinning longer changes no state).
+//! are others passed by for ever by those who only wait.
 
 mod explored;
 mod node;

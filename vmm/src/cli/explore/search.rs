@@ -93,3 +93,85 @@ pub(super) fn preemptions(most: u32) -> String {
         most => format!("at most {most} preemptions"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Two bounds, of which the second was begun.
+    fn summary(change: impl FnOnce(&mut Summary, &mut Explored)) -> Summary {
+        let within = |most, schedules| Within {
+            preemptions: Some(most),
+            schedules,
+            out_of_bounds: 1,
+            given_up: 2,
+            ..Within::default()
+        };
+        let mut explored = Explored {
+            bounds: vec![within(0, 5), within(1, 70)],
+            exhausted: false,
+        };
+        let mut summary = Summary::default();
+        change(&mut summary, &mut explored);
+        summary.explored = Some(explored);
+        summary
+    }
+
+    #[test]
+    fn what_is_complete_is_said_with_every_bound() {
+        let plan = Plan::replay();
+        let all = summary(|_, explored| explored.exhausted = true);
+        let text = ending(&plan, &all, false);
+        let whole = "complete with at most 1 preemption: 70 schedules up to the order of independent steps (with 0: 5)";
+        assert!(text.contains(whole), "{text}");
+        assert!(!text.contains("not complete") && text.contains("4 executions were given up"));
+        let small = summary(|_, explored| {
+            explored.exhausted = true;
+            explored.bounds[1].out_of_bounds = 0;
+        });
+        assert!(ending(&plan, &small, false).contains("more preemptions allow no more"));
+        assert_eq!(ending(&plan, &Summary::default(), false), "");
+    }
+
+    #[test]
+    fn what_is_not_complete_says_why_and_what_is() {
+        let late = Plan {
+            time_limit: Some(Duration::ZERO),
+            ..Plan::replay()
+        };
+        let long = summary(|_, explored| {
+            explored.exhausted = true;
+            explored.bounds[1].too_long = 3;
+        });
+        let cases = [
+            (Plan::replay(), summary(|_, _| ()), true, "interrupted"),
+            (late, summary(|_, _| ()), false, "ended by --time-limit"),
+            (
+                Plan::replay(),
+                summary(|_, _| ()),
+                false,
+                "ended by --schedules",
+            ),
+            (
+                Plan::replay(),
+                long,
+                false,
+                "3 were too long to vary to their ends",
+            ),
+        ];
+        for (plan, summary, interrupted, why) in cases {
+            let text = ending(&plan, &summary, interrupted);
+            let before = "complete with no preemption: 5 schedules";
+            let rest =
+                format!("not complete with at most 1 preemption: 70 schedules so far, {why}");
+            assert!(text.contains(before) && text.contains(&rest), "{text}");
+        }
+        let told = progress(summary(|_, _| ()).explored.unwrap().reached());
+        assert_eq!(
+            told,
+            "complete with no preemption; 70 so far with at most 1 preemption, "
+        );
+    }
+}

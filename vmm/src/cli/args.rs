@@ -111,7 +111,7 @@ pub enum ExploreStrategy {
     Pct,
     /// Everybody in turn, with a growing quantum
     RoundRobin,
-    /// All with few preemptions, but for those that differ in the order of independent steps only
+    /// All with 0, 1, … preemptions, one of those that differ in the order of independent steps only
     Exhaustive,
 }
 
@@ -145,7 +145,7 @@ pub struct Explore {
     /// PCT: ordering constraints that a bug may need
     #[arg(long, value_name = "D", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=10), help_heading = "Exploration")]
     pub depth: u64,
-    /// Exhaustive: preemptions that a schedule may have
+    /// Exhaustive: preemptions that a schedule may have; all with fewer are tried first
     #[arg(
         long,
         value_name = "P",
@@ -162,7 +162,7 @@ pub struct Explore {
     /// Makes every Kth instruction behind these points a scheduling point too (engine kvm)
     #[arg(long, value_name = "POINT,…:K", value_parser = window, help_heading = "Exploration")]
     pub window: Option<Window>,
-    /// Engines that run at once
+    /// Engines that run at once; an exhaustive search is split between them
     #[arg(
         long,
         value_name = "N",

@@ -11,7 +11,7 @@ use super::compare::{self, Masks};
 use super::failing::{self, Passages};
 use super::probe::Shown;
 use super::strategy::{
-    Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant,
+    Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant, Within,
 };
 use super::{
     Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
@@ -36,8 +36,7 @@ pub enum Strategy {
     },
     /// Everybody in turn; execution `i` with a quantum of `i + 1` points.
     RoundRobin,
-    /// Every execution with at most so many preemptions, up to the order of independent steps. One
-    /// engine: each execution depends on those before.
+    /// Every execution with at most so many preemptions, up to the order of independent steps.
     Exhaustive {
         /// Preemptions; none: any number.
         preemptions: Option<u32>,
@@ -95,12 +94,16 @@ impl Plan {
 }
 
 impl Plan {
-    /// Engines that it needs.
-    fn engines(&self) -> usize {
-        match self.strategy {
-            Strategy::Exhaustive { .. } => 1,
-            _ => self.jobs.max(1),
-        }
+    /// The search that all workers share, where it is one.
+    fn search(&self) -> Option<Exhaustive> {
+        let Strategy::Exhaustive { preemptions } = self.strategy else {
+            return None;
+        };
+        let bounds = Bounds {
+            preemptions,
+            ..Bounds::default()
+        };
+        Some(Exhaustive::new(bounds, Reduction::Traces))
     }
 }
 
@@ -153,6 +156,8 @@ pub struct Counts {
     pub pairs: AtomicU64,
     /// Found so far.
     pub found: AtomicU64,
+    /// What an exhaustive search has come to with the bound that it has reached.
+    pub within: Mutex<Option<Within>>,
 }
 
 /// A name for how an execution ended, the same for the same kind of failure; none where it is well.
@@ -170,7 +175,9 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
 
 /// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.
 ///
-/// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first.
+/// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first. Not so in an
+/// exhaustive search, of which every job takes a part: only what all of it comes to is the same
+/// ([`Within::schedules`]).
 ///
 /// # Errors
 /// An engine failed, or two runs of one schedule differ.
@@ -184,8 +191,10 @@ pub fn run<E: Engine>(
     let pairs = Mutex::new(FxHashSet::default());
     let next = AtomicU64::new(0);
     let over = AtomicBool::new(false);
+    let search = plan.search();
     let work = || -> Result<Summary, DriverError> {
         let mut worker = Worker::new(make()?, plan)?;
+        worker.search = search.as_ref().map(Exhaustive::worker);
         let mut summary = Summary {
             sample: Sample::new(plan.sample),
             ..Summary::default()
@@ -208,6 +217,9 @@ pub fn run<E: Engine>(
                 break;
             }
             counts.executions.fetch_add(1, Ordering::Relaxed);
+            if let Some(search) = &worker.search {
+                *counts.within.lock().expect("no job panics") = Some(search.reached());
+            }
             if summary
                 .found
                 .last()
@@ -226,16 +238,16 @@ pub fn run<E: Engine>(
         summary.worked = begun.elapsed();
         summary.costs = worker.driver.engine().costs().since(&before);
         summary.checks = worker.checks + worker.driver.checks();
-        summary.explored = worker.search.as_ref().map(Exhaustive::explored);
         Ok(summary)
     };
     // One that fails ends all.
     let job = || work().inspect_err(|_| over.store(true, Ordering::Relaxed));
-    let parts: Vec<Result<Summary, DriverError>> = if plan.engines() == 1 {
+    let jobs = plan.jobs.max(1);
+    let parts: Vec<Result<Summary, DriverError>> = if jobs == 1 {
         vec![job()]
     } else {
         std::thread::scope(|scope| {
-            let jobs: Vec<_> = (0..plan.engines()).map(|_| scope.spawn(job)).collect();
+            let jobs: Vec<_> = (0..jobs).map(|_| scope.spawn(job)).collect();
             jobs.into_iter()
                 .map(|job| job.join().expect("a job does not panic"))
                 .collect()
@@ -254,8 +266,8 @@ pub fn run<E: Engine>(
         whole.checks += part.checks;
         whole.worked += part.worked;
         whole.costs = whole.costs.plus(&part.costs);
-        whole.explored = whole.explored.or(part.explored);
     }
+    whole.explored = search.as_ref().map(Exhaustive::explored);
     whole.found.sort_by_key(|found| found.index);
     if plan.first {
         // Executions are begun in order, so every one before this was run.
@@ -312,13 +324,6 @@ impl<E: Engine> Worker<E> {
         if let Strategy::Pct { .. } = plan.strategy {
             let run = worker.execute(&mut RoundRobin::new(8), false)?;
             worker.length = run.schedule.points().max(1);
-        }
-        if let Strategy::Exhaustive { preemptions } = plan.strategy {
-            let bounds = Bounds {
-                preemptions,
-                ..Bounds::default()
-            };
-            worker.search = Some(Exhaustive::new(bounds, Reduction::Traces));
         }
         Ok(worker)
     }
@@ -446,7 +451,10 @@ impl<E: Engine> Worker<E> {
             }
             Strategy::RoundRobin => self.next(&mut RoundRobin::new(quantum), state)?,
             Strategy::Exhaustive { .. } => {
-                let mut search = self.search.take().expect("made with the worker");
+                let mut search = self
+                    .search
+                    .take()
+                    .expect("every worker of a search has its own");
                 let run = self.next(&mut search, state);
                 self.search = Some(search);
                 run?
@@ -472,13 +480,18 @@ impl<E: Engine> Worker<E> {
                 return Err(DriverError::Nondeterminism { index, difference });
             }
         }
-        if failure_id(&run.ending).is_some() {
+        // An exhaustive search comes by some failures more than once, with each bound and in each job.
+        let fails = failure_id(&run.ending).is_some();
+        let is_new = |search: &Exhaustive| search.fails_anew();
+        if fails && self.search.as_ref().is_none_or(is_new) {
             summary.found.push(Found {
                 index,
                 execution: run,
             });
         } else {
-            summary.sample.offer(index, &run);
+            if !fails {
+                summary.sample.offer(index, &run);
+            }
             self.driver.recycle(run);
         }
         Ok(true)

@@ -472,6 +472,7 @@ impl<E: Engine> Driver<E> {
                 enabled: &self.enabled,
                 standing: &self.standing,
                 events: &self.slice,
+                idle_turns: self.idle_turns,
             };
             let Some(choice) = scheduler.choose(&view) else {
                 return Ok(Ending::ScheduleOver);
@@ -660,22 +661,15 @@ impl<E: Engine> Driver<E> {
         })
     }
 
-    /// Counts a turn in which nothing was done but to wait for anyone.
+    /// Counts a turn in which nothing was done but to wait for anyone. It goes by events and by waits, at
+    /// which every step ends: so it does not matter in how many steps a vCPU passes the points between.
     fn note_idle(&mut self, point: Point) {
-        let on_the_way = matches!(
-            point,
-            Point::UserRelax
-                | Point::SyscallEnter
-                | Point::SyscallExit
-                | Point::LockAcquire
-                | Point::LockRelease
-        );
-        if !on_the_way || !self.slice.iter().all(is_of_relax) {
+        let waits_for_anyone = point == Point::UserRelax;
+        let waits = point.is_wait() && !waits_for_anyone;
+        if waits || !self.slice.iter().all(is_of_relax) {
             self.idle_turns = 0;
         }
-        if point == Point::UserRelax {
-            self.idle_turns += 1;
-        }
+        self.idle_turns += u64::from(waits_for_anyone);
     }
 
     fn find_enabled(&mut self) {

@@ -11,7 +11,10 @@
 //! - The order of a TLB flush and of a change of an entry, of a frame's release, and of the end of an
 //!   operation matters to the TLB model although these touch no common word.
 //! - All code of programs may touch the same words of theirs ([`Resource::Program`]).
-//! - A vCPU takes a pending IPI wherever it may, so each of its steps looks at that.
+//! - What is on its way to a vCPU is seen by nobody else, so its delivery commutes with whatever others do,
+//!   but for sending more to that vCPU.
+//! - A vCPU takes a pending IPI as soon as its interrupts are on: before it goes on with its program, where
+//!   it waits, and after another IPI. Steps that begin and end inside the kernel do not look at that.
 //!
 //! The tests exchange neighbouring steps that are independent by these rules on the model engine, in all
 //! litmus tests, and demand the same memory, events and ending.
@@ -26,7 +29,7 @@ use super::{Actor, Standing};
 /// Something that steps touch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Resource {
-    /// Whatever there is.
+    /// Whatever vCPUs touch. IPIs on their way are none of it: whoever sends or takes one says so.
     Everything,
     /// Memory of programs outside the test, and all that their threads tell each other.
     Program,
@@ -83,6 +86,15 @@ impl Mode {
 pub(super) struct Footprint(Vec<(Resource, Mode)>);
 
 impl Footprint {
+    /// Of what is in flight to a vCPU as it arrives.
+    pub(super) fn of_wire(vcpu: usize) -> Self {
+        let mut print = Self::default();
+        print.touch(Resource::InFlight(vcpu), Mode::Write);
+        print.touch(Resource::Pending(vcpu), Mode::Write);
+        print.0.sort_unstable();
+        print
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = (Resource, Mode)> {
         self.0.iter().copied()
     }
@@ -171,24 +183,21 @@ impl Footprints {
     ) -> Footprint {
         let mut print = Footprint::default();
         match actor {
-            Actor::Wire(vcpu) => {
-                print.touch(Resource::InFlight(vcpu.into()), Mode::Write);
-                print.touch(Resource::Pending(vcpu.into()), Mode::Write);
-                print.touch(Resource::Everything, Mode::Read);
-            }
+            Actor::Wire(vcpu) => print = Footprint::of_wire(vcpu.into()),
             Actor::Vcpu(vcpu) => {
                 let vcpu = usize::from(vcpu);
                 self.doing.resize(vcpus, Doing::Unknown);
                 let before = self.doing[vcpu];
                 self.follow(vcpu, vcpus, events);
-                print.touch(Resource::Pending(vcpu), Mode::Read);
                 let known = points(&mut print, vcpu, vcpus, before, from, to);
-                let all = events.iter().all(|event| one(&mut print, vcpu, event));
-                let mode = if known && all {
-                    Mode::Read
-                } else {
-                    Mode::Write
-                };
+                let mut all = known;
+                for event in events {
+                    all &= one(&mut print, vcpu, event);
+                }
+                if !all || looks_for_ipis(&print, from, to) {
+                    print.touch(Resource::Pending(vcpu), Mode::Read);
+                }
+                let mode = if all { Mode::Read } else { Mode::Write };
                 print.touch(Resource::Everything, mode);
             }
         }
@@ -205,6 +214,13 @@ fn is_of_mm(call: u64) -> bool {
     )
 }
 
+/// True where interrupts may be on between the two points.
+fn looks_for_ipis(print: &Footprint, from: Standing, to: Standing) -> bool {
+    let handles = |point| matches!(point, Some(Point::IpiReceive | Point::IpiAck));
+    let of_program = print.0.iter().any(|(known, _)| *known == Resource::Program);
+    of_program || from.wait().is_some() || handles(from.point) || handles(to.point)
+}
+
 /// What lies between two points without an event. False: not known.
 fn points(
     print: &mut Footprint,
@@ -218,6 +234,10 @@ fn points(
     let (Some(start), Some(end)) = (from.point, to.point) else {
         return false;
     };
+    // A grace period asks what every CPU is doing.
+    if start == P::RcuWait || end == P::RcuWait {
+        return false;
+    }
     let spins = matches!(
         end,
         P::LockWait | P::LockAcquire | P::FlushWait | P::FlushSync | P::IpiAck | P::IpiReceive

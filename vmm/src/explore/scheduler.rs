@@ -20,6 +20,9 @@ pub struct View<'a> {
     pub standing: &'a [Standing],
     /// Events of the last step.
     pub events: &'a [Event],
+    /// Turns for which nobody has done anything but wait for anyone. Too many are a livelock, and before
+    /// that everybody has their turn, whoever is chosen.
+    pub idle_turns: u64,
 }
 
 impl View<'_> {

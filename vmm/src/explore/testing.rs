@@ -217,16 +217,19 @@ impl Fake {
                 self.next(vcpu, &exit(nr::MUNMAP));
                 None
             }
-            Op::Fail(frame, value) if *self.frame(frame) == value => {
-                Some(Halt::Report(crate::control::ProbeReport {
-                    kind: abi::channel::ReportKind::WrongResult,
-                    gva: u64::from(frame),
-                    expected: 0,
-                    found: value,
-                    task: vcpu as u64,
-                }))
+            Op::Fail(frame, value) => {
+                let frame_at = u64::from(frame) << 12;
+                self.log(vcpu, EventKind::RefcountChange, [frame_at, 0], events);
+                (*self.frame(frame) == value).then(|| {
+                    Halt::Report(crate::control::ProbeReport {
+                        kind: abi::channel::ReportKind::WrongResult,
+                        gva: u64::from(frame),
+                        expected: 0,
+                        found: value,
+                        task: vcpu as u64,
+                    })
+                })
             }
-            Op::Fail(..) => None,
             Op::Spin => {
                 self.next(vcpu, &[Micro::Op(op)]);
                 self.stop(Point::VmaAttach, [0; 2])
@@ -292,7 +295,9 @@ impl Fake {
                     let [yields, _] = enter(nr::SCHED_YIELD);
                     let relax = Micro::Point(Point::UserRelax, [0; 2]);
                     let [exits, point] = exit(nr::SCHED_YIELD);
-                    vec![yields, relax, exits, point, Micro::Poll(word)]
+                    // A point without an event, as there are on the way in the kernel.
+                    let quiet = Micro::Point(Point::SwitchMm, [0; 2]);
+                    vec![yields, quiet, relax, exits, point, Micro::Poll(word)]
                 } else {
                     enter(nr::MUNMAP).to_vec()
                 };
@@ -464,14 +469,43 @@ pub(super) fn schedule(steps: &[(u8, u64)]) -> Schedule {
 
 /// Scripts whose locks are always dropped and that always end.
 pub(super) fn scripts(cpus: usize, ops: usize) -> impl Strategy<Value = Vec<Vec<Op>>> {
+    of_lines(harmless(), cpus, ops)
+}
+
+/// Scripts that may also find wrong values, wait for words that nobody sets, and lock in any order.
+pub(super) fn any_scripts(cpus: usize, ops: usize) -> impl Strategy<Value = Vec<Vec<Op>>> {
+    let (lock, word) = (0u8..2, 0u8..2);
+    let harmful = prop_oneof![
+        (0u8..3, 0u64..5).prop_map(|(f, v)| vec![Op::Fail(f, v)]),
+        word.clone().prop_map(|w| vec![Op::Await(w)]),
+        word.prop_map(|w| vec![Op::Signal(w)]),
+        (lock, 0u8..3).prop_map(|(l, f)| vec![
+            Op::Lock(l),
+            Op::Lock(1 - l),
+            Op::Double(f),
+            Op::Unlock(1 - l),
+            Op::Unlock(l),
+        ]),
+    ];
+    of_lines(prop_oneof![harmless(), harmful], cpus, ops)
+}
+
+fn harmless() -> impl Strategy<Value = Vec<Op>> {
     let frame = 0u8..3;
-    let plain = prop_oneof![
+    prop_oneof![
         (frame.clone(), 1u64..4).prop_map(|(f, v)| vec![Op::Set(f, v)]),
         frame.clone().prop_map(|f| vec![Op::Double(f)]),
         (frame.clone(), frame.clone()).prop_map(|(a, b)| vec![Op::Copy(a, b)]),
         (0u8..2, frame).prop_map(|(l, f)| vec![Op::Lock(l), Op::Double(f), Op::Unlock(l)]),
         (1u8..4).prop_map(|mask| vec![Op::Shoot(mask)]),
-    ];
-    let script = prop::collection::vec(plain, 0..=ops).prop_map(|ops| ops.concat());
+    ]
+}
+
+fn of_lines(
+    line: impl Strategy<Value = Vec<Op>>,
+    cpus: usize,
+    lines: usize,
+) -> impl Strategy<Value = Vec<Vec<Op>>> {
+    let script = prop::collection::vec(line, 0..=lines).prop_map(|ops| ops.concat());
     prop::collection::vec(script, cpus..=cpus)
 }

@@ -49,6 +49,12 @@ impl Trace {
             .wrapping_add(hash(self.index(actor), &self.scratch))
     }
 
+    /// A fingerprint of it and of who took a last step, of which nothing else is known.
+    pub(super) fn end(&self, last: Option<Actor>) -> u64 {
+        let last = last.map_or(self.actors, |actor| self.index(actor));
+        self.print.wrapping_add(hash(last, &[]))
+    }
+
     /// Adds a step.
     pub(super) fn step(&mut self, actor: Actor, print: &Footprint) {
         self.print = self.peek(actor, print);

@@ -3,6 +3,7 @@
 mod aftermath;
 mod both;
 mod replay;
+mod search;
 mod trace;
 
 use std::path::Path;
@@ -20,6 +21,7 @@ use super::{interrupt, run};
 use crate::boot;
 use crate::engine::EngineKind;
 use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, failure_id};
+use crate::explore::strategy::Explored;
 use crate::explore::{Ending, Source};
 use crate::report::story;
 use crate::scenario::{CheckWhen, Fail, Scenario, fail};
@@ -41,14 +43,6 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         return Err(Failure::Usage {
             problem: "--confirm runs on vCPUs what the model has run".into(),
             help: "add --engine both".into(),
-        });
-    }
-    if options.jobs > 1 && options.strategy == ExploreStrategy::Exhaustive {
-        return Err(Failure::Usage {
-            problem:
-                "--jobs: an exhaustive search is one job, for each schedule depends on those before"
-                    .into(),
-            help: "leave --jobs out".into(),
         });
     }
     if !options.fail_any.is_empty() && options.strategy == ExploreStrategy::Exhaustive {
@@ -111,6 +105,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "points": summary.points,
         "events": summary.events,
         "search": summary.explored,
+        "complete": summary.explored.as_ref().map(Explored::is_complete),
         "conflicting_pairs": summary.pairs,
         "replayed_and_compared": summary.verified,
         "states_checked": summary.states,
@@ -254,10 +249,7 @@ fn with_progress<T>(
     let interrupt = interrupt::on_ctrl_c();
     let over = AtomicBool::new(false);
     let bar = if output.shows_progress() {
-        let style = ProgressStyle::with_template(
-            "{elapsed_precise} {wide_bar} {pos}/{len} schedules, {per_sec}, {msg}",
-        );
-        ProgressBar::new(plan.executions).with_style(style.expect("a fixed template"))
+        progress_bar(plan)
     } else {
         ProgressBar::hidden()
     };
@@ -271,7 +263,11 @@ fn with_progress<T>(
                 bar.set_position(counts.executions.load(Ordering::Relaxed));
                 let pairs = counts.pairs.load(Ordering::Relaxed);
                 let found = counts.found.load(Ordering::Relaxed);
-                bar.set_message(format!("{pairs} conflicting pairs, {found} failures"));
+                let within = *counts.within.lock().expect("no job panics");
+                let within = within.map_or_else(String::new, |within| search::progress(&within));
+                bar.set_message(format!(
+                    "{within}{pairs} conflicting pairs, {found} failures"
+                ));
             }
         });
         let result = work();
@@ -279,6 +275,18 @@ fn with_progress<T>(
         bar.finish_and_clear();
         result
     })
+}
+
+fn progress_bar(plan: &Plan) -> ProgressBar {
+    let (bar, template) = if plan.executions == u64::MAX {
+        let template = "{elapsed_precise} {pos} schedules, {per_sec}, {msg}";
+        (ProgressBar::new_spinner(), template)
+    } else {
+        let template = "{elapsed_precise} {wide_bar} {pos}/{len} schedules, {per_sec}, {msg}";
+        (ProgressBar::new(plan.executions), template)
+    };
+    let style = ProgressStyle::with_template(template);
+    bar.with_style(style.expect("a fixed template"))
 }
 
 fn headline(
@@ -295,7 +303,7 @@ fn headline(
         Strategy::RoundRobin => "round robin".into(),
         Strategy::Exhaustive { preemptions } => preemptions.map_or_else(
             || "exhaustive".into(),
-            |most| format!("exhaustive, at most {most} preemptions"),
+            |most| format!("exhaustive, {}", search::preemptions(most)),
         ),
     };
     let rate = summary.executions as f64 / summary.elapsed.as_secs_f64().max(1e-9);
@@ -322,40 +330,11 @@ fn headline(
         summary.elapsed.as_secs_f64(),
         average(summary.points),
         average(summary.events),
-        searched(plan, summary),
+        search::ending(plan, summary, interrupted),
         summary.pairs,
         summary.states,
         summary.verified,
         split(summary),
-    )
-}
-
-/// What an exhaustive search came to, in a line.
-fn searched(plan: &Plan, summary: &Summary) -> String {
-    let (Strategy::Exhaustive { preemptions }, Some(explored)) = (plan.strategy, summary.explored)
-    else {
-        return String::new();
-    };
-    let within = preemptions.map_or_else(String::new, |most| {
-        format!(" with at most {most} preemptions")
-    });
-    let whole = explored.executions - explored.pruned;
-    let verdict = match (
-        explored.exhausted,
-        explored.too_long,
-        summary.found.is_empty(),
-    ) {
-        (true, 0, _) => format!("complete: every schedule{within}"),
-        (true, long, _) => {
-            format!("not complete: {long} executions were too long to vary to their ends")
-        }
-        (false, _, true) => format!("not complete: not every schedule{within} was tried"),
-        (false, _, false) => "ended by what was found".into(),
-    };
-    format!(
-        "  search     {verdict}; {whole} run to their ends stand for all, {} were given up as equivalent to \
-         one of these, {} were known to be without a run\n",
-        explored.pruned, explored.asleep,
     )
 }
 

@@ -6,7 +6,7 @@ mod random;
 mod replay;
 mod round_robin;
 
-pub use exhaustive::{Bounds, Exhaustive, Explored, Reduction};
+pub use exhaustive::{Bounds, Exhaustive, Explored, Reduction, Within};
 pub use pct::Pct;
 pub use random::Random;
 pub use replay::{Replay, Tolerant};

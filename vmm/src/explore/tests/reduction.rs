@@ -1,77 +1,160 @@
+//! The reduced search against one that runs every execution: the same final states and failures.
+
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use crate::explore::campaign::failure_id;
 use crate::explore::strategy::{Bounds, Exhaustive, Explored, Reduction};
-use crate::explore::testing::{Op, driver, scripts};
-use crate::explore::{Ending, Limits};
+use crate::explore::testing::{Fake, Op, any_scripts, driver, scripts};
+use crate::explore::{Driver, Ending, Limits};
 
-/// All outcomes within the bounds, and what the search came to.
+/// How an execution ended, and all that could be looked at then.
+type Outcome = (Option<String>, Vec<u64>);
+
+/// Brute force is given up after so many executions.
+const MOST: u64 = 6_000;
+
+/// A search of these scripts; all of whose executions end soon, those too in which nobody gets anywhere.
+struct Search<'a> {
+    scripts: &'a [Vec<Op>],
+    worker: Exhaustive,
+}
+
+impl Search<'_> {
+    fn new(scripts: &[Vec<Op>], preemptions: Option<u32>, reduction: Reduction) -> Search<'_> {
+        let bounds = Bounds {
+            preemptions,
+            ..Bounds::default()
+        };
+        let worker = Exhaustive::new(bounds, reduction);
+        Search { scripts, worker }
+    }
+
+    /// Outcomes of this worker's executions.
+    fn outcomes(&mut self, most: u64) -> BTreeSet<Outcome> {
+        let limits = Limits {
+            idle_turns: 3 * self.scripts.len() as u64,
+            ..Limits::default()
+        };
+        let mut driver = Driver::new(Fake::new(self.scripts), limits, true).unwrap();
+        let mut found = BTreeSet::new();
+        let mut executions = 0;
+        while executions < most
+            && let Some(run) = driver.execute(&mut self.worker, &mut []).unwrap()
+        {
+            executions += 1;
+            if !matches!(run.ending, Ending::ScheduleOver) {
+                let mut told = failure_id(&run.ending);
+                if let Ending::Report { vcpu, report } = &run.ending {
+                    told = Some(format!("{vcpu}: {}", report.found));
+                }
+                found.insert((told, driver.engine().outcome()));
+            }
+            driver.recycle(run);
+        }
+        found
+    }
+}
+
 fn outcomes(
     scripts: &[Vec<Op>],
     preemptions: Option<u32>,
     reduction: Reduction,
     most: u64,
-) -> (BTreeSet<Vec<u64>>, Explored) {
-    let mut driver = driver(scripts);
-    let bounds = Bounds {
-        preemptions,
-        ..Bounds::default()
-    };
-    let mut search = Exhaustive::new(bounds, reduction);
-    let mut found = BTreeSet::new();
-    while let Some(run) = driver.execute(&mut search, &mut []).unwrap() {
-        match run.ending {
-            Ending::Finished { .. } => {
-                found.insert(driver.engine().outcome());
-            }
-            Ending::ScheduleOver => {}
-            // The fake's scripts drop their locks and end: nothing else may come of them.
-            other => panic!("{other:?}"),
-        }
-        driver.recycle(run);
-        if search.explored().executions >= most {
-            break;
-        }
+) -> (BTreeSet<Outcome>, Explored) {
+    let mut search = Search::new(scripts, preemptions, reduction);
+    let found = search.outcomes(most);
+    (found, search.worker.explored())
+}
+
+/// As many workers as that, each with an engine of its own.
+fn outcomes_of_workers(
+    scripts: &[Vec<Op>],
+    preemptions: Option<u32>,
+    workers: usize,
+) -> (BTreeSet<Outcome>, Explored) {
+    let first = Search::new(scripts, preemptions, Reduction::Traces);
+    let found = std::thread::scope(|scope| {
+        let jobs: Vec<_> = (0..workers)
+            .map(|_| {
+                let worker = first.worker.worker();
+                scope.spawn(|| Search { scripts, worker }.outcomes(u64::MAX))
+            })
+            .collect();
+        let parts = jobs.into_iter().map(|job| job.join().unwrap());
+        parts.flatten().collect()
+    });
+    (found, first.worker.explored())
+}
+
+fn reduction_loses_nothing(
+    scripts: &[Vec<Op>],
+    preemptions: Option<u32>,
+) -> Result<(), TestCaseError> {
+    let (all, plain) = outcomes(scripts, preemptions, Reduction::None, MOST);
+    prop_assume!(plain.exhausted);
+    let (some, reduced) = outcomes(scripts, preemptions, Reduction::Traces, u64::MAX);
+    prop_assert!(reduced.is_complete());
+    prop_assert_eq!(&all, &some, "plain {:?} reduced {:?}", plain, reduced);
+    let bounds = preemptions.unwrap_or(0) as usize;
+    prop_assert_eq!(schedules(&plain, bounds), schedules(&reduced, bounds));
+    prop_assert!(reduced.executions() <= plain.executions());
+    let (split, reduced) = outcomes_of_workers(scripts, preemptions, 3);
+    prop_assert!(reduced.is_complete());
+    prop_assert_eq!(&all, &split, "{:?}", reduced);
+    prop_assert_eq!(schedules(&plain, bounds), schedules(&reduced, bounds));
+    Ok(())
+}
+
+/// How many there are up to equivalence, with every bound: as many whatever is left out and whoever searches.
+fn schedules(explored: &Explored, bounds: usize) -> Vec<u64> {
+    let mut all: Vec<u64> = explored
+        .bounds
+        .iter()
+        .map(|within| within.schedules)
+        .collect();
+    // A search that ended early says that more preemptions allow no more.
+    all.resize(bounds + 1, explored.reached().schedules);
+    all
+}
+
+fn cases(cases: u32) -> ProptestConfig {
+    let more = std::env::var("STALEMATE_REDUCTION").ok();
+    ProptestConfig {
+        cases: more.and_then(|more| more.parse().ok()).unwrap_or(cases),
+        max_global_rejects: 1_000_000,
+        ..ProptestConfig::default()
     }
-    (found, search.explored())
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    // More with STALEMATE_REDUCTION=cases.
+    #![proptest_config(cases(60))]
 
     #[test]
-    fn reduction_loses_no_outcome_within_a_bound(
-        scripts in scripts(2, 2),
-        preemptions in 0u32..4,
-    ) {
-        let (all, plain) = outcomes(&scripts, Some(preemptions), Reduction::None, 60_000);
-        prop_assume!(plain.exhausted);
-        let (some, reduced) = outcomes(&scripts, Some(preemptions), Reduction::Traces, 60_000);
-        prop_assert!(reduced.exhausted);
-        prop_assert_eq!(&all, &some, "plain {:?} reduced {:?}", plain, reduced);
-        prop_assert!(reduced.executions <= plain.executions);
+    fn reduction_loses_no_outcome_within_a_bound(scripts in scripts(2, 2), preemptions in 0u32..4) {
+        reduction_loses_nothing(&scripts, Some(preemptions))?;
     }
 
     #[test]
-    fn reduction_loses_no_outcome_with_three(
-        scripts in scripts(3, 1),
-        preemptions in 0u32..3,
-    ) {
-        let (all, plain) = outcomes(&scripts, Some(preemptions), Reduction::None, 60_000);
-        prop_assume!(plain.exhausted);
-        let (some, reduced) = outcomes(&scripts, Some(preemptions), Reduction::Traces, 60_000);
-        prop_assert!(reduced.exhausted);
-        prop_assert_eq!(&all, &some, "plain {:?} reduced {:?}", plain, reduced);
+    fn reduction_loses_no_outcome_with_three(scripts in scripts(3, 1), preemptions in 0u32..3) {
+        reduction_loses_nothing(&scripts, Some(preemptions))?;
+    }
+
+    #[test]
+    fn reduction_loses_no_failure(scripts in any_scripts(2, 2), preemptions in 0u32..4) {
+        reduction_loses_nothing(&scripts, Some(preemptions))?;
+    }
+
+    #[test]
+    fn reduction_loses_no_failure_with_three(scripts in any_scripts(3, 2), preemptions in 0u32..3) {
+        reduction_loses_nothing(&scripts, Some(preemptions))?;
     }
 
     #[test]
     fn reduction_loses_no_outcome_without_a_bound(scripts in scripts(2, 1)) {
-        let (all, plain) = outcomes(&scripts, None, Reduction::None, 60_000);
-        prop_assume!(plain.exhausted);
-        let (some, reduced) = outcomes(&scripts, None, Reduction::Traces, 60_000);
-        prop_assert!(reduced.exhausted);
-        prop_assert_eq!(&all, &some);
+        reduction_loses_nothing(&scripts, None)?;
     }
 }
 
@@ -82,9 +165,11 @@ fn independent_threads_need_few_executions() {
     let (all, plain) = outcomes(&scripts, Some(2), Reduction::None, u64::MAX);
     let (some, reduced) = outcomes(&scripts, Some(2), Reduction::Traces, u64::MAX);
     assert_eq!((all.len(), &all), (1, &some));
-    let completed = reduced.executions - reduced.pruned;
+    let last = reduced.reached();
+    let completed = last.executions - last.given_up;
+    let plainly = plain.reached().executions;
     assert!(
-        reduced.executions * 2 < plain.executions && completed * 8 < plain.executions,
+        last.executions * 2 < plainly && completed * 8 < plainly,
         "{reduced:?} against {plain:?}"
     );
 }
@@ -116,9 +201,11 @@ fn the_bound_on_steps_ends_the_variation() {
     let mut search = Exhaustive::new(bounds, Reduction::Traces);
     while driver.execute(&mut search, &mut []).unwrap().is_some() {}
     let explored = search.explored();
+    let reached = explored.reached();
     assert!(
-        explored.exhausted && explored.too_long > 0 && explored.executions < 30,
+        explored.exhausted && reached.too_long > 0 && reached.executions < 30,
         "{explored:?}"
     );
+    assert!(!explored.is_complete(), "{explored:?}");
     assert!(Limits::default().points > 4);
 }

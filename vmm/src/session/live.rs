@@ -353,7 +353,7 @@ impl Subject for Live {
     type Error = MachineError;
 
     fn resume(&mut self, limit: Duration) -> Result<Halt, MachineError> {
-        let step = limit.min(self.lookout.patience());
+        let step = limit.min(self.lookout.interval());
         let mut stop = self.machine.run_until(Some(step))?;
         if let Some(streams) = &mut self.streams {
             streams.drain(&mut self.machine)?;

@@ -109,9 +109,15 @@ impl Lookout {
         }
     }
 
-    /// Longest time to run without a look.
+    /// How long nobody may get anywhere.
     pub(super) fn patience(&self) -> Duration {
         self.patience
+    }
+
+    /// Longest time to run without a look: longer than the watchdog's, which begins anew with each run and finds the
+    /// machine in which nothing moves at all.
+    pub(super) fn interval(&self) -> Duration {
+        self.patience + self.patience / 2
     }
 
     /// True where none of the counts has changed for as long as patience lasts.

@@ -653,3 +653,38 @@ fn what_the_model_cannot_contain_is_left_to_vcpus() {
         assert!(String::from_utf8_lossy(&output.stderr).contains("use --engine kvm"));
     }
 }
+
+#[test]
+fn explore_says_what_it_cannot_do_before_it_starts() {
+    refused(
+        &["explore", "litmus-unmap", "--kernel", "/bin/ls"],
+        &["--kernel /bin/ls", "built in"],
+    );
+    refused(
+        &["explore", "litmus-unmap", "--out", "Cargo.toml"],
+        &["--out Cargo.toml", "no directory"],
+    );
+    refused(&["explore", "litmus-unmap", "--jobs", "1000"], &["1 to 64"]);
+    refused(&["explore", "litmus-unmap", "--jobs", "0"], &["1 to 64"]);
+}
+
+#[test]
+fn three_members_that_wait_for_each_other_get_to_the_start() {
+    let words = ["explore", "unmap-race-short", "--vcpus", "4", "--seed", "1"];
+    let output = stalemate(&[&words[..], &["--schedules", "20"]].concat());
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{text}");
+}
+
+#[test]
+fn a_test_that_is_too_long_is_no_livelock() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("long.toml");
+    let text = "[machine]\nvcpus = 1\n[program]\nname = \"cow-fork\"\nargs = { rounds = 600 }\n";
+    std::fs::write(&file, text).expect("written");
+    let path = file.to_str().expect("a name");
+    refused(
+        &["explore", path, "--schedules", "1", "--seed", "1"],
+        &["not over after", "too long"],
+    );
+}

@@ -340,7 +340,13 @@ fn every_reproducer_replays_bit_for_bit_on_both_engines() {
     };
     let on_model: Vec<String> = all.iter().filter(by_points).cloned().collect();
     assert_eq!(on_model.len(), all.len() - 1);
-    for (engine, times, files) in [("model", "50", &on_model), ("kvm", "20", &all)] {
+    // Single-stepped, the lab passes 14 instructions less than an emulating host between the same two points
+    // (docs/status.md), so the one reproducer with a window belongs to its kind of host.
+    let on_vcpus = match host() {
+        Host::Kvm => &all,
+        Host::Lab => &on_model,
+    };
+    for (engine, times, files) in [("model", "50", &on_model), ("kvm", "20", on_vcpus)] {
         let mut words = vec!["replay", "--engine", engine, "--times", times];
         words.extend(["--expect", "--brief"]);
         words.extend(files.iter().map(String::as_str));

@@ -115,6 +115,9 @@ pub enum ExploreStrategy {
     Exhaustive,
 }
 
+/// Most engines at once.
+const MAX_JOBS: usize = 64;
+
 /// What executes the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Engines {
@@ -167,6 +170,7 @@ pub struct Explore {
         long,
         value_name = "N",
         default_value_t = 1,
+        value_parser = jobs,
         help_heading = "Exploration"
     )]
     pub jobs: usize,
@@ -515,6 +519,15 @@ fn vcpus(text: &str) -> Result<u32, String> {
 
 fn memory(text: &str) -> Result<u64, String> {
     values::memory(text).map_err(|refused| refused.to_string())
+}
+
+fn jobs(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(jobs @ 1..=MAX_JOBS) => Ok(jobs),
+        _ => Err(format!(
+            "1 to {MAX_JOBS}: each is an engine with its own guest memory"
+        )),
+    }
 }
 
 fn window(text: &str) -> Result<Window, String> {

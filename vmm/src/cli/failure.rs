@@ -120,6 +120,7 @@ impl Failure {
                 DriverError::Engine(EngineError::NoPoint { .. }) => Exit::GuestFailed,
                 DriverError::Engine(EngineError::Unsupported(_))
                 | DriverError::Impossible { .. }
+                | DriverError::TooLong { .. }
                 | DriverError::SetUp(_) => Exit::BadInput,
                 DriverError::Nondeterminism { .. } => Exit::Internal,
             },

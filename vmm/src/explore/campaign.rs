@@ -394,15 +394,24 @@ impl<E: Engine> Worker<E> {
         self.driver.go_on(violation.finding.where_.vcpu)
     }
 
-    /// The cheapest schedule that is found to fail as `failing` does, and its execution.
+    /// The cheapest schedule that is found to fail as `failing` does, and its execution. The search ends after so
+    /// many `runs`, or when `goes_on` says no.
     ///
     /// # Errors
     /// The engine failed.
-    pub fn minimise(&mut self, failing: &Execution, runs: usize) -> Result<Execution, DriverError> {
+    pub fn minimise(
+        &mut self,
+        failing: &Execution,
+        runs: usize,
+        goes_on: impl Fn() -> bool,
+    ) -> Result<Execution, DriverError> {
         let id = failure_id(&failing.ending);
         let mut start = failing.schedule.clone();
         let mut fails = failing.fails.clone();
         for index in (0..fails.len()).rev() {
+            if !goes_on() {
+                break;
+            }
             // What has nothing to do with the failure need not fail.
             let left_out = fails.remove(index);
             self.arm(&fails);
@@ -415,6 +424,9 @@ impl<E: Engine> Worker<E> {
         }
         self.arm(&fails);
         let small = minimise::minimise(start, runs, |candidate| {
+            if !goes_on() {
+                return Ok(None);
+            }
             let run = self.execute(&mut Tolerant::new(candidate.clone()), true)?;
             Ok::<_, DriverError>((failure_id(&run.ending) == id).then_some(run.schedule))
         })?;

@@ -149,10 +149,21 @@ pub enum DriverError {
         /// The first difference.
         difference: String,
     },
+    /// A schedule does not come to its end: the test is too long to be explored, or never ends.
+    #[error(
+        "a schedule is not over after {points} points: the test is too long to explore; give the program less to do"
+    )]
+    TooLong {
+        /// Points so far.
+        points: u64,
+    },
     /// The set-up of the program did not get to the start of the schedule.
     #[error("the program's set-up ended early: {0}")]
     SetUp(String),
 }
+
+/// Turns of a set-up in which always the first runs who can; then each in turn.
+const UNFAIR_TURNS: u64 = 1_000;
 
 /// Runs schedules on one engine.
 pub struct Driver<E> {
@@ -317,7 +328,16 @@ impl<E: Engine> Driver<E> {
             self.steps += 1;
             self.find_enabled();
             let wire = self.enabled.iter().find(|a| matches!(a, Actor::Wire(_)));
-            let Some(&actor) = wire.or(self.enabled.first()) else {
+            // Two that wait for a third must not keep it off for ever.
+            let first = if turn < UNFAIR_TURNS {
+                self.enabled.first()
+            } else {
+                self.enabled.iter().min_by_key(|actor| match actor {
+                    Actor::Vcpu(vcpu) => self.stopped_in[usize::from(*vcpu)],
+                    Actor::Wire(_) => 0,
+                })
+            };
+            let Some(&actor) = wire.or(first) else {
                 return Err(DriverError::SetUp("nobody can run".into()));
             };
             if turn > self.limits.points {
@@ -460,11 +480,11 @@ impl<E: Engine> Driver<E> {
             if self.enabled.is_empty() {
                 return Ok(Ending::Deadlock(self.who_waits()));
             }
-            if points > self.limits.points
-                || self.idle_turns > self.limits.idle_turns
-                || run.events.len() > self.limits.events
-            {
+            if self.idle_turns > self.limits.idle_turns {
                 return Ok(Ending::Livelock(self.standing.clone()));
+            }
+            if points > self.limits.points || run.events.len() > self.limits.events {
+                return Err(DriverError::TooLong { points });
             }
             let view = View {
                 points,

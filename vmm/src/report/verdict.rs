@@ -114,6 +114,13 @@ pub fn headline(result: &RunResult, paint: Paint) -> String {
         (runs, done) => format!(" in run {done} of {runs}"),
     };
     match result.verdict {
+        Verdict::Held if is_undecided(result) => format!(
+            "{} {}",
+            paint.yellow(&format!(
+                "? no violation is certain{runs}, but some are possible"
+            )),
+            paint.dim(&format!("({counts})"))
+        ),
         Verdict::Held => format!(
             "{} {}",
             paint.green(&format!("✔ all invariants held{runs}")),
@@ -231,6 +238,12 @@ fn not_decided(text: &mut String, result: &RunResult, paint: Paint, detail: Deta
             );
         }
     }
+}
+
+/// A monitor of the merged streams has given up at what some order of the events violates.
+fn is_undecided(result: &RunResult) -> bool {
+    let stream = result.stream.as_ref();
+    stream.is_some_and(|stream| !stream.given_up.is_empty() || stream.broken.is_some())
 }
 
 /// How the run was disturbed, and how far its merged streams were judged.
@@ -465,6 +478,7 @@ mod tests {
         let text = render(&result, Paint::Plain, Detail::Normal);
         for words in [
             "disturbed: flush-sync=50us: 2 of 4 passages, held 120 us, 70.0 us at most, 1 in vain",
+            "? no violation is certain, but some are possible",
             "streams: 1234 events judged, 3 T-09 undecided",
             "5 not judged",
             "too many orders to try for T-01 at event 77",

@@ -1,6 +1,7 @@
 //! What comes after a campaign: what was found is minimised, written and told; with two engines, compared.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -8,6 +9,7 @@ use super::both::{Clean, Second};
 use super::{names, trace};
 use crate::cli::args::Explore;
 use crate::cli::failure::Failure;
+use crate::cli::interrupt;
 use crate::explore::campaign::{Found, Plan, Worker, failure_id};
 use crate::explore::{Execution, Kept, Source, compare, switches};
 use crate::report::story;
@@ -16,6 +18,8 @@ use crate::scenario::Scenario;
 
 /// Runs that the search for a smaller schedule may take.
 const MINIMISE_RUNS: usize = 2_000;
+/// Time that it may take; what was found by then is written.
+const MINIMISE_TIME: Duration = Duration::from_secs(20);
 
 /// See the module.
 pub(super) struct Aftermath {
@@ -61,6 +65,7 @@ impl Aftermath {
             this.engines_agree &= clean.holds();
             this.text.push_str(&clean.text());
         }
+        let interrupt = interrupt::on_ctrl_c();
         let mut violations = Vec::new();
         let mut told: Vec<String> = Vec::new();
         for found in found {
@@ -69,7 +74,9 @@ impl Aftermath {
                 continue;
             }
             told.push(id.clone());
-            let small = worker.minimise(&found.execution, MINIMISE_RUNS)?;
+            let until = Instant::now() + MINIMISE_TIME;
+            let goes_on = || !interrupt.requested() && Instant::now() < until;
+            let small = worker.minimise(&found.execution, MINIMISE_RUNS, goes_on)?;
             let reproducer = reproducer(source, plan, found, &small, &id);
             let stem = format!("{}-{}", scenario.name, id.to_lowercase());
             let path = reproducer.write(&options.out, &stem)?;

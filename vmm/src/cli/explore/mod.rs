@@ -13,7 +13,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::args::{Engines, Explore, ExploreStrategy, Snapshot as SnapshotCommand};
+use super::args::{Engines, Explore, ExploreStrategy, MachineOptions, Snapshot as SnapshotCommand};
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
@@ -54,6 +54,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         });
     }
     output.check_json()?;
+    check_out(&options.out)?;
     let second = both.then(|| Second::new(scenario)).transpose()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
     let plan = Plan {
@@ -95,6 +96,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     let sample = std::mem::take(&mut summary.sample).take();
     let found = Aftermath::of(&source, options, &plan, &summary.found, &sample, second)?;
     let text = headline(&source, &plan, &summary, both, stopped) + &found.text;
+    output.say(&text);
     output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
@@ -123,7 +125,6 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "confirmed": found.confirmed,
         "trace": found.traced,
     }))?;
-    output.say(&text);
     if !found.engines_agree {
         // What a testbed says that contradicts itself is not to be believed.
         return Ok(Exit::Internal);
@@ -160,6 +161,7 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
         return Ok(Source::of_saved(saved));
     }
     let mut scenario = Scenario::load(name)?;
+    check_kernel(&options.machine)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
     scenario.fails.extend(&options.fails);
@@ -177,6 +179,7 @@ pub(super) fn snapshot(
     output: &Output,
 ) -> Result<Exit, Failure> {
     let mut scenario = Scenario::load(name)?;
+    check_kernel(&options.machine)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
     output.check_json()?;
@@ -206,6 +209,31 @@ pub(super) fn snapshot(
         options.out.display(),
     ));
     Ok(Exit::Held)
+}
+
+/// Schedules belong to the kernel that is built in: its hash is in every reproducer and snapshot.
+fn check_kernel(machine: &MachineOptions) -> Result<(), Failure> {
+    match &machine.kernel {
+        None => Ok(()),
+        Some(kernel) => Err(Failure::Usage {
+            problem: format!(
+                "--kernel {}: only the kernel that is built in can be explored",
+                kernel.display()
+            ),
+            help: "change guest-kernel/ and build again".into(),
+        }),
+    }
+}
+
+/// The directory for reproducers can be written to, before anything is found that would be lost.
+fn check_out(out: &Path) -> Result<(), Failure> {
+    match std::fs::metadata(out) {
+        Ok(at) if !at.is_dir() => Err(Failure::Usage {
+            problem: format!("--out {}: is no directory", out.display()),
+            help: "name a directory, or what is not there yet".into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// All failpoints of `scenario` can be armed at once.

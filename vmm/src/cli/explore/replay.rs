@@ -86,6 +86,10 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
             output.say(&trace::write(path, last, scenario)?);
         }
         exit = worse(exit, again.exit(reproducer, options.expect));
+        if again.runs < options.times {
+            // Fewer than were asked for: whatever they showed, this is no answer.
+            exit = worse(exit, Exit::Interrupted);
+        }
         results.push(json!({
             "file": file,
             "expected": reproducer.ending,

@@ -215,7 +215,7 @@ fn a_small_schedule_still_fails_and_tells_its_story() {
     let failing = tries.find(|run| failure_id(&run.ending).is_some());
     let failing = failing.expect("the bug shows soon");
     let id = failure_id(&failing.ending);
-    let small = worker.minimise(&failing, 500).unwrap();
+    let small = worker.minimise(&failing, 500, || true).unwrap();
     assert_eq!(failure_id(&small.ending), id);
     assert!(switches(&small.schedule) <= switches(&failing.schedule));
     let story = story::tell(&small, 2);

@@ -232,7 +232,7 @@ proptest! {
             told(&run);
             if let Ending::Violation(violation) = &run.ending {
                 prop_assert!(worker.go_on(violation).unwrap().len() < 100);
-                if let Ok(small) = worker.minimise(&run, 5) {
+                if let Ok(small) = worker.minimise(&run, 5, || true) {
                     told(&small);
                 }
             }

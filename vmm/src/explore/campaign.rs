@@ -415,11 +415,9 @@ impl<E: Engine> Worker<E> {
             // What has nothing to do with the failure need not fail.
             let left_out = fails.remove(index);
             self.arm(&fails);
-            let run = self.execute(&mut Tolerant::new(start.clone()), true)?;
-            if failure_id(&run.ending) == id {
-                start = run.schedule;
-            } else {
-                fails.insert(index, left_out);
+            match self.fails_as(&id, &start)? {
+                Some(schedule) => start = schedule,
+                None => fails.insert(index, left_out),
             }
         }
         self.arm(&fails);
@@ -427,10 +425,23 @@ impl<E: Engine> Worker<E> {
             if !goes_on() {
                 return Ok(None);
             }
-            let run = self.execute(&mut Tolerant::new(candidate.clone()), true)?;
-            Ok::<_, DriverError>((failure_id(&run.ending) == id).then_some(run.schedule))
+            self.fails_as(&id, candidate)
         })?;
         self.replay(&small)
+    }
+
+    /// What was really run, where `candidate` fails in this way.
+    fn fails_as(
+        &mut self,
+        id: &Option<String>,
+        candidate: &Schedule,
+    ) -> Result<Option<Schedule>, DriverError> {
+        match self.execute(&mut Tolerant::new(candidate.clone()), true) {
+            Ok(run) => Ok((failure_id(&run.ending) == *id).then_some(run.schedule)),
+            // Another schedule than the one that fails: no reason to lose that.
+            Err(DriverError::TooLong { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The engine.

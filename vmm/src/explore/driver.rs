@@ -151,7 +151,7 @@ pub enum DriverError {
     },
     /// A schedule does not come to its end: the test is too long to be explored, or never ends.
     #[error(
-        "a schedule is not over after {points} points: the test is too long to explore; give the program less to do"
+        "a schedule is not over after {points} points: the test is too long to explore, or something in it never ends; give the program less to do"
     )]
     TooLong {
         /// Points so far.
@@ -457,7 +457,10 @@ impl<E: Engine> Driver<E> {
             };
             match self.steps_to_end(&mut Favour(favoured), &mut [], &mut rest) {
                 Ok(Ending::Report { vcpu, report }) => shown.push(Shown { vcpu, report }),
-                Ok(_) | Err(DriverError::Engine(EngineError::NoPoint { .. })) => break,
+                Ok(_)
+                | Err(
+                    DriverError::TooLong { .. } | DriverError::Engine(EngineError::NoPoint { .. }),
+                ) => break,
                 Err(error) => return Err(error),
             }
         }

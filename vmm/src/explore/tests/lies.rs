@@ -15,7 +15,7 @@ use crate::control::ProbeReport;
 use crate::engine::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit, Window};
 use crate::explore::campaign::{self, Plan, Strategy, Worker};
 use crate::explore::strategy::Random;
-use crate::explore::{Driver, Ending, Execution, Limits, Rng, Standing, compare};
+use crate::explore::{Driver, DriverError, Ending, Execution, Limits, Rng, Standing, compare};
 use crate::inspect::{MemoryImage, VcpuFacts};
 use crate::memory::PhysMem;
 use crate::report::story;
@@ -228,7 +228,10 @@ proptest! {
         let plan = Plan { everywhere, ..Plan::replay() };
         let mut worker = Worker::new(driver(seed), &plan).unwrap();
         for index in 0..4 {
-            let run = worker.execute(&mut Random::new(seed, index, 4), true).unwrap();
+            let run = match worker.execute(&mut Random::new(seed, index, 4), true) {
+                Err(DriverError::TooLong { .. }) => continue,
+                run => run.unwrap(),
+            };
             told(&run);
             if let Ending::Violation(violation) = &run.ending {
                 prop_assert!(worker.go_on(violation).unwrap().len() < 100);
@@ -324,15 +327,8 @@ fn a_count_that_stands_still_does_not_hold_up_a_look_at_every_point() {
     };
     let mut driver = Driver::resume(Liar::still(), LIMITS, vec![none; VCPUS], [].into());
     driver.look_everywhere(true);
-    let run = driver
-        .execute(&mut Random::new(1, 0, 50), &mut [])
-        .unwrap()
-        .unwrap();
-    assert!(
-        matches!(run.ending, Ending::Livelock(_)),
-        "{:?}",
-        run.ending
-    );
+    let run = driver.execute(&mut Random::new(1, 0, 50), &mut []);
+    assert!(matches!(run, Err(DriverError::TooLong { .. })), "{run:?}");
 
     let set_up = Driver::new(Liar::still(), LIMITS, true).err().unwrap();
     assert!(set_up.to_string().contains("for ever"), "{set_up}");

@@ -90,7 +90,7 @@ class Machine:
     def qemu_command(self, fds):
         words = ["qemu-system-x86_64", "-name", f"stalemate-lab-{os.getpid()}"]
         words += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "pc"]
-        words += ["-accel", "tcg,thread=multi", "-cpu", CPU_MODEL, "-smp", str(self.options.cpus), "-m", f"{self.options.memory}M"]
+        words += ["-accel", f"tcg,thread={self.options.tcg}", "-cpu", CPU_MODEL, "-smp", str(self.options.cpus), "-m", f"{self.options.memory}M"]
         words += ["-kernel", str(self.kernel.directory / "vmlinuz"), "-initrd", str(self.work / "initramfs")]
         words += ["-append", "console=ttyS0 panic=-1 stalemate.lab=1"]
         console = str(self.work / "console.log").replace(",", ",,")  # QEMU's way to write a comma

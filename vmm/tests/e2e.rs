@@ -340,13 +340,7 @@ fn every_reproducer_replays_bit_for_bit_on_both_engines() {
     };
     let on_model: Vec<String> = all.iter().filter(by_points).cloned().collect();
     assert_eq!(on_model.len(), all.len() - 1);
-    // Single-stepped, the lab passes 14 instructions less than an emulating host between the same two points
-    // (docs/status.md), so the one reproducer with a window belongs to its kind of host.
-    let on_vcpus = match host() {
-        Host::Kvm => &all,
-        Host::Lab => &on_model,
-    };
-    for (engine, times, files) in [("model", "50", &on_model), ("kvm", "20", on_vcpus)] {
+    for (engine, times, files) in [("model", "50", &on_model), ("kvm", "20", &all)] {
         let mut words = vec!["replay", "--engine", engine, "--times", times];
         words.extend(["--expect", "--brief"]);
         words.extend(files.iter().map(String::as_str));
@@ -467,13 +461,6 @@ mod parallel {
     #[test]
     fn a_dropped_ipi_hangs_the_guest_and_not_the_tool() {
         let words = ["mprotect-race", "--interrupts", "controlled", "--ipi"];
-        if host() == Host::Lab {
-            // docs/status.md, known limits.
-            eprintln!(
-                "left out in the lab: the guest that hangs ends there in a triple fault at times"
-            );
-            return;
-        }
         let drop = ["shootdown:nth3=drop", "--timeout", "180s"];
         let result = run(4, &[&words[..], &drop].concat());
         assert_eq!(result["crash"]["kind"], "hang", "{}", result["crash"]);

@@ -71,6 +71,9 @@ bugs! {
     /// Linux 2ba99c5e0881): a walker on a CPU that does not have the mm loaded, which no flush reaches, may be inside
     /// them.
     TablesFreeWithoutGracePeriod = 14, "tables-free-without-grace-period";
+    /// A flush of a range invalidates one page in every 2 MiB, as if entries of level 2 had changed and not of level 1
+    /// (class C2: the wrong level): the other pages stay cached, on the flusher's CPU too.
+    FlushWrongLevel = 15, "flush-wrong-level";
 }
 
 /// A set of seeded bugs.

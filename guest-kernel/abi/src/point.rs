@@ -73,6 +73,7 @@ points! {
     RcuGpStart = 39, "rcu-gp-start", "a grace period has begun";
     RcuGpEnd = 40, "rcu-gp-end", "a grace period is over; what was retired before it is about to be freed";
     RcuWait = 41, "rcu-wait", "spinning until the CPUs that hold up a grace period were quiescent";
+    IpiSend = 43, "ipi-send", "an IPI is about to be sent";
     WalkStep = 42, "walk-step", "a walk without locks has read an entry and is about to follow it";
 }
 

@@ -23,7 +23,7 @@ use core::sync::atomic::fence;
 
 use abi::bug::Bug;
 use abi::channel::EventKind;
-use abi::layout::PAGE_SIZE;
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::objects::{Mm, Pa};
 use abi::point::Point;
 
@@ -173,13 +173,16 @@ impl<A: Arch> Kernel<A> {
         request.tlb_gen.set(flush.tlb_gen);
         // Release: pairs with the Acquire in `handle_shootdown`.
         request.pending.store(targets, Release);
-        event!(
-            self,
-            EventKind::IpiSend,
-            [u64::from(Ipi::Shootdown as u8), targets, 0, 0, 0],
-        );
-        self.arch.send_ipi(targets, Ipi::Shootdown);
+        self.send_ipi(targets, Ipi::Shootdown);
         point!(self, Point::FlushDispatch, [id, targets]);
+    }
+
+    /// Sends `ipi` to each CPU of `targets`, which is not empty.
+    pub(crate) fn send_ipi(&self, targets: CpuMask, ipi: Ipi) {
+        let vector = u64::from(ipi as u8);
+        point!(self, Point::IpiSend, [vector, targets]);
+        event!(self, EventKind::IpiSend, [vector, targets, 0, 0, 0]);
+        self.arch.send_ipi(targets, ipi);
     }
 
     fn flush_sync(&self, flush: Flush, targets: CpuMask) {
@@ -213,24 +216,32 @@ impl<A: Arch> Kernel<A> {
         // The range alone is enough only if nothing else is outstanding (Linux's flush_tlb_func).
         let next_in_line = have + 1 == flush.tlb_gen && flush.tlb_gen == latest;
         if next_in_line && pages(flush.end - flush.start) <= self.config.flush_ceiling {
-            let mut gva = flush.start;
-            while gva < flush.end {
-                self.arch.flush_page(gva);
-                gva += PAGE_SIZE;
+            if self.config.bugs.has(Bug::FlushWrongLevel) {
+                let mut gva = flush.start;
+                while gva < flush.end {
+                    self.flush_pages_here(mm, gva, gva + PAGE_SIZE);
+                    gva += HUGE_PAGE_SIZE;
+                }
+            } else {
+                self.flush_pages_here(mm, flush.start, flush.end);
             }
-            #[cfg(feature = "testbed")]
-            self.soft_flush_range(flush.start, flush.end);
-            // After the fact: the host's TLB model forgets what the event covers.
-            event!(
-                self,
-                EventKind::FlushLocal,
-                [mm.id.get(), flush.start, flush.end, 0, 0],
-            );
             cpu.tlb_gen.set(flush.tlb_gen);
         } else {
             self.flush_everything_here(mm);
             cpu.tlb_gen.set(latest);
         }
+    }
+
+    fn flush_pages_here(&self, mm: &Mm, start: u64, end: u64) {
+        let mut gva = start;
+        while gva < end {
+            self.arch.flush_page(gva);
+            gva += PAGE_SIZE;
+        }
+        #[cfg(feature = "testbed")]
+        self.soft_flush_range(start, end);
+        // After the fact: the host's TLB model forgets what the event covers.
+        event!(self, EventKind::FlushLocal, [mm.id.get(), start, end, 0, 0],);
     }
 
     fn flush_everything_here(&self, mm: &Mm) {

@@ -12,8 +12,6 @@ pub trait Word {
     fn load(&self, order: Ordering) -> u64;
     /// As [`AtomicU64::store`].
     fn store(&self, value: u64, order: Ordering);
-    /// As [`AtomicU64::swap`].
-    fn swap(&self, value: u64, order: Ordering) -> u64;
     /// As [`AtomicU64::fetch_sub`].
     fn fetch_sub(&self, value: u64, order: Ordering) -> u64;
     /// As [`AtomicU64::fetch_or`].
@@ -43,10 +41,6 @@ impl Word for AtomicU64 {
     #[inline]
     fn store(&self, value: u64, order: Ordering) {
         self.store(value, order);
-    }
-    #[inline]
-    fn swap(&self, value: u64, order: Ordering) -> u64 {
-        self.swap(value, order)
     }
     #[inline]
     fn fetch_sub(&self, value: u64, order: Ordering) -> u64 {

@@ -173,12 +173,7 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn kick(&self, cpus: CpuMask) {
         let targets = cpus & self.root().online.load(Acquire) & !(1 << self.arch.cpu());
         if targets != 0 {
-            event!(
-                self,
-                EventKind::IpiSend,
-                [Ipi::Reschedule as u64, targets, 0, 0, 0],
-            );
-            self.arch.send_ipi(targets, Ipi::Reschedule);
+            self.send_ipi(targets, Ipi::Reschedule);
         }
     }
 

@@ -41,9 +41,6 @@ impl<const LEFT_OUT: u8> Word for LoomWord<LEFT_OUT> {
     fn store(&self, value: u64, order: Ordering) {
         self.0.store(value, weakened(LEFT_OUT, order));
     }
-    fn swap(&self, value: u64, order: Ordering) -> u64 {
-        self.0.swap(value, weakened(LEFT_OUT, order))
-    }
     fn fetch_sub(&self, value: u64, order: Ordering) -> u64 {
         self.0.fetch_sub(value, weakened(LEFT_OUT, order))
     }

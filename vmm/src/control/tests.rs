@@ -1,5 +1,7 @@
 //! Machines with hand-assembled kernels. They need `/dev/kvm` and say so where it is missing.
 
+mod stepping;
+
 use std::mem::offset_of;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -1,6 +1,6 @@
 //! Page tables and mms freed by RCU, with another CPU in a read section.
 
-use abi::objects::FrameKind;
+use abi::objects::{FrameKind, Mm, Pa};
 use abi::point::Point;
 use abi::syscall::Errno;
 
@@ -28,6 +28,14 @@ fn leave(k: &TestKernel) {
         k.this_cpu().rcu.nesting.set(0);
         k.rcu_leave_kernel();
     });
+}
+
+/// A page of `mm` and its three tables, unmapped while CPU 1 is in a section.
+fn unmapped_below_a_reader(k: &TestKernel, mm: Pa<Mm>) {
+    map_at(k, mm, AT, 1, RW);
+    k.user_write(0, AT, 1).unwrap();
+    reader_on_cpu_1(k);
+    k.munmap(mm, AT, PAGE).unwrap();
 }
 
 #[test]
@@ -64,10 +72,7 @@ fn a_table_is_retired_until_it_is_free() {
     let machine = Machine::new(2, "");
     let k = machine.kernel();
     let mm = space(k, &[0]);
-    map_at(k, mm, AT, 1, RW);
-    k.user_write(0, AT, 1).unwrap();
-    reader_on_cpu_1(k);
-    k.munmap(mm, AT, PAGE).unwrap();
+    unmapped_below_a_reader(k, mm);
     leave(k);
     k.arch.at(Point::TableFree, |k| assert_eq!(retired(k), 3));
     k.rcu_poll();
@@ -113,10 +118,7 @@ fn memory_that_waits_for_a_reader_is_no_want_of_memory() {
     let machine = Machine::with_memory(1 << 20, 2, "");
     let k = machine.kernel();
     let mm = space(k, &[0]);
-    map_at(k, mm, AT, 1, RW);
-    k.user_write(0, AT, 1).unwrap();
-    reader_on_cpu_1(k);
-    k.munmap(mm, AT, PAGE).unwrap();
+    unmapped_below_a_reader(k, mm);
     assert_eq!(retired(k), 3);
     k.arch.at(Point::RcuWait, leave);
     let mut taken = Vec::new();

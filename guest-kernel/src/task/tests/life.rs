@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
-use abi::boot::{BootInfo, MAX_CMDLINE, MAX_SEGMENTS, Segment};
+use abi::boot::BootInfo;
 use abi::channel::Doorbell;
-use abi::layout::{CHANNEL_GPA, USER_END};
+use abi::layout::USER_END;
 use abi::objects::{SlabId, TaskState};
 use abi::syscall::{Errno, clone, futex, map, nr, prot, signal, wait};
 use proptest::prelude::*;
@@ -14,6 +14,7 @@ use proptest::prelude::*;
 use super::machine::{MEMORY, Machine, Outcome, Program, User, run};
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::arch::model::testing;
 use crate::mm::Field;
 
 pub(super) const THREAD: u64 =
@@ -41,22 +42,9 @@ fn machine(cpus: usize, programs: Vec<Program>) -> Outcome {
 
 pub(super) fn boot_info(cpus: usize) -> BootInfo {
     BootInfo {
-        magic: abi::boot::MAGIC,
-        layout_hash: abi::layout_hash(),
-        cpus: cpus as u32,
-        interrupts: 0,
-        memory_bytes: MEMORY,
         boot_pgd: 0x3000,
         free_start: 0x10_0000,
-        channels: CHANNEL_GPA,
-        user_entry: 0,
-        args_len: 0,
-        data_len: 0,
-        nr_segments: 0,
-        segments: [Segment::default(); MAX_SEGMENTS],
-        kernel_root: 0,
-        cmdline_len: 0,
-        cmdline: [0; MAX_CMDLINE],
+        ..testing::boot_info(MEMORY, cpus, "")
     }
 }
 

@@ -107,12 +107,13 @@ fn grace_periods_wait_for_readers_and_end() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 14] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 15] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
     ("munmap-flush-after-unlock", "remap"),
     ("flush-range-short", "protect"),
+    ("flush-wrong-level", "protect"),
     ("dontneed-skip-none", "dontneed"),
     ("cr3-before-cpumask", "switch"),
     ("flush-skip-switching", "switch"),

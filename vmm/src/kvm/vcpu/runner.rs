@@ -209,7 +209,14 @@ impl Runner {
                 return Turn::Event(unexpected(&error));
             }
         }
-        self.enter()
+        let turn = self.enter();
+        match turn {
+            Turn::Go if self.stepping.is_some() => self
+                .complete_access()
+                .and_then(|()| self.stepped())
+                .map_or_else(Turn::Event, |()| Turn::Go),
+            turn => turn,
+        }
     }
 
     /// Enters the guest once and handles the exit.
@@ -255,7 +262,8 @@ impl Runner {
                     }
                     VcpuExit::Debug(debug) if self.stepping.is_some() => {
                         self.last_exit = ExitReason::Other;
-                        self.stepped(debug.pc)
+                        self.count_step(debug.pc);
+                        self.stepped()
                     }
                     exit => {
                         let text = format!("{exit:?}");
@@ -283,7 +291,13 @@ impl Runner {
             done: 0,
             rip: regs.rip,
         });
-        let control = match instructions {
+        self.arm()?;
+        Ok(done)
+    }
+
+    /// Tells KVM whether to stop after the next instruction.
+    fn arm(&self) -> Result<(), KvmError> {
+        let control = match self.stepping {
             Some(_) => KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
             None => 0,
         };
@@ -292,25 +306,28 @@ impl Runner {
                 control,
                 ..kvm_guest_debug::default()
             })
-            .map_err(failed("KVM_SET_GUEST_DEBUG"))?;
-        Ok(done)
+            .map_err(failed("KVM_SET_GUEST_DEBUG"))
     }
 
-    /// After one step, to `rip`.
-    fn stepped(&mut self, rip: u64) -> Result<(), Event> {
-        let Some(stepping) = &mut self.stepping else {
-            return Ok(());
-        };
-        if rip != stepping.rip {
+    /// The vCPU stands before the instruction at `rip` now.
+    fn count_step(&mut self, rip: u64) {
+        if let Some(stepping) = &mut self.stepping
+            && rip != stepping.rip
+        {
             stepping.rip = rip;
             stepping.done += 1;
             stepping.left = stepping.left.saturating_sub(1);
         }
-        // The kernel is in the upper half; programs are none of the window's.
-        if stepping.left == 0 || rip < UPPER_HALF {
-            return Err(Event::Stepped { rip });
+    }
+
+    /// An event where stepping is over. The kernel is in the upper half; programs are none of the window's.
+    fn stepped(&self) -> Result<(), Event> {
+        match &self.stepping {
+            Some(Stepping { left, rip, .. }) if *left == 0 || *rip < UPPER_HALF => {
+                Err(Event::Stepped { rip: *rip })
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn port_access(&mut self) -> Result<(), Event> {
@@ -357,6 +374,17 @@ impl Runner {
             }
         }
         self.fd.set_kvm_immediate_exit(0);
+        if result.is_ok() && self.stepping.is_some() {
+            // A step, of which KVM tells only where it does not emulate the access: to do so loses the trap flag,
+            // that is kept for the RIP of KVM_SET_GUEST_DEBUG alone (__kvm_set_rflags in Linux's x86.c).
+            let regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"));
+            result = regs
+                .and_then(|regs| {
+                    self.count_step(regs.rip);
+                    self.arm()
+                })
+                .map_err(|error| unexpected(&error));
+        }
         result
     }
 

@@ -192,6 +192,21 @@ impl Reproducer {
             let problem = format!("has format {found}; this program reads format {FORMAT}");
             return Err(malformed(at("format"), problem));
         }
+        // What is told to a person is a word, whoever has edited it.
+        let is_word = |text: &str| {
+            let known = |c: char| c.is_ascii_alphanumeric() || c == '-';
+            (1..=64).contains(&text.len()) && text.chars().all(known)
+        };
+        for (key, value) in [
+            ("kernel", &this.kernel),
+            ("ending", &this.ending),
+            ("digest", &this.digest),
+        ] {
+            if !is_word(value) {
+                let problem = format!("its {key} {value:?} is none");
+                return Err(malformed(at(key), problem));
+            }
+        }
         if !any_kernel && this.kernel != boot::kernel_hash() {
             return Err(ReproducerError::OtherKernel {
                 path: path.into(),
@@ -368,6 +383,8 @@ mod tests {
             ("format = 1", "format = 9", ":2: has format 9"),
             ("format = 1", "format = x", ":2: "),
             ("found_by", "found\u{7}by", ":4: "),
+            ("T-01", "T-01 \\u001b[31m", ":5: its ending"),
+            ("digest = \"ab", "digest = \"", ":7: its digest"),
             ("litmus", "nothing", "its scenario is refused"),
         ] {
             let (_directory, path) = written(&text.replace(old, new));

@@ -784,7 +784,11 @@ impl<E: Engine> Driver<E> {
         let why = match actor {
             Actor::Wire(vcpu) => format!("nothing is in flight to vCPU {vcpu}"),
             Actor::Vcpu(vcpu) => match self.standing.get(usize::from(vcpu)) {
-                Some(standing) => format!("it stands at {standing:?}"),
+                Some(Standing { point: None, .. }) => "it is at no scheduling point".into(),
+                Some(Standing {
+                    point: Some(point),
+                    args: [first, second],
+                }) => format!("it stands at {} ({first:#x}, {second:#x})", point.name()),
                 None => format!("this machine has {} vCPUs", self.standing.len()),
             },
         };

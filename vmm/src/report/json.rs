@@ -23,6 +23,12 @@ pub enum WriteError {
         /// Why.
         source: io::Error,
     },
+    /// The file is another program's, or nobody knows whose.
+    #[error("{} is there already, and stalemate did not write it: give another name", path.display())]
+    NotOurFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// The directory holds files of the same names that this program did not write.
     #[error("{} has a {RESULT} that stalemate did not write: give another directory, or --force", directory.display())]
     NotOurs {
@@ -70,12 +76,19 @@ pub fn write(path: &Path, text: &str) -> Result<(), WriteError> {
     written.map_err(failed)
 }
 
-/// Checks that [`write`] will be able to write `path`, and leaves no trace of it.
+/// Checks that [`write`] will be able to write `path` and that nothing but an earlier result is lost by it, and
+/// leaves no trace of it.
 ///
 /// # Errors
-/// The file system refused.
+/// The file system refused, or the file is none of ours.
 pub fn probe(path: &Path) -> Result<(), WriteError> {
     let existed = path.exists();
+    let holds = std::fs::metadata(path).is_ok_and(|data| data.is_file() && data.len() > 0);
+    if holds && !is_ours(path) {
+        return Err(WriteError::NotOurFile {
+            path: path.to_path_buf(),
+        });
+    }
     std::fs::OpenOptions::new()
         .append(true)
         .create(true)
@@ -141,10 +154,16 @@ impl OutDirectory {
     }
 }
 
+/// True for a result or a timeline that this program wrote.
 fn is_ours(result: &Path) -> bool {
     let text = std::fs::read_to_string(result).unwrap_or_default();
     let value: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    value.get("stalemate").is_some() && value.get("schema").is_some()
+    let result = value.get("schema").is_some()
+        && ["stalemate", "kind"]
+            .iter()
+            .any(|key| value.get(key).is_some());
+    // A timeline says which kernel it is of.
+    result || value.pointer("/otherData/kernel").is_some()
 }
 
 #[cfg(test)]
@@ -185,8 +204,11 @@ mod tests {
     #[test]
     fn a_write_leaves_no_temporary_file_behind() {
         let directory = tempfile::tempdir().unwrap();
+        let ours = "{\"schema\": 1, \"kind\": \"explore\"}";
         write(&directory.path().join("a.json"), "1").unwrap();
-        write(&directory.path().join("a.json"), "2").unwrap();
+        let foreign = probe(&directory.path().join("a.json")).unwrap_err();
+        assert!(foreign.to_string().contains("did not write it"));
+        write(&directory.path().join("a.json"), ours).unwrap();
         assert!(write(&directory.path().join("absent/a.json"), "1").is_err());
         let files: Vec<_> = std::fs::read_dir(directory.path()).unwrap().collect();
         assert_eq!(files.len(), 1);
@@ -196,7 +218,7 @@ mod tests {
         assert!(!directory.path().join("b.json").exists());
         assert_eq!(
             std::fs::read_to_string(directory.path().join("a.json")).unwrap(),
-            "2"
+            ours
         );
     }
 }

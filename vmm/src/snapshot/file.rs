@@ -183,12 +183,13 @@ impl SavedMachine {
         bytes
     }
 
-    /// True where the file at `path` begins like a snapshot.
+    /// True where the file at `path` begins like a snapshot, or like no text: a scenario is it neither way.
     #[must_use]
     pub fn is_one(path: &Path) -> bool {
-        let mut magic = [0; MAGIC.len()];
-        std::fs::File::open(path).is_ok_and(|mut file| file.read_exact(&mut magic).is_ok())
-            && magic == *MAGIC
+        let mut start = Vec::new();
+        let opened = std::fs::File::open(path);
+        let read = opened.and_then(|file| file.take(PREFIX as u64).read_to_end(&mut start));
+        read.is_ok() && (start.starts_with(MAGIC) || start.contains(&0))
     }
 
     /// Reads the file at `path`.

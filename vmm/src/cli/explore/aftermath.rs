@@ -104,6 +104,21 @@ impl Aftermath {
         Ok(this)
     }
 
+    /// The reproducers, a line each, and that the engines differ where they do.
+    pub(super) fn files(&self) -> String {
+        let mut text = String::new();
+        for path in &self.reproducers {
+            text.push_str(&format!(
+                "  replay with: stalemate replay {}\n",
+                path.display()
+            ));
+        }
+        if !self.engines_agree {
+            text.push_str("  ✘ the engines differ: a defect of one of them\n");
+        }
+        text
+    }
+
     /// Draws `run` where a timeline was asked for and there is none yet.
     fn trace(
         &mut self,

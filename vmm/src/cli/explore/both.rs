@@ -37,6 +37,8 @@ impl Second {
 #[derive(Default)]
 pub(super) struct Clean {
     asked: usize,
+    /// Schedules that there are to compare.
+    kept: usize,
     compared: usize,
     events: u64,
     /// Those that differ, by number of the execution.
@@ -54,6 +56,7 @@ impl Clean {
         let stop = interrupt::on_ctrl_c();
         let mut clean = Self {
             asked,
+            kept: sample.len(),
             ..Self::default()
         };
         for kept in sample {
@@ -79,6 +82,9 @@ impl Clean {
     pub(super) fn text(&self) -> String {
         let (compared, events) = (self.compared, self.events);
         let mut text = match self.diverged.len() {
+            0 if compared == 0 && self.kept > 0 => {
+                "  confirmed  no clean schedule: interrupted before the first\n".into()
+            }
             0 if compared == 0 => "  confirmed  no clean schedule: none was explored\n".into(),
             0 => format!(
                 "  confirmed  {compared} clean schedules on vCPUs: same endings, all {events} events the same\n"

@@ -24,6 +24,7 @@ use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, fai
 use crate::explore::strategy::Explored;
 use crate::explore::{Ending, Source};
 use crate::report::story;
+use crate::report::verdict::Detail;
 use crate::scenario::{CheckWhen, Fail, Scenario, fail};
 use crate::snapshot::{SavedMachine, SnapshotError};
 
@@ -95,8 +96,11 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     let stopped = stop.load(Ordering::Relaxed);
     let sample = std::mem::take(&mut summary.sample).take();
     let found = Aftermath::of(&source, options, &plan, &summary.found, &sample, second)?;
-    let text = headline(&source, &plan, &summary, both, stopped) + &found.text;
-    output.say(&text);
+    let headline = headline(&source, &plan, &summary, both, stopped);
+    output.say(&match output.detail {
+        Detail::Headline => format!("{}\n{}", verdict(&summary, stopped), found.files()),
+        Detail::Normal | Detail::Full => headline + &found.text,
+    });
     output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
@@ -317,6 +321,14 @@ fn progress_bar(plan: &Plan) -> ProgressBar {
     bar.with_style(style.expect("a fixed template"))
 }
 
+fn verdict(summary: &Summary, interrupted: bool) -> String {
+    match summary.found.len() {
+        0 if interrupted => "– interrupted; nothing wrong was seen so far".to_owned(),
+        0 => "✔ nothing wrong was seen".to_owned(),
+        n => format!("✘ {n} of {} schedules fail", summary.executions),
+    }
+}
+
 fn headline(
     source: &Source,
     plan: &Plan,
@@ -324,25 +336,23 @@ fn headline(
     both: bool,
     interrupted: bool,
 ) -> String {
-    let scenario = source.scenario();
+    let (scenario, seed) = (source.scenario(), plan.seed);
     let strategy = match plan.strategy {
-        Strategy::Random { mean } => format!("random walk, runs of {mean} points on average"),
-        Strategy::Pct { depth } => format!("PCT, depth {depth}"),
-        Strategy::RoundRobin => "round robin".into(),
+        Strategy::Random { mean } => {
+            format!("random walk, runs of {mean} points on average, seed {seed}")
+        }
+        Strategy::Pct { depth } => format!("PCT, depth {depth}, seed {seed}"),
+        Strategy::RoundRobin => format!("round robin, seed {seed}"),
         Strategy::Exhaustive { preemptions } => preemptions.map_or_else(
             || "exhaustive".into(),
             |most| format!("exhaustive, {}", search::preemptions(most)),
         ),
     };
     let rate = summary.executions as f64 / summary.elapsed.as_secs_f64().max(1e-9);
-    let verdict = match summary.found.len() {
-        0 if interrupted => "– interrupted; nothing wrong was seen so far".to_owned(),
-        0 => "✔ nothing wrong was seen".to_owned(),
-        n => format!("✘ {n} of {} schedules fail", summary.executions),
-    };
+    let verdict = verdict(summary, interrupted);
     let average = |sum: u64| sum / summary.executions.max(1);
     format!(
-        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}, seed {}{}\n  \
+        "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}{}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n{}  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
          checked    every event by the TLB model and the rules for locks, lifetimes, folios and walks; {} ends by all invariants; {} schedules replayed and compared\n  \
@@ -352,7 +362,6 @@ fn headline(
         source.kind(),
         if both { ", confirmed on kvm" } else { "" },
         boot::kernel_hash(),
-        plan.seed,
         failing(plan),
         summary.executions,
         summary.elapsed.as_secs_f64(),

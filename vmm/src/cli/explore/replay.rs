@@ -198,7 +198,8 @@ impl Again {
     }
 
     fn take(&mut self, run: Execution, reproducer: &Reproducer) {
-        let same = compare::digest(&run.events) == reproducer.digest;
+        let same = compare::digest(&run.events) == reproducer.digest
+            && run.events.len() as u64 == reproducer.events;
         self.last = Some(run);
         self.runs += 1;
         self.identical += u64::from(same && self.reproduced(reproducer));

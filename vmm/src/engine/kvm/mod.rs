@@ -33,7 +33,8 @@ const MOST_EVENTS: usize = 4_000_000;
 struct InWindow {
     /// It is in it.
     open: bool,
-    /// Points that its instructions were, since the last reset.
+    /// Points since the last reset that the guest did not count: instructions, less what it has counted of a point that
+    /// it has not come to. Wraps.
     points: u64,
 }
 
@@ -135,12 +136,21 @@ impl KvmEngine {
         events: &mut Vec<Event>,
     ) -> Result<Halt, EngineError> {
         let instructions = points.saturating_mul(window.every);
+        let before = self.points_passed(vcpu);
         self.machine.set_budget(vcpu, 1)?;
         self.machine.single_step(vcpu, Some(instructions))?;
         let halt = self.go(vcpu, events);
         if !self.broken {
             let done = self.machine.single_step(vcpu, None)?;
-            self.windows[vcpu].points += done / window.every;
+            // The guest counts a point some instructions before it stops at it, and may stand between the two. The
+            // instruction that stops there is the point.
+            let passed = match halt {
+                Ok(Halt::Point { .. }) => done.div_ceil(window.every),
+                _ => done / window.every,
+            };
+            let counted = self.points_passed(vcpu).wrapping_sub(before);
+            let points = &mut self.windows[vcpu].points;
+            *points = points.wrapping_add(passed).wrapping_sub(counted);
         }
         halt
     }
@@ -254,7 +264,7 @@ impl Engine for KvmEngine {
         let now = self.machine.points_passed(vcpu);
         // It lies in guest memory: any number may be there.
         now.wrapping_sub(self.passed[vcpu])
-            .saturating_add(self.windows[vcpu].points)
+            .wrapping_add(self.windows[vcpu].points)
     }
 
     fn in_flight(&self, vcpu: usize) -> bool {

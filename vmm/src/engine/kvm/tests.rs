@@ -44,7 +44,7 @@ fn instructions_of_a_window_are_scheduling_points() {
         let plan = Plan {
             strategy: Strategy::Pct { depth: 3 },
             executions,
-            verify_every: 10,
+            verify_every: 4,
             ..Plan::replay()
         };
         let (counts, stop) = Default::default();

@@ -201,7 +201,9 @@ impl Engine for ModelEngine {
         if !self.saved {
             self.set_up.push(Step::Run(vcpu, limit));
         }
+        let started = Instant::now();
         let halt = self.step(vcpu, limit);
+        self.costs.guest += started.elapsed();
         self.kernel.arch.take_events(events);
         Ok(halt)
     }

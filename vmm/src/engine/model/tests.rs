@@ -34,8 +34,10 @@ fn vcpus(test: &str) -> u32 {
 pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
     let vcpus = vcpus(test);
     let bugs = bug.map_or(String::new(), |bug| format!("bugs = [\"{bug}\"]"));
+    // More than one where the ranges of flushes matter.
+    let pages = 1 + u32::from(test == "protect");
     let text = format!(
-        "[machine]\nvcpus = {vcpus}\nmemory = \"16M\"\ninterrupts = \"controlled\"\n[program]\nname = \"litmus\"\nargs = {{ test = \"{test}\", pages = 1 }}\n\
+        "[machine]\nvcpus = {vcpus}\nmemory = \"16M\"\ninterrupts = \"controlled\"\n[program]\nname = \"litmus\"\nargs = {{ test = \"{test}\", pages = {pages} }}\n\
          [kernel]\nparams = {{ tlb = \"soft\", stamp = \"ticket\" }}\n{bugs}\n"
     );
     scenario::parse(Path::new("litmus.toml"), &text).unwrap()

@@ -314,6 +314,38 @@ mod tests {
     }
 
     #[test]
+    fn what_help_shows_can_be_written() {
+        let texts = [
+            help::EXAMPLES,
+            help::RUN,
+            help::INSPECT,
+            help::RECORD,
+            help::EXPLORE,
+            help::REPLAY,
+            help::SNAPSHOT,
+        ];
+        let lines = texts.iter().flat_map(|text| text.lines());
+        // What is longer is broken where nobody looks.
+        let long: Vec<&str> = lines
+            .clone()
+            .filter(|line| line.chars().count() > 100)
+            .collect();
+        assert!(long.is_empty(), "{long:?}");
+        let examples: Vec<&str> = lines
+            .filter_map(|line| line.strip_prefix("  stalemate "))
+            .collect();
+        assert!(examples.len() > 30, "{examples:?}");
+        for example in examples {
+            // A remark stands behind two blanks.
+            let line = example.split("  ").next().unwrap_or_default();
+            let words = ["stalemate"].into_iter().chain(line.split(' '));
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+
+    #[test]
     fn json_gives_the_scenario_back() {
         let parse = |words: &[&str]| match Cli::try_parse_from(words).unwrap().command {
             Command::Run(mut run) => {

@@ -62,7 +62,7 @@ Examples:
                                                               says whether that was complete
   stalemate explore litmus-cow --strategy exhaustive --preemptions 3 --jobs 2 --time-limit 1m
                                                               further, as far as a minute goes
-  stalemate explore litmus-apart --engine kvm --window flush-issue:1 --bug tlb-gen-plain-add
+  stalemate explore litmus-apart --engine kvm --window flush-issue --bug tlb-gen-plain-add --seed 1
                                                               a race between two instructions:
                                                               behind flush-issue, each is a point
   stalemate explore litmus-cow --engine kvm --schedules 200   the same kernel on real vCPUs
@@ -87,11 +87,10 @@ Exit codes:
 
 pub(super) const REPLAY: &str = "\
 Examples:
-  stalemate replay out/litmus-unmap-t-01.repro                    once, with its story
-  stalemate replay scenarios/reproducers/*.repro --expect --brief for CI: 0 if all still fail so
-  stalemate replay out/litmus-cow-t-01.repro --engine both        and on vCPUs: is it the same?
-  stalemate replay out/litmus-cow-t-01.repro --any-kernel --expect
-                                                                  1 where the change has cured it
+  stalemate replay out/litmus-unmap-t-01.repro                     once, with its story
+  stalemate replay scenarios/reproducers/*.repro --expect --brief  for CI: 0 if all still fail so
+  stalemate replay out/litmus-cow-t-01.repro --engine both         and on vCPUs: is it the same?
+  stalemate replay out/litmus-cow-t-01.repro --any-kernel          0 where a change has cured it
 
 There is no --seed: a reproducer holds the schedule itself, what fails in it, and the seeded bugs.
 
@@ -99,7 +98,7 @@ Exit codes:                 without --expect            with --expect
   0                         the failure is not there    it is there, every event as recorded
   1                         it is there                 it is not there, or another one is
   5                         the engines differ          so, or it is there but the events differ
-  2  bad input: no reproducer, one of another kernel (--any-kernel), or a schedule that is impossible
+  2  bad input: no reproducer, one of another kernel (--any-kernel), or an impossible schedule
   3  this host has no KVM that --engine kvm or both could use
   4  a vCPU did not come to a scheduling point
   130  Ctrl-C before all --times were replayed

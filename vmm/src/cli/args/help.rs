@@ -28,8 +28,8 @@ Examples:
   stalemate run unmap-race --monitor --delay flush-dispatch@0=0..200us --seed 7
   stalemate run mprotect-race --interrupts controlled --ipi shootdown:p0.2=dup
 
---seed N is what --delay and --ipi draw from; run i of --runs draws from N + i - 1. It does not choose
-the interleaving: the host's scheduler does. `explore` chooses it.
+--seed N is what --delay and --ipi draw from; run i of --runs draws from N + i - 1. It does not
+choose the interleaving: the host's scheduler does. `explore` chooses it.
 
 Exit codes:
   0  all invariants held

@@ -1,0 +1,125 @@
+//! Where results go, and what is listed.
+
+use std::process::{Command, Stdio};
+
+use super::{refused, stalemate, stderr, stdout};
+
+#[test]
+fn a_result_of_another_program_is_not_overwritten() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    std::fs::write(directory.path().join("result.json"), "{}").expect("the file is written");
+    let out = directory.path().to_str().expect("UTF-8");
+    refused(&["run", "smoke", "--out", out], &["result.json", "--force"]);
+    let kept = std::fs::read_to_string(directory.path().join("result.json")).expect("still there");
+    assert_eq!(kept, "{}");
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_refused_before_the_run() {
+    refused(
+        &["run", "smoke", "--out", "/dev/null/x"],
+        &["cannot write /dev/null/x"],
+    );
+    refused(
+        &["run", "smoke", "--json", "/dev/null/x.json"],
+        &["cannot write /dev/null/x.json"],
+    );
+}
+
+#[test]
+fn list_shows_every_name_as_text_and_as_json() {
+    let expected = [
+        (
+            "programs",
+            vec!["smoke", "unmap-race", "cow-fork", "mprotect-race", "replay"],
+        ),
+        ("params", vec!["flush_ceiling", "poison", "bug"]),
+        (
+            "bugs",
+            vec![
+                "shootdown-skip-remote",
+                "fork-no-writeprotect-flush",
+                "free-before-flush",
+            ],
+        ),
+        (
+            "points",
+            vec!["syscall-enter", "pte-install", "flush-sync", "idle"],
+        ),
+        ("invariants", vec!["P-01"]),
+        (
+            "scenarios",
+            vec![
+                "smoke",
+                "unmap-race",
+                "cow-fork",
+                "mprotect-race",
+                "trace-python3",
+                "trace-rustc",
+                "trace-git",
+            ],
+        ),
+    ];
+    for (what, names) in expected {
+        let text = stalemate(&["list", what]);
+        assert_eq!(text.status.code(), Some(0), "{}", stderr(&text));
+        let json = stalemate(&["list", what, "--json"]);
+        let entries: Vec<serde_json::Value> =
+            serde_json::from_slice(&json.stdout).expect("stdout is JSON only");
+        assert_eq!(
+            stderr(&json),
+            stdout(&text),
+            "the text goes to stderr beside JSON"
+        );
+        for name in names {
+            assert!(
+                stdout(&text).lines().any(|line| line.starts_with(name)),
+                "{what}: {name}"
+            );
+            let entry = entries.iter().find(|entry| entry["name"] == name);
+            let help = entry
+                .and_then(|entry| entry["help"].as_str())
+                .unwrap_or_default();
+            assert!(
+                help.len() > 10 && !help.starts_with("invalid"),
+                "{what} {name}: '{help}'"
+            );
+        }
+        let swallowed = stalemate(&["list", "--json", what]);
+        assert_eq!(swallowed.stdout, json.stdout, "list --json {what}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_stalemate"))
+        .args(["list", "points"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary runs");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
+fn a_result_that_is_lost_is_an_error() {
+    for words in [
+        &["list", "params"][..],
+        &["list", "params", "--json"],
+        &["list", "--help"],
+        &["--version"],
+    ] {
+        let full = std::fs::File::create("/dev/full").expect("/dev/full is there");
+        let output = Command::new(env!("CARGO_BIN_EXE_stalemate"))
+            .args(words)
+            .stdout(full)
+            .stderr(Stdio::piped())
+            .output()
+            .expect("the binary runs");
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{words:?}\n{text}");
+        assert!(text.contains("cannot write to stdout: No space"), "{text}");
+    }
+}

@@ -144,6 +144,17 @@ pub(super) fn wait_for_interrupt() {
     }
 }
 
+/// Where a CPU that was interrupted at `rip` in the kernel goes on: one at the `hlt` of [`wait_for_interrupt`] has
+/// halted. The shadow of `sti` keeps interrupts from coming there, but where #VMEXIT saves it for a
+/// hypervisor to go on with, QEMU's VMRUN does not load it (7.2, `helper_vmrun`), and who goes back to
+/// `hlt` then halts with nothing left to wake it.
+pub(super) fn past_halt(rip: u64) -> u64 {
+    const HLT: u8 = 0xf4;
+    // SAFETY: an instruction of the kernel that was about to be executed can be read.
+    let at_halt = unsafe { (rip as *const u8).read() } == HLT;
+    rip + u64::from(at_halt)
+}
+
 /// Stops this CPU for good.
 pub(super) fn halt_forever() -> ! {
     loop {

@@ -8,7 +8,7 @@ use super::boot::kernel;
 use super::descriptors::{exception_name, user_rflags};
 use super::entry::{self, EntryFrame, FIRST_IPI, SYSCALL_VECTOR};
 use super::registers::fault_address;
-use super::{apic, user};
+use super::{apic, registers, user};
 
 const PAGE_FAULT: u64 = 14;
 const LAST_EXCEPTION: u64 = 31;
@@ -56,7 +56,10 @@ fn is_system_call(frame: &UserFrame, gva: u64) -> bool {
 /// routine; everything else is a bug of the kernel.
 fn kernel_trap(frame: &mut UserFrame) {
     match frame.vector {
-        FIRST_IPI.. => interrupt(frame.vector),
+        FIRST_IPI.. => {
+            frame.rip = registers::past_halt(frame.rip);
+            interrupt(frame.vector);
+        }
         PAGE_FAULT if user::is_access(frame.rip) => {
             if !kernel().kernel_user_fault(fault_address(), frame.error) {
                 frame.rip = user::fixup();

@@ -13,7 +13,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::args::{Engines, Explore, ExploreStrategy, MachineOptions, Snapshot as SnapshotCommand};
+use super::args::{Engines, Explore, ExploreStrategy, Snapshot as SnapshotCommand};
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
@@ -40,12 +40,6 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     let source = source(name, options)?.with_window(options.window);
     let scenario = source.scenario();
     let both = options.engine == Some(Engines::Both);
-    if options.confirm.is_some() && !both {
-        return Err(Failure::Usage {
-            problem: "--confirm runs on vCPUs what the model has run".into(),
-            help: "add --engine both".into(),
-        });
-    }
     if !options.fail_any.is_empty() && options.strategy == ExploreStrategy::Exhaustive {
         return Err(Failure::Usage {
             problem:
@@ -165,7 +159,6 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
         return Ok(Source::of_saved(saved));
     }
     let mut scenario = Scenario::load(name)?;
-    check_kernel(&options.machine)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
     scenario.fails.extend(&options.fails);
@@ -183,7 +176,6 @@ pub(super) fn snapshot(
     output: &Output,
 ) -> Result<Exit, Failure> {
     let mut scenario = Scenario::load(name)?;
-    check_kernel(&options.machine)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
     output.check_json()?;
@@ -213,20 +205,6 @@ pub(super) fn snapshot(
         options.out.display(),
     ));
     Ok(Exit::Held)
-}
-
-/// Schedules belong to the kernel that is built in: its hash is in every reproducer and snapshot.
-fn check_kernel(machine: &MachineOptions) -> Result<(), Failure> {
-    match &machine.kernel {
-        None => Ok(()),
-        Some(kernel) => Err(Failure::Usage {
-            problem: format!(
-                "--kernel {}: only the kernel that is built in can be explored",
-                kernel.display()
-            ),
-            help: "change guest-kernel/ and build again".into(),
-        }),
-    }
 }
 
 /// The directory for reproducers can be written to, before anything is found that would be lost.
@@ -342,7 +320,7 @@ fn headline(
             format!("random walk, runs of {mean} points on average, seed {seed}")
         }
         Strategy::Pct { depth } => format!("PCT, depth {depth}, seed {seed}"),
-        Strategy::RoundRobin => format!("round robin, seed {seed}"),
+        Strategy::RoundRobin => "round robin".into(),
         Strategy::Exhaustive { preemptions } => preemptions.map_or_else(
             || "exhaustive".into(),
             |most| format!("exhaustive, {}", search::preemptions(most)),

@@ -1,13 +1,19 @@
 //! They need /dev/kvm: without it they fail and say so, they do not pass.
 
-use super::KvmEngine;
+use std::sync::Arc;
+
+use abi::point::Point;
+
+use super::{Halt, KvmEngine, Limit};
+use crate::engine::PointSet;
 use crate::engine::model::tests::{TESTS, driver, litmus};
 use crate::engine::{Engine, EngineKind};
 use crate::explore::campaign::{self, Plan, Strategy, Worker, failure_id};
 use crate::explore::strategy::Random;
 use crate::explore::{Driver, Execution, Limits, Source, compare};
+use crate::kvm::vcpu::VcpuImage;
 use crate::scenario::values;
-use crate::snapshot::{SavedMachine, SnapshotError, file};
+use crate::snapshot::{SavedMachine, Snapshot, SnapshotError, file};
 
 fn on_vcpus(test: &str, bug: Option<&str>) -> Worker<KvmEngine> {
     let engine = KvmEngine::new(&litmus(test, bug)).expect("this test needs /dev/kvm");
@@ -73,6 +79,64 @@ fn instructions_of_a_window_are_scheduling_points() {
     assert!(error.contains("--engine kvm"), "{error}");
 }
 
+/// QEMU's SVM forgets the shadow of `sti` when the host is interrupted in it: an IPI then comes before the `hlt` that it
+/// was to end.
+#[test]
+fn an_interrupt_between_sti_and_hlt_wakes_the_cpu_too() {
+    let one = Limit {
+        points: 1,
+        traps: PointSet::default(),
+    };
+    let mut kvm = on_vcpus("wake", None);
+    let engine = kvm.engine();
+    engine.reset().unwrap();
+    let mut events = Vec::new();
+    // The other thread sleeps, and an IPI is on its way to wake it.
+    for (vcpu, until) in [(1, Some(Point::IdleEnter)), (0, None)] {
+        loop {
+            let halt = engine.run(vcpu, one, &mut events).unwrap();
+            let Halt::Point { point, .. } = halt else {
+                panic!("{halt:?}");
+            };
+            if Some(point) == until || until.is_none() && engine.in_flight(1) {
+                break;
+            }
+        }
+    }
+    loop {
+        let rip = engine.vcpu_facts().unwrap()[1].rip;
+        let mut instruction = [0];
+        let gpa = rip.wrapping_sub(abi::layout::KERNEL_VIRT_OFFSET);
+        engine.memory().read(gpa, &mut instruction).unwrap();
+        if instruction == [0xf4] {
+            break;
+        }
+        engine.machine.single_step(1, Some(1)).unwrap();
+        engine.machine.run_vcpu(1, None).unwrap();
+        engine.machine.single_step(1, None).unwrap();
+    }
+    let there = engine.machine.save().unwrap();
+    let mut vcpus = there.vcpus.clone();
+    let image = postcard::to_stdvec(&*vcpus[1]).unwrap();
+    let mut image: VcpuImage = postcard::from_bytes(&image).unwrap();
+    image.drop_shadow();
+    vcpus[1] = Arc::new(image);
+    let there = Snapshot {
+        memory: there.memory.clone(),
+        vcpus,
+        board: there.board.clone(),
+    };
+    let mut again = KvmEngine::clone_of(&litmus("wake", None), Arc::new(there)).unwrap();
+    again.deliver(1);
+    events.clear();
+    let woken = Limit {
+        points: 100,
+        traps: PointSet::of(&[Point::IdleEnter, Point::Switch]),
+    };
+    let halt = again.run(1, woken, &mut events).unwrap();
+    assert!(matches!(halt, Halt::Point { .. }), "{halt:?}");
+}
+
 /// All of guest memory, and where each vCPU stands.
 fn state(engine: &KvmEngine) -> (Vec<u8>, String) {
     let mut memory = vec![0; engine.memory().bytes() as usize];
@@ -113,7 +177,7 @@ fn a_machine_that_crashed_is_replaced_by_a_clone() {
     engine.machine.ram().write(cr3, &[0; 4096]).unwrap();
     let limit = super::Limit {
         points: 1,
-        traps: crate::engine::PointSet::default(),
+        traps: PointSet::default(),
     };
     let halt = engine.run(0, limit, &mut Vec::new()).unwrap();
     assert!(matches!(halt, super::Halt::Crashed(_)), "{halt:?}");

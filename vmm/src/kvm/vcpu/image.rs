@@ -42,6 +42,13 @@ pub(crate) struct VcpuImage {
 }
 
 impl VcpuImage {
+    /// Nothing holds interrupts off any more.
+    #[cfg(test)]
+    pub(crate) fn drop_shadow(&mut self) {
+        self.events.interrupt.shadow = 0;
+        (self.interrupt_flag, self.ready_for_interrupt) = (1, 1);
+    }
+
     /// The state of `vcpu`, of whose MSRs those in `msrs` that it has.
     pub(super) fn take(
         vcpu: &mut VcpuFd,

@@ -438,14 +438,19 @@ mod parallel {
     fn a_skipped_shootdown_is_found_by_the_merged_streams_on_every_host() {
         // Not in every run: a page fault drops what it should have flushed.
         let words = ["unmap-race", "--monitor", "--runs", "60", "--bug"];
-        let result = run(1, &[&words[..], &["shootdown-skip-remote"]].concat());
-        let violations = result["violations"].as_array().expect("a list");
-        if host() == Host::Lab && violations.iter().any(|one| one["id"] == "data-probe") {
-            // Hardware that keeps stale translations shows it to the program first, which ends the run.
-            return;
-        }
-        let found = violations.iter().find(|one| one["id"] == "T-01");
-        let found = found.unwrap_or_else(|| panic!("{violations:?}"));
+        let found = || {
+            let result = run(1, &[&words[..], &["shootdown-skip-remote"]].concat());
+            let violations = result["violations"].as_array().expect("a list");
+            violations.iter().find(|one| one["id"] == "T-01").cloned()
+        };
+        // Hardware that keeps stale translations shows them to the program, and what the order of the events leaves
+        // open is decided by that; but not where the program meets other pages.
+        let confirmed = |found: &Value| found.to_string().contains("confirmed by hardware");
+        let found = match host() {
+            Host::Lab => (0..8).find_map(|_| found().filter(confirmed)),
+            Host::Kvm => found(),
+        };
+        let found = found.expect("T-01, confirmed where hardware can");
         assert!(
             found["at"].to_string().contains("merged streams"),
             "{found}"

@@ -166,8 +166,11 @@ impl Live {
             ..MachineConfig::default()
         })?;
         interrupt.watch(machine.interrupt_handle());
+        let cmdline = scenario.cmdline();
+        let params = abi::param::Config::parse(&cmdline);
+        let tlb = params.expect("scenarios are checked").tlb;
         Ok(Self {
-            streams: scenario.monitor.then(|| Streams::of(&mut machine)),
+            streams: scenario.monitor.then(|| Streams::of(&mut machine, tlb)),
             lookout: Lookout::new(scenario.watchdog),
             machine,
         })
@@ -183,7 +186,7 @@ impl Live {
         let rests =
             |vcpu: &VcpuFacts| matches!(vcpu.stop, inspect::Stop::Halted | inspect::Stop::Exited);
         let at_rest = observed.status.is_some() && vcpus.iter().all(rests);
-        let (facts, violations) = streams.end(&self.machine, at_rest);
+        let (facts, violations) = streams.end(&self.machine, at_rest, &observed.reports);
         if !violations.is_empty() {
             observed.verdict = Verdict::Violation;
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use abi::point::Point;
 
 use super::{Crash, Halt, Place, ProbeReport, Subject};
+use crate::explore::probe::Shown as WrongValue;
 use crate::report::{InvariantCount, Verdict, Violation};
 use crate::scenario::CheckWhen;
 
@@ -29,6 +30,8 @@ pub struct Observed {
     pub status: Option<u32>,
     /// Everything that was violated.
     pub violations: Vec<Violation>,
+    /// Those of them that a program found.
+    pub reports: Vec<WrongValue>,
     /// What kept the guest from its end: it crashed, hung, or had too little time or memory.
     pub crash: Option<Crash>,
     /// Counts by invariant.
@@ -77,9 +80,10 @@ pub fn observe<S: Subject>(
                 }
             }
             Halt::Report { vcpu, report } => {
-                watch.reports += 1;
                 watch.violations.push(data_probe(vcpu, &report));
-                if watch.reports == MAX_REPORTS {
+                let vcpu = vcpu as usize;
+                watch.reports.push(WrongValue { vcpu, report });
+                if watch.reports.len() == MAX_REPORTS {
                     return Ok(watch.end(None, None));
                 }
             }
@@ -112,7 +116,7 @@ pub fn observe<S: Subject>(
 struct Watch {
     counts: BTreeMap<&'static str, InvariantCount>,
     violations: Vec<Violation>,
-    reports: usize,
+    reports: Vec<WrongValue>,
     points_checked: u64,
     running: Duration,
     checking: Duration,
@@ -149,7 +153,7 @@ impl Watch {
         if let Some(status) = status
             && status != 0
             && !refused
-            && self.reports == 0
+            && self.reports.is_empty()
         {
             self.violations.push(program_failed(status));
         }
@@ -163,6 +167,7 @@ impl Watch {
             },
             status,
             violations: self.violations,
+            reports: self.reports,
             crash,
             invariants: self.counts.into_values().collect(),
             points_checked: self.points_checked,

@@ -4,11 +4,14 @@
 use std::time::{Duration, Instant};
 
 use abi::channel::{Event, EventKind};
+use abi::param::TlbBackEnd;
 use abi::point::{Point, Wait};
 
 use super::Place;
+use crate::check;
 use crate::check::stream::merge::{Judged, Merge, Shown};
 use crate::control::{Machine, MachineError, Stop};
+use crate::explore::probe::{Shown as WrongValue, belongs};
 use crate::explore::{WaitsFor, holds_up};
 use crate::report::{StreamFacts, Violation, story};
 
@@ -23,15 +26,18 @@ pub(super) struct Streams {
     /// By vCPU: what was taken before the kernel said where its objects are.
     early: Vec<Vec<Event>>,
     merge: Option<Merge>,
+    /// Whose translations the program uses.
+    tlb: TlbBackEnd,
 }
 
 impl Streams {
     /// Of a machine that has not run yet: from now on a full ring stops it.
-    pub(super) fn of(machine: &mut Machine) -> Self {
+    pub(super) fn of(machine: &mut Machine, tlb: TlbBackEnd) -> Self {
         machine.set_ring_exits(true);
         Self {
             early: vec![Vec::new(); machine.nr_vcpus()],
             merge: None,
+            tlb,
         }
     }
 
@@ -57,30 +63,56 @@ impl Streams {
     }
 
     /// The streams are over. Where no vCPU is in the middle of anything (`at_rest`) the state of the machine is
-    /// compared with what the events told.
-    pub(super) fn end(mut self, machine: &Machine, at_rest: bool) -> (StreamFacts, Vec<Violation>) {
+    /// compared with what the events told. `wrong`: what the program found wrong.
+    pub(super) fn end(
+        mut self,
+        machine: &Machine,
+        at_rest: bool,
+        wrong: &[WrongValue],
+    ) -> (StreamFacts, Vec<Violation>) {
+        let tlb = self.tlb;
         let merge = self.merge(machine);
-        tell(match machine.kernel_root().filter(|_| at_rest) {
+        let judged = match machine.kernel_root().filter(|_| at_rest) {
             Some(root) => merge.compare(machine.ram(), root),
             None => merge.judge_all(),
-        })
+        };
+        tell(judged, |violation| belongs(violation, wrong, tlb))
     }
 }
 
-fn tell(judged: &Judged) -> (StreamFacts, Vec<Violation>) {
-    let facts = StreamFacts {
+/// `confirms`: what the processor showed of a violation. That also decides what the order of the events left open.
+fn tell<'a>(
+    judged: &Judged,
+    confirms: impl Fn(&check::Violation) -> Option<&'a WrongValue>,
+) -> (StreamFacts, Vec<Violation>) {
+    let mut facts = StreamFacts {
         events: judged.events,
         unjudged: judged.unjudged,
         undecided: judged.undecided.clone(),
         given_up: judged.given_up.clone(),
         broken: judged.broken.clone(),
     };
-    (facts, judged.violations.iter().map(violation).collect())
+    let mut told: Vec<Violation> = Vec::new();
+    for shown in &judged.violations {
+        told.push(violation(shown, confirms(&shown.violation)));
+    }
+    for shown in &judged.doubtful {
+        let id = shown.violation.id;
+        if let Some(wrong) = confirms(&shown.violation)
+            && told.iter().all(|other| other.id != id)
+        {
+            told.push(violation(shown, Some(wrong)));
+            facts.undecided.entry(id).and_modify(|count| *count -= 1);
+        }
+    }
+    facts.undecided.retain(|_, count| *count > 0);
+    (facts, told)
 }
 
-fn violation(shown: &Shown) -> Violation {
+fn violation(shown: &Shown, confirmed: Option<&WrongValue>) -> Violation {
     let place = shown.ticket.map_or(Place::End, Place::Event);
     let mut told = Violation::of_invariant(shown.violation.clone(), place);
+    told.details.extend(confirmed.map(ToString::to_string));
     told.details.push("what led to it, by tickets:".into());
     for seen in &shown.context {
         if let Some(line) = story::line(seen) {
@@ -264,6 +296,58 @@ mod tests {
         assert!(judge(&waits, grace(9)).is_none());
         // All idle: the watchdog's business.
         assert!(judge(&[Some((Point::IdleEnter, [0; 2])), None], hung).is_none());
+    }
+
+    #[test]
+    fn what_the_processor_shows_is_attached_and_decides_what_is_open() {
+        let open = |id, vcpu| {
+            Shown::at_start(check::Violation {
+                id,
+                predicate: "",
+                finding: check::Finding {
+                    where_: check::Place {
+                        vcpu: Some(vcpu),
+                        gva: Some(0x5000),
+                        ..check::Place::default()
+                    },
+                    ..check::Finding::default()
+                },
+            })
+        };
+        let wrong = WrongValue {
+            vcpu: 1,
+            report: crate::control::ProbeReport {
+                kind: abi::channel::ReportKind::ForeignFrame,
+                gva: 0x5040,
+                expected: 1,
+                found: 2,
+                task: 2,
+            },
+        };
+        let judged = Judged {
+            violations: vec![open("T-04", 1)],
+            undecided: [("T-01", 3), ("T-07", 1)].into(),
+            doubtful: vec![
+                open("T-01", 0),
+                open("T-01", 1),
+                open("T-01", 1),
+                open("T-07", 0),
+            ],
+            ..Judged::default()
+        };
+        let (facts, told) = tell(&judged, |it| {
+            belongs(it, std::slice::from_ref(&wrong), TlbBackEnd::Hw)
+        });
+        let ids: Vec<_> = told.iter().map(|told| told.id.as_str()).collect();
+        assert_eq!(ids, ["T-04", "T-01"]);
+        for told in &told {
+            let text = told.details.join("\n");
+            assert!(text.contains("confirmed by hardware: vCPU 1"), "{text}");
+        }
+        assert_eq!(facts.undecided, [("T-01", 2), ("T-07", 1)].into());
+        let (facts, told) = tell(&judged, |_| None);
+        assert_eq!((told.len(), facts.undecided["T-01"]), (1, 3));
+        assert!(!told[0].details.join("").contains("hardware"));
     }
 
     #[test]

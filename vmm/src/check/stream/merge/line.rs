@@ -88,31 +88,32 @@ impl Line {
         };
         let shown = &actions[self.order[at]];
         let ticket = shown.seen.event.stamp;
-        match search::search(self, actions, at, &violation, state) {
+        let outcome = search::search(self, actions, at, &violation, state);
+        let doubt = Doubt {
+            subject: Subject::of(&violation, shown),
+            known: actions[actions.len() - 1].seen.event.stamp,
+            until: shown.before,
+        };
+        let shown = Shown {
+            context: self.context(actions, at, &violation),
+            violation,
+            ticket: state.is_none().then_some(ticket),
+            doubt: Some(doubt),
+        };
+        match outcome {
             Outcome::Every => {
-                let context = self.context(actions, at, &violation);
-                let subject = Subject::of(&violation, shown);
-                judged.violations.push(Shown {
-                    violation,
-                    ticket: state.is_none().then_some(ticket),
-                    context,
-                    doubt: Some(Doubt {
-                        subject,
-                        known: actions[actions.len() - 1].seen.event.stamp,
-                        until: shown.before,
-                    }),
-                });
+                judged.violations.push(shown);
                 self.over = true;
             }
             Outcome::Clean { from, order } => {
-                *judged.undecided.entry(violation.id).or_default() += 1;
+                judged.leave_open(shown);
                 self.order[from..from + order.len()].copy_from_slice(&order);
                 self.rewind(actions, from, at + 1);
             }
             // Nothing is known, so nothing is said; what follows from this state would be as doubtful.
             Outcome::TooMany => {
-                *judged.undecided.entry(violation.id).or_default() += 1;
-                judged.given_up.push((violation.id, ticket));
+                judged.given_up.push((shown.violation.id, ticket));
+                judged.leave_open(shown);
                 self.over = true;
             }
         }

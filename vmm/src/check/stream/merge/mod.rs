@@ -58,6 +58,8 @@ use subject::Subject;
 const LOOKAHEAD: usize = 4096;
 /// Actions that are kept after they were judged, for the search.
 const KEPT: usize = 1 << 16;
+/// Undecided violations that are kept.
+const DOUBTFUL: usize = 64;
 /// How many are taken in before they are judged.
 const BATCH: usize = 1 << 15;
 
@@ -153,7 +155,7 @@ impl PhysMem for Newborn {
 /// A violation, and where it was seen.
 #[derive(Debug)]
 pub struct Shown {
-    /// What every possible order violates.
+    /// What every possible order violates, or, where it is undecided, the order of the tickets.
     pub violation: Violation,
     /// Ticket of the event that showed it; none where only the end did.
     pub ticket: Option<u64>,
@@ -163,7 +165,8 @@ pub struct Shown {
 }
 
 impl Shown {
-    fn at_start(violation: Violation) -> Self {
+    /// One that nothing led to.
+    pub(crate) fn at_start(violation: Violation) -> Self {
         Self {
             violation,
             ticket: None,
@@ -199,6 +202,8 @@ pub struct Judged {
     pub violations: Vec<Shown>,
     /// Violations, by ID, of the order of the tickets that another possible order may not have.
     pub undecided: BTreeMap<&'static str, u64>,
+    /// The first of the undecided ones: something else than the events may decide them.
+    pub doubtful: Vec<Shown>,
     /// Events that were judged.
     pub events: u64,
     /// Events behind a ticket that never came: what they tell of is not judged.
@@ -217,10 +222,22 @@ impl Judged {
             let doubt = shown.doubt.as_ref();
             doubt.is_some_and(|doubt| doubt.is_cast_by(action))
         };
-        for shown in self.violations.extract_if(.., cast) {
+        let taken_back: Vec<Shown> = self.violations.extract_if(.., cast).collect();
+        for shown in taken_back {
             let id = shown.violation.id;
-            *self.undecided.entry(id).or_default() += 1;
             self.given_up.push((id, shown.ticket.unwrap_or(u64::MAX)));
+            self.leave_open(shown);
+        }
+    }
+
+    /// Another order may be clean.
+    fn leave_open(&mut self, shown: Shown) {
+        *self.undecided.entry(shown.violation.id).or_default() += 1;
+        if self.doubtful.len() < DOUBTFUL {
+            self.doubtful.push(Shown {
+                doubt: None,
+                ..shown
+            });
         }
     }
 }

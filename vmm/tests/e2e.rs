@@ -353,19 +353,41 @@ fn every_reproducer_replays_bit_for_bit_on_both_engines() {
     }
 }
 
-/// What explore finds on vCPUs, it finds in process, and the other way round.
+/// On vCPUs, the litmus test of its reproducer finds every seeded bug, and nothing without one.
 #[test]
-fn explore_finds_a_bug_on_vcpus_and_nothing_without_it() {
+fn explore_finds_every_seeded_bug_on_vcpus_and_nothing_without_one() {
     doctor();
-    let words = ["explore", "litmus-unmap", "--engine", "kvm", "--seed", "1"];
-    let clean = stalemate(&[&words[..], &["--schedules", "5", "--verify", "2"]].concat());
+    let explore = |scenario: &str, more: &[&str]| {
+        let words = ["explore", scenario, "--engine", "kvm", "--seed", "1"];
+        stalemate(&[&words[..], more].concat())
+    };
+    let clean = explore("litmus-unmap", &["--schedules", "5", "--verify", "2"]);
     assert_eq!(clean.status.code(), Some(0), "{}", text(&clean));
-    let out = tempfile::tempdir().expect("a directory");
-    let out = out.path().to_str().expect("a name");
-    let bug = ["--bug", "flush-range-short", "--out", out];
-    let found = stalemate(&[&words[..], &bug, &["--schedules", "20"]].concat());
-    assert_eq!(found.status.code(), Some(1), "{}", text(&found));
-    assert!(text(&found).contains("T-01"), "{}", text(&found));
+    for bug in abi::bug::Bug::ALL {
+        let file = format!("{REPOSITORY}/scenarios/reproducers/{}.repro", bug.name());
+        let known = std::fs::read_to_string(file).expect("a reproducer of every bug");
+        let known: toml::Table = known.parse().expect("TOML");
+        let scenario: toml::Table = known["scenario"]
+            .as_str()
+            .expect("text")
+            .parse()
+            .expect("TOML");
+        let out = tempfile::tempdir().expect("a directory");
+        let out = out.path().to_str().expect("a name");
+        let mut more = vec!["--bug", bug.name(), "--schedules", "2000", "--out", out];
+        if let Some(window) = known.get("window") {
+            more.extend(["--window", window.as_str().expect("text")]);
+        }
+        let found = explore(scenario["name"].as_str().expect("text"), &more);
+        assert_eq!(
+            found.status.code(),
+            Some(1),
+            "{}: {}",
+            bug.name(),
+            text(&found)
+        );
+        assert!(text(&found).contains("replay with:"), "{}", text(&found));
+    }
 }
 
 /// vCPUs that run at once, disturbed, and judged by their merged streams.

@@ -15,6 +15,51 @@ fn a_result_of_another_program_is_not_overwritten() {
 }
 
 #[test]
+fn a_file_that_is_no_result_is_not_overwritten() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join("package.json");
+    std::fs::write(&file, "{\"mine\": 1}").expect("the file is written");
+    let path = file.to_str().expect("UTF-8");
+    let explore = ["explore", "litmus-unmap", "--schedules", "1"];
+    for option in ["--json", "--trace"] {
+        let words = [&explore[..], &[option, path]].concat();
+        refused(&words, &["package.json", "give another name"]);
+    }
+    let kept = std::fs::read_to_string(&file).expect("still there");
+    assert_eq!(kept, "{\"mine\": 1}");
+    // One of ours is.
+    std::fs::remove_file(&file).expect("it is there");
+    for _ in 0..2 {
+        let output = stalemate(&[&explore[..], &["--json", path]].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_quiet_exploration_says_its_verdict_and_where_its_findings_are() {
+    let clean = stalemate(&["explore", "litmus-unmap", "--schedules", "2", "--quiet"]);
+    assert_eq!(stdout(&clean), "✔ nothing wrong was seen\n");
+    let out = tempfile::tempdir().expect("a temporary directory");
+    let out = out.path().to_str().expect("UTF-8");
+    let words = [
+        "explore",
+        "litmus-unmap",
+        "--bug",
+        "free-before-flush",
+        "--out",
+        out,
+    ];
+    let found = stalemate(&[&words[..], &["--quiet", "--seed", "1"]].concat());
+    let text = stdout(&found);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 2, "{text}");
+    assert!(
+        lines[0].contains("schedules fail") && lines[1].contains(".repro"),
+        "{text}"
+    );
+}
+
+#[test]
 fn an_output_that_cannot_be_written_is_refused_before_the_run() {
     refused(
         &["run", "smoke", "--out", "/dev/null/x"],

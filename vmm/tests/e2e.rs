@@ -28,9 +28,24 @@ fn host() -> Host {
     }
 }
 
-/// Runs `stalemate WORDS…` on the chosen host, at the root of the repository. One machine at a time:
-/// vCPUs that share a CPU with another machine's wait for each other's time slices at every shootdown.
+/// Runs `stalemate WORDS…` on the chosen host, at the root of the repository. A triple fault in the lab may be
+/// QEMU's (docs/lab.md, "One thread or several"): it is one if it comes three times.
 fn stalemate(words: &[&str]) -> Output {
+    let mut output = once(words);
+    for _ in 0..2 {
+        let crashed = output.status.code() == Some(4) && text(&output).contains("triple fault");
+        if host() != Host::Lab || !crashed {
+            break;
+        }
+        eprintln!("again, for a triple fault in the lab: {words:?}");
+        output = once(words);
+    }
+    output
+}
+
+/// One machine at a time: vCPUs that share a CPU with another machine's wait for each other's time slices at
+/// every shootdown.
+fn once(words: &[&str]) -> Output {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     // A test that failed while it held the lock has left no machine behind.
     let _machine = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);

@@ -16,7 +16,7 @@ use crate::report::verdict::{self, Detail, Paint};
 use crate::report::{HostFacts, RunResult, SCHEMA, ScenarioFacts, Verdict};
 use crate::scenario::values::Refused;
 use crate::scenario::{Scenario, catalog};
-use crate::session::{self, Finished};
+use crate::session::{self, Crash, Finished};
 
 /// The argument of programs that make random choices.
 const SEED: &str = "seed";
@@ -148,6 +148,8 @@ fn assemble(
     finished: Finished,
 ) -> RunResult {
     let observed = finished.observed;
+    let mut notes = notes(scenario, options, &host, observed.verdict);
+    notes.extend(doubt(&host, observed.crash.as_ref()));
     let (crash, crash_text) = match observed.crash {
         Some(crash) => (Some(crash.json), Some(crash.text)),
         None => (None, None),
@@ -157,7 +159,7 @@ fn assemble(
         kind: "run",
         stalemate: env!("CARGO_PKG_VERSION"),
         command: lab::own_command(),
-        notes: notes(scenario, options, &host, observed.verdict),
+        notes,
         host,
         scenario: facts(
             scenario,
@@ -205,6 +207,14 @@ pub(super) fn facts(scenario: &Scenario, seed: Option<u64>) -> ScenarioFacts {
         check: scenario.check,
         seed,
     }
+}
+
+/// A triple fault in the lab need not be the guest's (docs/lab.md, "One thread or several").
+fn doubt(host: &HostFacts, crash: Option<&Crash>) -> Option<String> {
+    let triple = crash.is_some_and(|crash| crash.json["cause"] == "triple-fault");
+    (host.kind == "lab" && triple).then(|| {
+        "QEMU's SVM shows a triple fault at times that the guest did not have: believe it if it comes again".into()
+    })
 }
 
 /// What a person must know before believing the verdict.
@@ -286,5 +296,26 @@ impl Drop for Progress {
     /// An error message must not share a line with the bar.
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::host::HostKind;
+
+    #[test]
+    fn a_triple_fault_in_the_lab_may_be_qemus_and_nothing_else_is() {
+        let crash = |cause| Crash {
+            json: serde_json::json!({ "cause": cause }),
+            text: String::new(),
+        };
+        let lab = session::facts_of(HostKind::Lab);
+        let note = doubt(&lab, Some(&crash("triple-fault"))).expect("a note");
+        assert!(note.contains("QEMU"), "{note}");
+        assert_eq!(doubt(&lab, Some(&crash("hang"))), None);
+        assert_eq!(doubt(&lab, None), None);
+        let here = session::facts_of(HostKind::Emulating);
+        assert_eq!(doubt(&here, Some(&crash("triple-fault"))), None);
     }
 }

@@ -291,10 +291,11 @@ impl<A: Arch> Kernel<A> {
     pub fn enter_lazy(&self) {
         let cpu = self.this_cpu();
         if !cpu.loaded_mm.get().is_null() {
+            let mm = told(|| self.obj(cpu.loaded_mm.get()).id.get());
+            // Before the fact: from the store on a flusher may pass this CPU by.
+            event!(self, EventKind::LazyEnter, [mm, 0, 0, 0, 0]);
             // Release: its user code is over before a flusher may pass it by.
             cpu.lazy.store(1, Release);
-            let mm = told(|| self.obj(cpu.loaded_mm.get()).id.get());
-            event!(self, EventKind::LazyEnter, [mm, 0, 0, 0, 0]);
             point!(self, Point::LazyEnter, [mm, 0]);
         }
     }

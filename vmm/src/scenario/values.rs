@@ -229,6 +229,10 @@ pub fn window(text: &str) -> Result<Window, Refused> {
     let (names, every) = text.split_once(':').unwrap_or((text, "1"));
     let points = names.split(',').map(point);
     let points = points.collect::<Result<Vec<_>, _>>()?;
+    if points.contains(&Point::IdleEnter) {
+        let problem = "behind idle a vCPU halts: no instruction there is a step that it could take";
+        return Err(Refused::new(problem).with_help("name another point"));
+    }
     match every.parse() {
         Ok(every) if every > 0 => Ok(Window {
             points: PointSet::of(&points),

@@ -36,6 +36,41 @@ fn a_file_that_is_no_result_is_not_overwritten() {
 }
 
 #[test]
+fn two_options_do_not_name_one_file() {
+    for words in [
+        &[
+            "snapshot",
+            "litmus-unmap",
+            "--out",
+            "one.file",
+            "--json",
+            "./one.file",
+        ][..],
+        &[
+            "explore",
+            "litmus-unmap",
+            "--trace",
+            "one.json",
+            "--json",
+            "./one.json",
+        ],
+    ] {
+        refused(words, &["name one file"]);
+    }
+    refused(
+        &[
+            "explore",
+            "litmus-unmap",
+            "--engine",
+            "kvm",
+            "--window",
+            "pte-clear,idle",
+        ],
+        &["behind idle a vCPU halts"],
+    );
+}
+
+#[test]
 fn a_quiet_exploration_says_its_verdict_and_where_its_findings_are() {
     let clean = stalemate(&["explore", "litmus-unmap", "--schedules", "2", "--quiet"]);
     assert_eq!(stdout(&clean), "✔ nothing wrong was seen\n");

@@ -178,6 +178,10 @@ pub(super) fn snapshot(
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
+    trace::apart([
+        ("--json", options.json.json.as_deref()),
+        ("--out", Some(&options.out)),
+    ])?;
     output.check_json()?;
     if options.out.exists() {
         return Err(SnapshotError::Exists {

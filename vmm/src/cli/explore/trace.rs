@@ -20,13 +20,30 @@ pub(super) fn check_files(json_file: Option<&Path>, trace: Option<&Path>) -> Res
             });
         }
     }
-    if trace.is_some() && trace == json_file {
-        return Err(Failure::Usage {
-            problem: "--json and --trace name one file".into(),
-            help: "give each its own".into(),
-        });
-    }
+    apart([("--json", json_file), ("--trace", trace)])?;
     Ok(trace.map_or(Ok(()), json::probe)?)
+}
+
+/// Refuses two options that name one file, however they spell it.
+pub(super) fn apart([one, two]: [(&str, Option<&Path>); 2]) -> Result<(), Failure> {
+    // The file may not be there yet, its directory is.
+    let place = |path: &Path| {
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new(".")).canonicalize().ok()?;
+        Some(
+            path.canonicalize()
+                .unwrap_or(parent.join(path.file_name()?)),
+        )
+    };
+    match (one.1.and_then(place), two.1.and_then(place)) {
+        (Some(first), Some(second)) if first == second => Err(Failure::Usage {
+            problem: format!("{} and {} name one file", one.0, two.0),
+            help: "give each its own".into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Writes the timeline of `execution`; says where it is.

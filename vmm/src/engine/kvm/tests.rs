@@ -79,6 +79,28 @@ fn instructions_of_a_window_are_scheduling_points() {
     assert!(error.contains("--engine kvm"), "{error}");
 }
 
+/// A flusher passes a CPU by from the instruction on that says it is lazy: its event comes before that.
+#[test]
+fn a_cpu_that_becomes_lazy_says_so_before_it_is_passed_by() {
+    let window = values::window("switch,cr3-load,lock-release:1").unwrap();
+    let source = Source::new(EngineKind::Kvm, litmus("wake", None)).with_window(Some(window));
+    let plan = Plan {
+        strategy: Strategy::Pct { depth: 3 },
+        executions: 40,
+        verify_every: 10,
+        seed: 1,
+        ..Plan::replay()
+    };
+    let (counts, stop) = Default::default();
+    let summary = campaign::run(|| source.driver(), &plan, &counts, &stop);
+    let summary = summary.expect("this test needs /dev/kvm");
+    let found = summary
+        .found
+        .first()
+        .map(|found| failure_id(&found.execution.ending));
+    assert_eq!(found, None);
+}
+
 /// QEMU's SVM forgets the shadow of `sti` when the host is interrupted in it: an IPI then comes before the `hlt` that it
 /// was to end.
 #[test]

@@ -101,6 +101,7 @@ fn announces(event: &Event) -> bool {
                 | K::VmaFree
                 | K::MmDestroy
                 | K::MmFree
+                | K::LazyEnter
                 | K::WalkBegin
                 | K::SyscallExit
                 | K::FaultExit

@@ -1,28 +1,14 @@
 //! Exploration from outside: two engines, failpoints, traces. Tests of vCPUs need /dev/kvm: without it
 //! they fail and say so.
 
+mod common;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
-const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
-
-/// Runs `command` with `words` at the root of the repository; no terminal, no colours.
-fn ran(command: &mut Command, words: &[&str]) -> Output {
-    command
-        .args(words)
-        .current_dir(REPOSITORY)
-        .env_remove("STALEMATE_HOST_KIND")
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .output()
-        .expect("the command runs")
-}
-
-fn stalemate(words: &[&str]) -> Output {
-    ran(&mut Command::new(env!("CARGO_BIN_EXE_stalemate")), words)
-}
+use common::{ran, stalemate};
 
 fn text_of(output: &Output) -> String {
     format!(

@@ -134,6 +134,28 @@ pub(super) fn write_stdout(text: &str) -> io::Result<()> {
     }
 }
 
+/// Refuses two options that name one file, however they spell it.
+pub(super) fn apart([one, two]: [(&str, Option<&Path>); 2]) -> Result<(), Failure> {
+    // The file may not be there yet, its directory is.
+    let place = |path: &Path| {
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new(".")).canonicalize().ok()?;
+        Some(
+            path.canonicalize()
+                .unwrap_or(parent.join(path.file_name()?)),
+        )
+    };
+    match (one.1.and_then(place), two.1.and_then(place)) {
+        (Some(first), Some(second)) if first == second => Err(Failure::Usage {
+            problem: format!("{} and {} name one file", one.0, two.0),
+            help: "give each its own".into(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Whether a stream may be coloured (<https://no-color.org>).
 #[must_use]
 pub(super) fn paint(is_terminal: bool) -> Paint {

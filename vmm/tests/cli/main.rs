@@ -1,6 +1,8 @@
 //! The command line from outside: what it refuses, with which code and in which words, and what it
 //! lists. Nothing here boots a machine.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod explore;
 mod host;
 mod input;
@@ -8,21 +10,9 @@ mod options;
 mod output;
 mod record;
 
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
-const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
-
-/// Runs the binary at the root of the repository; no terminal, no colours.
-fn stalemate(words: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_stalemate"))
-        .args(words)
-        .current_dir(REPOSITORY)
-        .env_remove("STALEMATE_HOST_KIND")
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .output()
-        .expect("the binary runs")
-}
+use common::{REPOSITORY, stalemate};
 
 fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).expect("stdout is UTF-8")

@@ -88,6 +88,11 @@ fn an_option_that_the_others_leave_without_effect_is_refused() {
         ("--depth", "4 --strategy exhaustive", "--strategy pct"),
         ("--seed", "1 --strategy exhaustive", "leave --seed out"),
         ("--seed", "1 --strategy round-robin", "--fail-any"),
+        (
+            "--fail-any",
+            "slab-alloc --strategy exhaustive",
+            "--fail NAME@VCPU:N",
+        ),
         ("--confirm", "3", "--engine both"),
         ("--confirm", "20 --engine kvm", "--engine both"),
         ("--trace", "t.json --engine both --confirm 0", "--confirm 1"),

@@ -199,6 +199,11 @@ impl Rules for Explore {
             fix: "write --engine kvm",
         },
         Rule {
+            applies: |given| given.has("fail_any") && given.strategy(ExploreStrategy::Exhaustive),
+            problem: "--fail-any: an exhaustive search is of one program, not of another one each time",
+            fix: "give the passage: --fail NAME@VCPU:N",
+        },
+        Rule {
             applies: |given| given.has("state_every") && given.has_fails(),
             problem: "--state-every: with --fail or --fail-any every end is looked at, for what the failure left behind",
             fix: "leave --state-every out",

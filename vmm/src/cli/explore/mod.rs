@@ -16,7 +16,7 @@ use serde_json::json;
 use super::args::{Engines, Explore, ExploreStrategy, Snapshot as SnapshotCommand};
 use super::exit::Exit;
 use super::failure::Failure;
-use super::output::Output;
+use super::output::{self, Output};
 use super::{interrupt, run};
 use crate::boot;
 use crate::engine::EngineKind;
@@ -40,14 +40,6 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     let source = source(name, options)?.with_window(options.window);
     let scenario = source.scenario();
     let both = options.engine == Some(Engines::Both);
-    if !options.fail_any.is_empty() && options.strategy == ExploreStrategy::Exhaustive {
-        return Err(Failure::Usage {
-            problem:
-                "--fail-any: an exhaustive search is of one program, not of another one each time"
-                    .into(),
-            help: "give the passage: --fail NAME@VCPU:N".into(),
-        });
-    }
     output.check_json()?;
     check_out(&options.out)?;
     let second = both.then(|| Second::new(scenario)).transpose()?;
@@ -178,7 +170,7 @@ pub(super) fn snapshot(
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
-    trace::apart([
+    output::apart([
         ("--json", options.json.json.as_deref()),
         ("--out", Some(&options.out)),
     ])?;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::boot;
 use crate::cli::failure::Failure;
+use crate::cli::output;
 use crate::explore::Execution;
 use crate::report::{json, story, timeline};
 use crate::scenario::Scenario;
@@ -20,30 +21,8 @@ pub(super) fn check_files(json_file: Option<&Path>, trace: Option<&Path>) -> Res
             });
         }
     }
-    apart([("--json", json_file), ("--trace", trace)])?;
+    output::apart([("--json", json_file), ("--trace", trace)])?;
     Ok(trace.map_or(Ok(()), json::probe)?)
-}
-
-/// Refuses two options that name one file, however they spell it.
-pub(super) fn apart([one, two]: [(&str, Option<&Path>); 2]) -> Result<(), Failure> {
-    // The file may not be there yet, its directory is.
-    let place = |path: &Path| {
-        let parent = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
-        let parent = parent.unwrap_or(Path::new(".")).canonicalize().ok()?;
-        Some(
-            path.canonicalize()
-                .unwrap_or(parent.join(path.file_name()?)),
-        )
-    };
-    match (one.1.and_then(place), two.1.and_then(place)) {
-        (Some(first), Some(second)) if first == second => Err(Failure::Usage {
-            problem: format!("{} and {} name one file", one.0, two.0),
-            help: "give each its own".into(),
-        }),
-        _ => Ok(()),
-    }
 }
 
 /// Writes the timeline of `execution`; says where it is.

@@ -89,12 +89,14 @@ impl Line {
         let shown = &actions[self.order[at]];
         let ticket = shown.seen.event.stamp;
         let outcome = search::search(self, actions, at, &violation, state);
+        let id = violation.id;
         let doubt = Doubt {
             subject: Subject::of(&violation, shown),
             known: actions[actions.len() - 1].seen.event.stamp,
             until: shown.before,
         };
-        let shown = Shown {
+        // To find the context takes a walk back: only for what is kept.
+        let shown = || Shown {
             context: self.context(actions, at, &violation),
             violation,
             ticket: state.is_none().then_some(ticket),
@@ -102,18 +104,18 @@ impl Line {
         };
         match outcome {
             Outcome::Every => {
-                judged.violations.push(shown);
+                judged.violations.push(shown());
                 self.over = true;
             }
             Outcome::Clean { from, order } => {
-                judged.leave_open(shown);
+                judged.leave_open(id, shown);
                 self.order[from..from + order.len()].copy_from_slice(&order);
                 self.rewind(actions, from, at + 1);
             }
             // Nothing is known, so nothing is said; what follows from this state would be as doubtful.
             Outcome::TooMany => {
-                judged.given_up.push((shown.violation.id, ticket));
-                judged.leave_open(shown);
+                judged.given_up.push((id, ticket));
+                judged.leave_open(id, shown);
                 self.over = true;
             }
         }

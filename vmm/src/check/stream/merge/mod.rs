@@ -227,17 +227,17 @@ impl Judged {
         for shown in taken_back {
             let id = shown.violation.id;
             self.given_up.push((id, shown.ticket.unwrap_or(u64::MAX)));
-            self.leave_open(shown);
+            self.leave_open(id, || shown);
         }
     }
 
-    /// Another order may be clean.
-    fn leave_open(&mut self, shown: Shown) {
-        *self.undecided.entry(shown.violation.id).or_default() += 1;
+    /// Another order may be clean of a violation of `id`, of which `shown` is made where it is kept.
+    fn leave_open(&mut self, id: &'static str, shown: impl FnOnce() -> Shown) {
+        *self.undecided.entry(id).or_default() += 1;
         if self.doubtful.len() < DOUBTFUL {
             self.doubtful.push(Shown {
                 doubt: None,
-                ..shown
+                ..shown()
             });
         }
     }

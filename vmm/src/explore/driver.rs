@@ -12,7 +12,7 @@ use abi::syscall::{Errno, nr};
 
 use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
-use crate::check::stream::{Monitor, Seen};
+use crate::check::stream::{Kinds, Monitor, Seen};
 use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
@@ -473,6 +473,7 @@ impl<E: Engine> Driver<E> {
         monitors: &mut [Box<dyn Monitor>],
         run: &mut Execution,
     ) -> Result<Ending, DriverError> {
+        let follows: Vec<Kinds> = monitors.iter().map(|monitor| monitor.follows()).collect();
         let mut found = Vec::new();
         let mut last = None;
         let mut points = 0u64;
@@ -544,8 +545,10 @@ impl<E: Engine> Driver<E> {
                 };
                 run.events.push(seen);
                 let before = found.len();
-                for monitor in monitors.iter_mut() {
-                    monitor.observe(&seen, &mut found);
+                for (monitor, follows) in monitors.iter_mut().zip(&follows) {
+                    if follows.has(event.kind) {
+                        monitor.observe(&seen, &mut found);
+                    }
                 }
                 if found.len() > before {
                     break; // What comes after it tells nothing more.

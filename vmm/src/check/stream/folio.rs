@@ -14,7 +14,7 @@ use abi::objects::{Folio, FrameKind, KernelRoot};
 use abi::pte::Pte;
 use rustc_hash::FxHashMap;
 
-use super::{Monitor, Rule, Seen, tlb, violation};
+use super::{Kinds, Monitor, Rule, Seen, tlb, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
@@ -204,6 +204,21 @@ impl Monitor for Folios {
         for section in &mut self.sections {
             section.locks = 0;
             section.changed.clear();
+        }
+    }
+    fn follows(&self) -> Kinds {
+        const {
+            Kinds::of(&[
+                EventKind::FrameAlloc,
+                EventKind::FrameFree,
+                EventKind::PteChange,
+                EventKind::MapcountChange,
+                EventKind::RefcountChange,
+                EventKind::LockAcquire,
+                EventKind::LockRelease,
+                EventKind::SyscallExit,
+                EventKind::FaultExit,
+            ])
         }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {

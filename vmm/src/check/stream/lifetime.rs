@@ -8,7 +8,7 @@ use abi::lock::LockClass;
 use abi::pte::Pte;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::{Monitor, Rule, Seen};
+use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
@@ -214,6 +214,30 @@ impl Monitor for Lifetime {
         self.counts.clear();
         self.generations.clear();
         self.in_use.clear();
+    }
+    fn follows(&self) -> Kinds {
+        const {
+            Kinds::of(&[
+                EventKind::Cr3Load,
+                EventKind::PteChange,
+                EventKind::TlbGen,
+                EventKind::CpumaskSet,
+                EventKind::VmaAttach,
+                EventKind::VmaFound,
+                EventKind::ShootdownBegin,
+                EventKind::VmaAlloc,
+                EventKind::VmaFree,
+                EventKind::VmaDetach,
+                EventKind::MmFree,
+                EventKind::MmCount,
+                EventKind::MmUsers,
+                EventKind::WalkBegin,
+                EventKind::WalkEnd,
+                EventKind::LockRelease,
+                EventKind::FaultExit,
+                EventKind::SyscallExit,
+            ])
+        }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let args = seen.event.args;

@@ -8,7 +8,7 @@ use abi::channel::EventKind;
 use abi::lock::LockClass;
 use rustc_hash::FxHashSet;
 
-use super::{Monitor, Rule, Seen};
+use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
@@ -123,6 +123,16 @@ impl Monitor for Locks {
     fn reset(&mut self) {
         self.held.clear();
         self.known.clear();
+    }
+    fn follows(&self) -> Kinds {
+        const {
+            Kinds::of(&[
+                EventKind::LockAcquire,
+                EventKind::LockRelease,
+                EventKind::SyscallExit,
+                EventKind::FaultExit,
+            ])
+        }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [word, class, ..] = seen.event.args;

@@ -14,7 +14,7 @@ pub mod tlb;
 pub mod walk;
 mod words;
 
-use abi::channel::Event;
+use abi::channel::{Event, EventKind};
 
 use super::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -26,6 +26,36 @@ pub struct Seen {
     pub vcpu: usize,
     /// The event.
     pub event: Event,
+}
+
+/// A set of kinds of events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kinds(u64);
+
+impl Kinds {
+    /// All of them, those that nobody knows included.
+    pub const ALL: Self = Self(u64::MAX);
+
+    /// Those of `kinds`.
+    #[must_use]
+    pub const fn of(kinds: &[EventKind]) -> Self {
+        let (mut set, mut index) = (0, 0);
+        while index < kinds.len() {
+            set |= Self::bit(kinds[index] as u32);
+            index += 1;
+        }
+        Self(set)
+    }
+
+    /// True where the kind with number `kind` is one of them. It may be for a number that is no kind's.
+    #[must_use]
+    pub const fn has(self, kind: u32) -> bool {
+        self.0 & Self::bit(kind) != 0
+    }
+
+    const fn bit(kind: u32) -> u64 {
+        1 << (kind % u64::BITS)
+    }
 }
 
 /// An ID that is never reused for anything else, and what must be true.
@@ -163,6 +193,9 @@ pub trait Monitor {
     fn fork(&self) -> Box<dyn Monitor>;
     /// Goes back to the state of the last [`Monitor::start`]. Cheap: once a schedule.
     fn reset(&mut self);
+    /// The kinds of events that it needs to be told: so much of a schedule's time goes into telling that each is told to
+    /// those only that do something with it.
+    fn follows(&self) -> Kinds;
     /// Takes the next event; appends what it shows to be wrong to `found`.
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>);
     /// Every vCPU stands at a scheduling point, and all events up to there were observed: a monitor may look at

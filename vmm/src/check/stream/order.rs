@@ -15,7 +15,7 @@ use abi::objects::{Folio, FrameKind, KernelRoot, Mm};
 
 use super::locks::{Holder, holder};
 use super::words::Word as _;
-use super::{Monitor, Rule, Seen, violation};
+use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
@@ -188,6 +188,16 @@ impl Monitor for LockOrder {
         self.held.clear();
         self.locks.clear();
         self.schedule += 1;
+    }
+    fn follows(&self) -> Kinds {
+        const {
+            Kinds::of(&[
+                EventKind::LockAcquire,
+                EventKind::LockRelease,
+                EventKind::MmCreate,
+                EventKind::FrameAlloc,
+            ])
+        }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let args = seen.event.args;

@@ -7,7 +7,7 @@
 use abi::channel::{EventKind, rcu_object};
 use rustc_hash::FxHashMap;
 
-use super::{Monitor, Rule, Seen, violation};
+use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
@@ -53,7 +53,7 @@ pub struct Rcu {
     retired: FxHashMap<u64, (u64, u64)>,
     /// By vCPU: when its grace period began.
     graces: FxHashMap<usize, u64>,
-    /// Events so far.
+    /// Events that it was told so far.
     at: u64,
 }
 
@@ -179,6 +179,21 @@ impl Monitor for Rcu {
         self.retired.clear();
         self.graces.clear();
         self.at = 0;
+    }
+    fn follows(&self) -> Kinds {
+        const {
+            Kinds::of(&[
+                EventKind::RcuEnter,
+                EventKind::RcuExit,
+                EventKind::SyscallExit,
+                EventKind::Switch,
+                EventKind::RcuRetire,
+                EventKind::RcuFree,
+                EventKind::FrameFree,
+                EventKind::RcuGpStart,
+                EventKind::RcuGpEnd,
+            ])
+        }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         self.at += 1;

@@ -15,7 +15,7 @@ use abi::pte::{Pte, index};
 use rustc_hash::FxHashMap;
 
 use super::words::{Word as _, mms};
-use super::{Monitor, Rule, Seen, tlb, violation};
+use super::{Kinds, Monitor, Rule, Seen, tlb, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
@@ -111,6 +111,9 @@ impl Monitor for Rmap {
         self.entries.clone_from(&self.start);
         self.changed.clear();
         self.looks = LOOKS;
+    }
+    fn follows(&self) -> Kinds {
+        const { Kinds::of(&[EventKind::PteChange]) }
     }
     fn observe(&mut self, seen: &Seen, _: &mut Vec<Violation>) {
         if seen.event.kind != EventKind::PteChange as u32 {

@@ -16,7 +16,7 @@ use abi::pte::{Pte, level_size};
 use rustc_hash::FxHashMap;
 
 use super::words::{Word as _, mms};
-use super::{Monitor, Rule, Seen, violation};
+use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 
@@ -86,7 +86,7 @@ pub struct Walks {
     sections: FxHashMap<usize, u64>,
     start: Start,
     now: Start,
-    /// Events so far.
+    /// Events that it was told so far.
     at: u64,
 }
 
@@ -252,6 +252,23 @@ impl Monitor for Walks {
         self.sections.clear();
         self.now.clone_from(&self.start);
         self.at = 0;
+    }
+    fn follows(&self) -> Kinds {
+        const {
+            Kinds::of(&[
+                EventKind::WalkBegin,
+                EventKind::WalkEnd,
+                EventKind::LockAcquire,
+                EventKind::LockRelease,
+                EventKind::RcuEnter,
+                EventKind::RcuExit,
+                EventKind::MmCreate,
+                EventKind::MmFree,
+                EventKind::Cr3Load,
+                EventKind::PteChange,
+                EventKind::FrameFree,
+            ])
+        }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         self.at += 1;

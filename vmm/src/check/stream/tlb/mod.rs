@@ -26,7 +26,7 @@ use abi::channel::{Event, EventKind, flush};
 use abi::pte::level_size;
 use rustc_hash::FxHashMap;
 
-use super::{Monitor, Rule, Seen};
+use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
 use held::Change;
@@ -246,6 +246,9 @@ impl Monitor for TlbModel {
         self.now.clone_from(&self.start);
     }
 
+    fn follows(&self) -> Kinds {
+        Kinds::ALL // It tells events by their numbers.
+    }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         self.now.at += 1;
         let Event { task, args, .. } = seen.event;

@@ -248,6 +248,11 @@ impl<T: Testbed> Sys for Rt<T> {
         }
     }
 
+    fn ticks(&self) -> u64 {
+        // SAFETY: every x86-64 processor has it, and neither Linux nor our kernel sets CR4.TSD.
+        unsafe { core::arch::x86_64::_rdtsc() }
+    }
+
     fn relax(&self) {
         match self.0.tlb() {
             Tlb::Hw => core::hint::spin_loop(),

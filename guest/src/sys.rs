@@ -96,6 +96,11 @@ pub trait Sys: Sized + Sync + 'static {
     /// Tells the host of a wrong value at `gva`.
     fn report(&self, kind: ReportKind, gva: u64, expected: u64, found: u64);
 
+    /// The time-stamp counter; always 0 on an executor where time means nothing.
+    fn ticks(&self) -> u64 {
+        0
+    }
+
     /// One turn of a spin loop.
     fn relax(&self) {
         core::hint::spin_loop();

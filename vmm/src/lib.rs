@@ -2,6 +2,7 @@
 //!
 //! Dependencies between the rooms point down this list; `cli` is the only one that prints.
 
+pub mod bench;
 pub mod boot;
 pub mod check;
 pub mod cli;

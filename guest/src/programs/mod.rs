@@ -1,5 +1,6 @@
 //! The programs: one file each, which says what it checks and how a kernel's bug shows.
 
+pub mod bench;
 mod cow_fork;
 mod crash;
 mod exit;
@@ -50,6 +51,7 @@ pub const PROGRAMS: &[Program] = &[
     replay::PROGRAM,
     crash::PROGRAM,
     exit::PROGRAM,
+    bench::PROGRAM,
 ];
 
 /// The program called `name`.
@@ -87,6 +89,7 @@ pub fn run<'a, S: Sys>(
         }),
         "crash" => Ok(crash::run(sys, &args)),
         "exit" => Ok(exit::STATUS),
+        "bench" => Ok(bench::run(sys, &args)),
         _ => Err(UsageError::UnknownProgram(name)),
     }
 }

@@ -12,10 +12,11 @@ use abi::boot::InterruptMode;
 use abi::bug::Bug;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::bench::Op;
 use crate::scenario::CheckWhen;
 use crate::scenario::disturb::{Delay, IpiFault};
 use idle::NoneIdle;
-use values::{address, at, bug, delay, duration, ipi, memory, param, range, vcpus};
+use values::{address, at, bug, delay, duration, ipi, memory, op, param, range, vcpus};
 
 pub use explore::{Engines, Explore, ExploreStrategy, Replay, Snapshot};
 pub use values::At;
@@ -53,6 +54,9 @@ pub enum Command {
     /// Save a scenario's machine at the start of its schedules, so that explore need not boot it
     #[command(after_help = help::SNAPSHOT)]
     Snapshot(Snapshot),
+    /// Time operations of the guest's kernel, and of the host's own Linux
+    #[command(after_help = help::BENCH)]
+    Bench(Bench),
     /// Record the memory calls of a real program (needs strace)
     #[command(after_help = help::RECORD)]
     Record(Record),
@@ -235,6 +239,30 @@ pub struct Inspect {
     /// `--out`.
     #[command(flatten)]
     pub out: Out,
+}
+
+/// `bench`.
+#[derive(Args, Debug)]
+#[command(override_usage = "stalemate bench [OPTIONS] [OP]...")]
+pub struct Bench {
+    /// Operations, all of them without one: getpid, fault, map, map-512, protect, fork, cow, dontneed, lookup
+    #[arg(value_name = "OP", value_parser = op)]
+    pub ops: Vec<Op>,
+    /// Rounds of each, 1 to 4096
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub rounds: Option<u64>,
+    /// Boot this kernel ELF instead of the embedded one
+    #[arg(long, value_name = "FILE", help_heading = "Machine")]
+    pub kernel: Option<PathBuf>,
+    /// Kernel parameter; repeatable (`list params`)
+    #[arg(long = "param", value_name = "KEY=VALUE", value_parser = param, help_heading = "Kernel")]
+    pub params: Vec<(String, String)>,
+    /// Print what the host's own Linux takes, as the program tells it
+    #[arg(long, hide = true)]
+    pub on_linux: bool,
+    /// `--json`.
+    #[command(flatten)]
+    pub json: Json,
 }
 
 /// `record`.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::exit::Exit;
 use super::lab;
+use crate::bench::BenchError;
 use crate::boot::{BootError, ElfError};
 use crate::engine::EngineError;
 use crate::explore::DriverError;
@@ -50,6 +51,9 @@ pub(super) enum Failure {
     /// Nothing was recorded.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// Nothing was measured.
+    #[error(transparent)]
+    Bench(#[from] BenchError),
     /// Nothing was explored to its end.
     #[error(transparent)]
     Explore(#[from] DriverError),
@@ -114,6 +118,11 @@ impl Failure {
             | Self::Stdout(_) => Exit::BadInput,
             Self::Machine(error) => of_machine_error(error),
             Self::Unreached { .. } => Exit::BadInput,
+            Self::Bench(error) => match error {
+                BenchError::Machine(error) => of_machine_error(error),
+                BenchError::Stopped { .. } | BenchError::Program { .. } => Exit::GuestFailed,
+                BenchError::Child(_) => Exit::HostCannot,
+            },
             Self::Explore(error) | Self::Replay { source: error, .. } => match error {
                 DriverError::Engine(EngineError::Machine(error)) => of_machine_error(error),
                 DriverError::Engine(EngineError::Interrupted) => Exit::Interrupted,

@@ -2,6 +2,7 @@
 //! code. The only room that prints or knows about terminals.
 
 pub mod args;
+mod bench;
 mod doctor;
 pub mod exit;
 mod explore;
@@ -132,6 +133,10 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
                 .ok_or_else(|| missing("snapshot", "<SCENARIO>"))?;
             let output = output(&snapshot.json);
             explore::snapshot(&scenario, &snapshot, &output).and_then(|exit| output.finish(exit))
+        }
+        Command::Bench(bench) => {
+            let output = output(&bench.json);
+            bench::bench(&bench, &output).and_then(|exit| output.finish(exit))
         }
         Command::Record(record) => {
             let output = output(&record.json);

@@ -49,6 +49,15 @@ Examples:
 
 Exit codes are those of `run`; 2 also where the run ended before the place was reached.";
 
+pub(super) const BENCH: &str = "\
+Examples:
+  stalemate bench                         every operation, here
+  scripts/lab -- bench fault cow          two of them against the lab's own Linux
+  stalemate bench fork --kernel my.elf --json fork.json
+
+Each operation is timed alone, at CPL 3, in a fresh machine with one vCPU and in a fresh Linux process.
+Where CPL 0 is emulated the kernel's instructions are counted instead.";
+
 pub(super) const RECORD: &str = "\
 Examples:
   stalemate record -o python3.trace -- python3 -c 'print(1)'

@@ -6,6 +6,7 @@ use abi::bug::Bug;
 use abi::failpoint::Failpoint;
 use abi::point::Point;
 
+use crate::bench::Op;
 use crate::engine::Window;
 use crate::scenario::disturb::{Delay, IpiFault};
 use crate::scenario::{Fail, values};
@@ -31,6 +32,14 @@ pub(super) fn vcpus(text: &str) -> Result<u32, String> {
 
 pub(super) fn memory(text: &str) -> Result<u64, String> {
     values::memory(text).map_err(|refused| refused.to_string())
+}
+
+pub(super) fn op(text: &str) -> Result<Op, String> {
+    let known = Op::ALL.iter().find(|op| op.name() == text);
+    known.copied().ok_or_else(|| {
+        let names: Vec<&str> = Op::ALL.iter().map(|op| op.name()).collect();
+        format!("there is {}", names.join(", "))
+    })
 }
 
 pub(super) fn jobs(text: &str) -> Result<usize, String> {

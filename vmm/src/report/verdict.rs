@@ -295,9 +295,13 @@ fn stream(text: &mut String, result: &RunResult, paint: Paint) {
     }
     text.push('\n');
     for (id, ticket) in &stream.given_up {
+        let place = match *ticket {
+            u64::MAX => "the end of the run".to_owned(),
+            ticket => format!("event {ticket}"),
+        };
         let _ = writeln!(
             text,
-            "  {} too many orders to try for {id} at event {ticket}: its monitor is silent from there on",
+            "  {} too many orders to try for {id} at {place}: its monitor is silent from there on",
             paint.yellow("note:")
         );
     }
@@ -471,7 +475,7 @@ mod tests {
         result.stream = Some(crate::report::StreamFacts {
             events: 1234,
             undecided: [("T-09", 3)].into(),
-            given_up: vec![("T-01", 77)],
+            given_up: vec![("T-01", 77), ("F-01", u64::MAX)],
             unjudged: 5,
             broken: Some("vCPU 1 has lost events".into()),
         });
@@ -482,6 +486,7 @@ mod tests {
             "streams: 1234 events judged, 3 T-09 undecided",
             "5 not judged",
             "too many orders to try for T-01 at event 77",
+            "too many orders to try for F-01 at the end of the run",
             "vCPU 1 has lost events",
         ] {
             assert!(text.contains(words), "no '{words}' in {text}");

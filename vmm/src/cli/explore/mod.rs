@@ -167,7 +167,7 @@ pub(super) fn snapshot(
     options: &SnapshotCommand,
     output: &Output,
 ) -> Result<Exit, Failure> {
-    let mut scenario = Scenario::load(name)?;
+    let mut scenario = run::load(name)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
     output::apart([

@@ -106,14 +106,9 @@ pub struct Explore {
     #[arg(long = "fail-any", value_name = "NAME", value_parser = failpoint, help_heading = "Failures")]
     pub fail_any: Vec<Failpoint>,
     /// When all invariants look at the state: at the end of every --state-every-th schedule, or at every point too
-    #[arg(
-        long,
-        value_enum,
-        value_name = "WHEN",
-        default_value = "end",
-        help_heading = "Checks"
-    )]
-    pub check: CheckWhen,
+    /// [default: the scenario's]
+    #[arg(long, value_enum, value_name = "WHEN", help_heading = "Checks")]
+    pub check: Option<CheckWhen>,
     /// Replay every Nth schedule and compare all events (0: none)
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
     pub verify: u64,

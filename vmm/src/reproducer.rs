@@ -8,13 +8,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::boot;
 use crate::engine::Window;
+use crate::explore::campaign::failure_ids;
 use crate::explore::{Actor, Schedule};
-use crate::scenario::{self, Scenario, ScenarioError, values};
+use crate::scenario::{self, Scenario, ScenarioError, fail, values};
 
 /// Version of the format.
 const FORMAT: u32 = 1;
 /// Largest file that is read.
 const MAX_BYTES: u64 = 16 << 20;
+/// Characters of a fingerprint.
+const DIGEST: usize = 32;
 
 /// What a reproducer file holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,11 +39,14 @@ pub struct Reproducer {
     /// Where instructions were scheduling points: `flush-issue:1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     window: Option<String>,
-    /// All invariants looked at every point.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub check_every_point: bool,
     /// The scenario, as a scenario file.
     scenario: String,
+}
+
+/// Where the strings of a file are in it.
+#[derive(Deserialize)]
+struct Strings {
+    scenario: toml::Spanned<String>,
 }
 
 /// Why a reproducer is refused.
@@ -64,14 +70,9 @@ pub enum ReproducerError {
         /// Why.
         problem: String,
     },
-    /// Its scenario is not one.
-    #[error("{path}: its scenario is refused: {source}")]
-    Scenario {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<ScenarioError>,
-    },
+    /// Its scenario is not one; the place is the one in the file.
+    #[error(transparent)]
+    Scenario(Box<ScenarioError>),
     /// It was found on another kernel.
     #[error(
         "{path}: was found on kernel {theirs}, this is kernel {ours}; --any-kernel tries all the same, \
@@ -114,17 +115,7 @@ impl Reproducer {
             digest,
             schedule: schedule_text(schedule),
             window: None,
-            check_every_point: false,
             scenario: scenario.to_toml(),
-        }
-    }
-
-    /// One that is checked at every point, or not.
-    #[must_use]
-    pub fn with_check(self, check_every_point: bool) -> Self {
-        Self {
-            check_every_point,
-            ..self
         }
     }
 
@@ -197,15 +188,9 @@ impl Reproducer {
             let known = |c: char| c.is_ascii_alphanumeric() || c == '-';
             (1..=64).contains(&text.len()) && text.chars().all(known)
         };
-        for (key, value) in [
-            ("kernel", &this.kernel),
-            ("ending", &this.ending),
-            ("digest", &this.digest),
-        ] {
-            if !is_word(value) {
-                let problem = format!("its {key} {value:?} is none");
-                return Err(malformed(at(key), problem));
-            }
+        if !is_word(&this.kernel) {
+            let problem = format!("its kernel {:?} is none", this.kernel);
+            return Err(malformed(at("kernel"), problem));
         }
         if !any_kernel && this.kernel != boot::kernel_hash() {
             return Err(ReproducerError::OtherKernel {
@@ -214,6 +199,21 @@ impl Reproducer {
                 ours: boot::kernel_hash().into(),
             });
         }
+        if !failure_ids().any(|id| id == this.ending) {
+            let known: Vec<&str> = failure_ids().collect();
+            let problem = format!(
+                "its ending {:?} names no failure; known are {}",
+                this.ending,
+                known.join(", ")
+            );
+            return Err(malformed(at("ending"), problem));
+        }
+        let is_digit = |c: char| matches!(c, '0'..='9' | 'a'..='f');
+        if this.digest.len() != DIGEST || !this.digest.chars().all(is_digit) {
+            let digest = &this.digest;
+            let problem = format!("its digest {digest:?} is not {DIGEST} hexadecimal digits");
+            return Err(malformed(at("digest"), problem));
+        }
         if let Some(Err(error)) = this.window.as_deref().map(values::window) {
             return Err(malformed(at("window"), format!("its window: {error}")));
         }
@@ -221,11 +221,11 @@ impl Reproducer {
             let problem = format!("`{word}` in its schedule is no step (0:12, i1)");
             malformed(at("schedule"), problem)
         })?;
-        let scenario =
-            scenario::parse(path, &this.scenario).map_err(|source| ReproducerError::Scenario {
-                path: path.into(),
-                source: Box::new(source),
-            })?;
+        let string = toml::from_str::<Strings>(&text).map_or(0..0, |at| at.scenario.span());
+        let scenario = scenario::parse_within(path, &text, string, &this.scenario)
+            .map_err(|source| ReproducerError::Scenario(Box::new(source)))?;
+        fail::check(&scenario.fails, scenario.vcpus)
+            .map_err(|refused| malformed(at("fail"), refused.to_string()))?;
         let vcpus = scenario.vcpus;
         let absent = schedule.segments.iter().find(|segment| {
             let (Actor::Vcpu(vcpu) | Actor::Wire(vcpu)) = segment.actor;
@@ -325,7 +325,8 @@ mod tests {
         let scenario = scenario::parse(Path::new("a.toml"), text).unwrap();
         let schedule = parse_schedule("0:12 1:5 i1 0:3").unwrap();
         let found = ("pct".to_owned(), "T-01".to_owned());
-        let reproducer = Reproducer::new(&scenario, &schedule, found.0, found.1, (7, "ab".into()));
+        let digest = "0123456789abcdef".repeat(2);
+        let reproducer = Reproducer::new(&scenario, &schedule, found.0, found.1, (7, digest));
         (reproducer, schedule)
     }
 
@@ -384,8 +385,23 @@ mod tests {
             ("format = 1", "format = x", ":2: "),
             ("found_by", "found\u{7}by", ":4: "),
             ("T-01", "T-01 \\u001b[31m", ":5: its ending"),
-            ("digest = \"ab", "digest = \"", ":7: its digest"),
-            ("litmus", "nothing", "its scenario is refused"),
+            (
+                "T-01",
+                "T-1",
+                ":5: its ending \"T-1\" names no failure; known are ",
+            ),
+            ("T-01", "foo", " T-01, "),
+            ("T-01", "foo", ", livelock, crash; "),
+            ("digest = \"01", "digest = \"", ":7: its digest"),
+            ("digest = \"01", "digest = \"xy", ":7: its digest"),
+            ("\"litmus\"", "\"litmsu\"", ":16:8: no program 'litmsu'"),
+            ("cow-free", "cow-fee", ":20:9: no seeded bug 'cow-fee"),
+            ("vcpus = 2", "vcpus = 99", ":12:9: 99 vCPUs"),
+            (
+                "[kernel]\n",
+                "[kernel]\nfail = [\"slab-alloc@7:1\"]\n",
+                ":19: slab-alloc@7:1: this machine has no vCPU 7",
+            ),
         ] {
             let (_directory, path) = written(&text.replace(old, new));
             let error = Reproducer::read(&path, true).unwrap_err().to_string();

@@ -16,7 +16,9 @@ use crate::bench::Op;
 use crate::scenario::CheckWhen;
 use crate::scenario::disturb::{Delay, IpiFault};
 use idle::NoneIdle;
-use values::{address, at, bug, delay, duration, ipi, memory, op, param, range, vcpus};
+use values::{
+    address, at, bug, delay, directory, duration, file, ipi, memory, op, param, range, vcpus,
+};
 
 pub use explore::{Engines, Explore, ExploreStrategy, Replay, Snapshot};
 pub use values::At;
@@ -138,7 +140,7 @@ pub struct MachineOptions {
 #[derive(Args, Debug, Clone)]
 pub struct Out {
     /// Write result.json, report.txt and serial.log into DIR
-    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    #[arg(long, value_name = "DIR", value_parser = directory(), help_heading = "Output")]
     pub out: Option<PathBuf>,
     /// Overwrite files that stalemate did not write
     #[arg(long, help_heading = "Output")]
@@ -269,7 +271,7 @@ pub struct Bench {
 #[derive(Args, Debug)]
 pub struct Record {
     /// File of the trace
-    #[arg(short, long, value_name = "FILE", default_value = "stalemate.trace")]
+    #[arg(short, long, value_name = "FILE", value_parser = file(), default_value = "stalemate.trace")]
     pub output: PathBuf,
     /// Overwrite FILE
     #[arg(long)]

@@ -150,11 +150,24 @@ impl Failure {
         }
     }
 
+    /// All causes in one line, the last one's first.
+    #[must_use]
+    pub(super) fn line(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = self.source();
+        while let Some(cause) = source {
+            let _ = write!(text, ": {cause}");
+            source = cause.source();
+        }
+        text
+    }
+
     /// The text on stderr: the cause, the chain behind it, the next thing to try.
     #[must_use]
     pub(super) fn render(&self, paint: Paint) -> String {
         let mut text = match self {
             Self::Scenario(error) => scenario(error, paint),
+            Self::Reproducer(ReproducerError::Scenario(error)) => scenario(error, paint),
             _ => chain(self, paint),
         };
         match self {

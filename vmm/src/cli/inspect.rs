@@ -11,7 +11,7 @@ use super::args::Inspect;
 use super::exit::Exit;
 use super::failure::Failure;
 use super::output::Output;
-use super::run::{check_disturb, facts, override_with, prepare, refuse_fails, seed};
+use super::run::{check_disturb, facts, load, override_with, prepare, refuse_fails, seed};
 use super::{interrupt, lab};
 use crate::check::Outcome;
 use crate::inspect::render::{
@@ -72,7 +72,7 @@ struct Tree {
 }
 
 pub(super) fn inspect(name: &Path, options: &Inspect, output: &Output) -> Result<Exit, Failure> {
-    let mut scenario = Scenario::load(name)?;
+    let mut scenario = load(name)?;
     override_with(&mut scenario, &options.machine);
     refuse_fails(&scenario)?;
     check_disturb(&scenario)?;

@@ -78,7 +78,7 @@ fn print_help(text: &clap::Error) -> Result<Exit, Failure> {
 
 fn end(result: Result<Exit, Failure>) -> Exit {
     result.unwrap_or_else(|failure| {
-        output::complain(&failure.render(output::paint(std::io::stderr().is_terminal())));
+        output::report(&failure);
         failure.exit()
     })
 }

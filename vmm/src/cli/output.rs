@@ -119,6 +119,11 @@ pub(super) fn complain(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
+/// Writes why a command, or a part of it, has come to nothing.
+pub(super) fn report(failure: &Failure) {
+    complain(&failure.render(paint(io::stderr().is_terminal())));
+}
+
 /// Writes to stdout. A reader that is gone (`stalemate list points | head`) is no error of ours.
 ///
 /// # Errors

@@ -17,12 +17,13 @@ use crate::report::{HostFacts, RunResult, SCHEMA, ScenarioFacts, Verdict};
 use crate::scenario::values::Refused;
 use crate::scenario::{Scenario, catalog};
 use crate::session::{self, Crash, Finished};
+use crate::snapshot::SavedMachine;
 
 /// The argument of programs that make random choices.
 const SEED: &str = "seed";
 
 pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, Failure> {
-    let mut scenario = Scenario::load(name)?;
+    let mut scenario = load(name)?;
     override_with(&mut scenario, &options.machine);
     refuse_fails(&scenario)?;
     disturb_with(&mut scenario, options)?;
@@ -55,6 +56,18 @@ pub(super) fn run(name: &Path, options: &Run, output: &Output) -> Result<Exit, F
     output.json(&result)?;
     output.say(&verdict::render(&result, output.paint, output.detail));
     Ok(Exit::from(result.verdict))
+}
+
+/// The scenario that `name` means, of a command that boots.
+pub(super) fn load(name: &Path) -> Result<Scenario, Failure> {
+    if SavedMachine::begins(name) {
+        return Err(Failure::Usage {
+            problem: format!("{} is a machine, saved, and no scenario", name.display()),
+            help: "`stalemate explore` goes on from it; name the scenario that it was taken of"
+                .into(),
+        });
+    }
+    Ok(Scenario::load(name)?)
 }
 
 /// What the command line says wins over what the file says.

@@ -4,108 +4,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use abi::failpoint::Failpoint;
 use rustc_hash::FxHashSet;
 
 use super::compare::{self, Masks};
 use super::failing::{self, Passages};
+pub use super::plan::{Plan, Strategy};
 use super::probe::Shown;
-use super::strategy::{
-    Bounds, Exhaustive, Explored, Pct, Random, Reduction, Replay, RoundRobin, Tolerant, Within,
-};
+use super::strategy::{Exhaustive, Explored, Pct, Random, Replay, RoundRobin, Tolerant, Within};
 use super::{
     Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
 };
 use crate::check::stream::{self, Monitor};
-use crate::check::{Moment, Violation};
+use crate::check::{self, Moment, Violation};
 use crate::engine::{Costs, Engine};
 use crate::scenario::Fail;
-
-/// How schedules are chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Strategy {
-    /// Random walk with runs of this many points on average.
-    Random {
-        /// Mean length of a run.
-        mean: u64,
-    },
-    /// Probabilistic concurrency testing.
-    Pct {
-        /// Ordering constraints that a bug may need.
-        depth: u64,
-    },
-    /// Everybody in turn; execution `i` with a quantum of `i + 1` points.
-    RoundRobin,
-    /// Every execution with at most so many preemptions, up to the order of independent steps.
-    Exhaustive {
-        /// Preemptions; none: any number.
-        preemptions: Option<u32>,
-    },
-}
-
-/// What a campaign does.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// How schedules are chosen.
-    pub strategy: Strategy,
-    /// Executions.
-    pub executions: u64,
-    /// Of which stream of random numbers.
-    pub seed: u64,
-    /// Wall time.
-    pub time_limit: Option<Duration>,
-    /// Every how many executions the state at the end is checked by all invariants too (0: never).
-    pub state_every: u64,
-    /// All invariants look at every point too.
-    pub everywhere: bool,
-    /// Every how many executions one is replayed and compared (0: never).
-    pub verify_every: u64,
-    /// Engines at once.
-    pub jobs: usize,
-    /// Ends at the first violation.
-    pub first: bool,
-    /// Schedules of executions that are well to keep, spread over the campaign.
-    pub sample: usize,
-    /// Passages of failpoints that fail in every execution.
-    pub fails: Vec<Fail>,
-    /// Failpoints of which one more passage, drawn from the seed, fails in each execution.
-    pub fail_any: Vec<Failpoint>,
-}
-
-impl Plan {
-    /// Of a worker that only runs what it is given.
-    #[must_use]
-    pub const fn replay() -> Self {
-        Self {
-            strategy: Strategy::RoundRobin,
-            executions: 0,
-            seed: 0,
-            time_limit: None,
-            state_every: 1,
-            everywhere: false,
-            verify_every: 0,
-            jobs: 1,
-            first: true,
-            sample: 0,
-            fails: Vec::new(),
-            fail_any: Vec::new(),
-        }
-    }
-}
-
-impl Plan {
-    /// The search that all workers share, where it is one.
-    fn search(&self) -> Option<Exhaustive> {
-        let Strategy::Exhaustive { preemptions } = self.strategy else {
-            return None;
-        };
-        let bounds = Bounds {
-            preemptions,
-            ..Bounds::default()
-        };
-        Some(Exhaustive::new(bounds, Reduction::Traces))
-    }
-}
 
 /// An execution that does not end as it should.
 #[derive(Debug)]
@@ -171,6 +83,12 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
         Ending::Livelock(_) => "livelock".into(),
         Ending::Crashed { .. } => "crash".into(),
     })
+}
+
+/// Every name that [`failure_id`] can give.
+pub fn failure_ids() -> impl Iterator<Item = &'static str> {
+    let others = ["report", "deadlock", "livelock", "crash"];
+    check::described().map(|one| one.id).chain(others)
 }
 
 /// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.

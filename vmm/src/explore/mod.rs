@@ -13,6 +13,7 @@ mod failing;
 mod failing_tests;
 mod footprint;
 mod minimise;
+mod plan;
 pub mod probe;
 mod rng;
 mod sample;

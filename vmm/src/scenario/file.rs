@@ -20,8 +20,32 @@ use super::{CheckWhen, Program, Scenario};
 /// # Errors
 /// [`ScenarioError::Invalid`], at the first place that is refused.
 pub fn parse(path: &Path, text: &str) -> Result<Scenario, ScenarioError> {
-    let file: File = toml::from_str(text).map_err(|error| malformed(path, text, &error))?;
-    Reader { path, text }.scenario(file)
+    let place = Place::From(0);
+    Reader { path, text, place }.parse(text)
+}
+
+/// Checks the scenario `text`, which a string in the file at `path` holds. `whole` is all that the file has, and `at` the
+/// string in it, quotes and all.
+///
+/// # Errors
+/// As of [`parse`]; the place is one in the file.
+pub fn parse_within(
+    path: &Path,
+    whole: &str,
+    at: Range<usize>,
+    text: &str,
+) -> Result<Scenario, ScenarioError> {
+    let written = whole.get(at.clone()).unwrap_or_default();
+    let place = match written.find(text) {
+        Some(quotes) => Place::From(at.start + quotes),
+        None => Place::All(at),
+    };
+    let reader = Reader {
+        path,
+        text: whole,
+        place,
+    };
+    reader.parse(text)
 }
 
 #[derive(Deserialize)]
@@ -138,12 +162,27 @@ impl Scalar {
     }
 }
 
+/// Where a scenario stands in its file.
+enum Place {
+    /// As it is, from this byte on.
+    From(usize),
+    /// In these bytes, with escapes: none of its places has one there.
+    All(Range<usize>),
+}
+
 struct Reader<'a> {
     path: &'a Path,
+    /// All of the file.
     text: &'a str,
+    place: Place,
 }
 
 impl Reader<'_> {
+    fn parse(&self, scenario: &str) -> Result<Scenario, ScenarioError> {
+        let file = toml::from_str(scenario).map_err(|error| self.malformed(&error))?;
+        self.scenario(file)
+    }
+
     fn scenario(&self, file: File) -> Result<Scenario, ScenarioError> {
         let stem = self
             .path
@@ -297,160 +336,37 @@ impl Reader<'_> {
         result.map_err(|refused| self.locate(span, refused))
     }
 
+    /// A text that is not TOML, or not TOML of the right shape.
+    fn malformed(&self, error: &toml::de::Error) -> ScenarioError {
+        let message = error.message();
+        // serde: "unknown field `a`, expected one of `b`, `c`", likewise "unknown variant".
+        let mut names = message.split('`').skip(1).step_by(2);
+        let refused = match names.next() {
+            Some(unknown) if message.starts_with("unknown ") => {
+                let expected: Vec<&str> = names.collect();
+                Refused::new(
+                    message
+                        .split(", expected")
+                        .next()
+                        .unwrap_or(message)
+                        .replace('`', "'"),
+                )
+                .with_help(values::did_you_mean(unknown, expected))
+            }
+            _ => Refused::new(message.replace('\n', "; ").replace('`', "'"))
+                .with_help("docs/scenarios.md has the form of the file"),
+        };
+        self.locate(error.span().unwrap_or(0..0), refused)
+    }
+
     fn locate(&self, span: Range<usize>, refused: Refused) -> ScenarioError {
+        let span = match &self.place {
+            Place::From(start) => start + span.start..start + span.end,
+            Place::All(all) => all.clone(),
+        };
         Located::new(self.path, self.text, span, "here", refused).into()
     }
 }
 
-/// A text that is not TOML, or not TOML of the right shape.
-fn malformed(path: &Path, text: &str, error: &toml::de::Error) -> ScenarioError {
-    let message = error.message();
-    let span = error.span().unwrap_or(0..0);
-    // serde: "unknown field `a`, expected one of `b`, `c`", likewise "unknown variant".
-    let mut names = message.split('`').skip(1).step_by(2);
-    let refused = match names.next() {
-        Some(unknown) if message.starts_with("unknown ") => {
-            let expected: Vec<&str> = names.collect();
-            Refused::new(
-                message
-                    .split(", expected")
-                    .next()
-                    .unwrap_or(message)
-                    .replace('`', "'"),
-            )
-            .with_help(values::did_you_mean(unknown, expected))
-        }
-        _ => Refused::new(message.replace('\n', "; ").replace('`', "'"))
-            .with_help("docs/scenarios.md has the form of the file"),
-    };
-    Located::new(path, text, span, "here", refused).into()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use miette::Diagnostic as _;
-
-    fn refusal(text: &str) -> (String, String) {
-        let error = parse(Path::new("bad.toml"), text).unwrap_err();
-        let help = error
-            .help()
-            .map(|help| help.to_string())
-            .unwrap_or_default();
-        (error.to_string(), help)
-    }
-
-    #[test]
-    fn each_refusal_has_a_place_and_says_what_was_expected() {
-        let cases = [
-            (
-                "[program]\nname = 'smoke'\n[machine]\nvcpus = 0",
-                "bad.toml:4:9: 0 vCPUs",
-                "",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[machine]\nvcpus = 1000",
-                "bad.toml:4:9: 1000 vCPUs: a machine has 1 to 16",
-                "",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[machine]\nvcpus = 'two'",
-                "bad.toml:4:9: invalid type",
-                "",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[machine]\nmemory = '1M'",
-                "bad.toml:4:10: 1M of memory is too small: the minimum is 16M",
-                "",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[machine]\ninterrupts = 'hard'",
-                "bad.toml:4:14: unknown variant 'hard'",
-                "hardware",
-            ),
-            (
-                "[program]\nname = 'smok'",
-                "bad.toml:2:8: no program 'smok'",
-                "'smoke'",
-            ),
-            (
-                "[program]\nnam = 'smoke'",
-                "bad.toml:2:1: unknown field 'nam'",
-                "'name'",
-            ),
-            (
-                "[progam]\nname = 'smoke'",
-                "bad.toml:1:2: unknown field 'progam'",
-                "'program'",
-            ),
-            (
-                "name = 'x'",
-                "bad.toml:1:1: missing field 'program'",
-                "docs/scenarios.md",
-            ),
-            ("name = ", "bad.toml:1:8:", "docs/scenarios.md"),
-            (
-                "[program]\nname = 'smoke'\n[kernel]\nparams = { poisn = 'on' }",
-                "bad.toml:4:12: no kernel parameter 'poisn'",
-                "'poison'",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[kernel]\nparams = { poison = 3 }",
-                "bad.toml:4:21: '3' is no value",
-                "poison=on|off",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[kernel]\nbugs = ['free-before-flus']",
-                "bad.toml:4:9: no seeded bug",
-                "'free-before-flush'",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[limits]\ntimeout = '5'",
-                "bad.toml:4:11: '5' has no unit",
-                "30s",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[parallel]\ndelay = ['flush-synk=1us']",
-                "bad.toml:4:10: no scheduling point 'flush-synk'",
-                "'flush-sync'",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[parallel]\nipi = ['any=lose']",
-                "bad.toml:4:8: 'lose' is no fault",
-                "dup",
-            ),
-            (
-                "[program]\nname = 'smoke'\n[check]\nwhen = 'never'",
-                "bad.toml:4:8: unknown variant 'never'",
-                "end",
-            ),
-            (
-                "[program]\nname = 'replay'",
-                "bad.toml:2:8: program 'replay' needs a trace",
-                "stalemate record",
-            ),
-            (
-                "[program]\nname = 'replay'\ntrace = { file = 'absent.trace' }",
-                "bad.toml:3:18: cannot read the trace",
-                "relative",
-            ),
-            (
-                "[program]\nname = 'smoke'\ntrace = { file = 'x' }",
-                "bad.toml:3:18: program 'smoke' replays no trace",
-                "'replay'",
-            ),
-        ];
-        for (text, problem, help) in cases {
-            let refused = refusal(text);
-            assert!(refused.0.starts_with(problem), "{text}\n -> {refused:?}");
-            assert!(refused.1.contains(help), "{text}\n -> {refused:?}");
-        }
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_text_makes_the_reader_panic(text in "(\\[program\\]\nname=\"smoke\"\n)?\\PC{0,80}") {
-            let _ = parse(Path::new("bad.toml"), &text);
-        }
-    }
-}
+mod tests;

@@ -23,7 +23,7 @@ use abi::bug::Bug;
 pub use disturb::Disturb;
 pub use error::{Located, ScenarioError};
 pub use fail::Fail;
-pub use file::parse;
+pub use file::{parse, parse_within};
 
 /// vCPUs where neither the scenario nor the command line says.
 pub const DEFAULT_VCPUS: u32 = 2;
@@ -128,7 +128,8 @@ impl Scenario {
         params.chain(bugs).collect::<Vec<_>>().join(" ")
     }
 
-    /// This scenario as a file, overrides included; but for a recorded trace, which it only names.
+    /// This scenario as a file, overrides included: all that schedules depend on, but a recorded trace, which it
+    /// only names.
     #[must_use]
     pub fn to_toml(&self) -> String {
         use std::fmt::Write as _;
@@ -173,6 +174,9 @@ impl Scenario {
             let fails = self.fails.iter().map(|fail| quoted(&fail.to_string()));
             let fails: Vec<String> = fails.collect();
             let _ = writeln!(text, "fail = [{}]", fails.join(", "));
+        }
+        if self.check == CheckWhen::EveryPoint {
+            text.push_str("[check]\nwhen = \"every-point\"\n");
         }
         text
     }
@@ -299,6 +303,21 @@ mod tests {
             "flush_ceiling=1 poison=off bug=free-before-flush bug=shootdown-skip-remote"
         );
         abi::param::Config::parse(&scenario.cmdline()).unwrap();
+    }
+
+    #[test]
+    fn what_is_written_as_a_file_is_read_as_the_same() {
+        let whole = "[program]\nname = \"smoke\"\n[machine]\nvcpus = 3\ninterrupts = \"controlled\"\n\
+                     [kernel]\nparams = { poison = \"off\" }\nbugs = [\"free-before-flush\"]\n\
+                     fail = [\"slab-alloc@0:3\"]\n[check]\nwhen = \"every-point\"\n";
+        let first = scenario(whole);
+        let again = scenario(&first.to_toml());
+        assert_eq!(again.to_toml(), first.to_toml());
+        assert_eq!((again.vcpus, again.check), (3, CheckWhen::EveryPoint));
+        assert_eq!(
+            (again.cmdline(), again.fails),
+            (first.cmdline(), first.fails)
+        );
     }
 
     #[test]

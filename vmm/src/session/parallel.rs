@@ -98,12 +98,20 @@ fn tell<'a>(
     }
     for shown in &judged.doubtful {
         let id = shown.violation.id;
-        if let Some(wrong) = confirms(&shown.violation)
-            && told.iter().all(|other| other.id != id)
-        {
+        let Some(wrong) = confirms(&shown.violation) else {
+            continue;
+        };
+        // One of an ID is told, but whatever was shown is open no more.
+        if told.iter().all(|other| other.id != id) {
             told.push(violation(shown, Some(wrong)));
-            facts.undecided.entry(id).and_modify(|count| *count -= 1);
         }
+        let count = facts.undecided.entry(id).or_default();
+        *count = count.saturating_sub(1);
+        // A monitor gives up once. Where only the end showed what it gave up at, that has no ticket of its own.
+        let at = |ticket| shown.ticket.is_none_or(|own| own == ticket);
+        facts
+            .given_up
+            .retain(|(given_up, ticket)| !(*given_up == id && at(*ticket)));
     }
     facts.undecided.retain(|_, count| *count > 0);
     (facts, told)
@@ -298,24 +306,26 @@ mod tests {
         assert!(judge(&[Some((Point::IdleEnter, [0; 2])), None], hung).is_none());
     }
 
-    #[test]
-    fn what_the_processor_shows_is_attached_and_decides_what_is_open() {
-        let open = |id, vcpu| {
-            Shown::at_start(check::Violation {
-                id,
-                predicate: "",
-                finding: check::Finding {
-                    where_: check::Place {
-                        vcpu: Some(vcpu),
-                        gva: Some(0x5000),
-                        ..check::Place::default()
-                    },
-                    ..check::Finding::default()
+    /// A violation of `id` on `vcpu`, through the page at 0x5000.
+    fn violated(id: &'static str, vcpu: usize) -> check::Violation {
+        check::Violation {
+            id,
+            predicate: "",
+            finding: check::Finding {
+                where_: check::Place {
+                    vcpu: Some(vcpu),
+                    gva: Some(0x5000),
+                    ..check::Place::default()
                 },
-            })
-        };
-        let wrong = WrongValue {
-            vcpu: 1,
+                ..check::Finding::default()
+            },
+        }
+    }
+
+    /// What a program found there.
+    fn wrong_value(vcpu: usize) -> WrongValue {
+        WrongValue {
+            vcpu,
             report: crate::control::ProbeReport {
                 kind: abi::channel::ReportKind::ForeignFrame,
                 gva: 0x5040,
@@ -323,7 +333,13 @@ mod tests {
                 found: 2,
                 task: 2,
             },
-        };
+        }
+    }
+
+    #[test]
+    fn what_the_processor_shows_is_attached_and_decides_what_is_open() {
+        let open = |id, vcpu| Shown::at_start(violated(id, vcpu));
+        let wrong = wrong_value(1);
         let judged = Judged {
             violations: vec![open("T-04", 1)],
             undecided: [("T-01", 3), ("T-07", 1)].into(),
@@ -344,10 +360,43 @@ mod tests {
             let text = told.details.join("\n");
             assert!(text.contains("confirmed by hardware: vCPU 1"), "{text}");
         }
-        assert_eq!(facts.undecided, [("T-01", 2), ("T-07", 1)].into());
+        // Both that hardware showed are decided, and only one of them is told.
+        assert_eq!(facts.undecided, [("T-01", 1), ("T-07", 1)].into());
         let (facts, told) = tell(&judged, |_| None);
         assert_eq!((told.len(), facts.undecided["T-01"]), (1, 3));
         assert!(!told[0].details.join("").contains("hardware"));
+    }
+
+    #[test]
+    fn a_monitor_has_not_given_up_at_what_the_processor_shows() {
+        let open = |id, vcpu, ticket| {
+            let mut shown = Shown::at_start(violated(id, vcpu));
+            shown.ticket = ticket;
+            shown
+        };
+        let given_up = |doubtful: Vec<Shown>| {
+            let undecided = doubtful.iter().map(|shown| (shown.violation.id, 1));
+            let judged = Judged {
+                undecided: undecided.collect(),
+                doubtful,
+                given_up: vec![("T-01", 77), ("T-07", 78)],
+                ..Judged::default()
+            };
+            let wrong = wrong_value(1);
+            let (facts, told) = tell(&judged, |it| {
+                belongs(it, std::slice::from_ref(&wrong), TlbBackEnd::Hw)
+            });
+            (facts.given_up, facts.undecided.len(), told.len())
+        };
+        let other = vec![("T-07", 78)];
+        let at = given_up(vec![open("T-01", 1, Some(77))]);
+        assert_eq!(at, (other.clone(), 0, 1));
+        assert_eq!(given_up(vec![open("T-01", 1, None)]), (other, 0, 1));
+        // Another one, or nobody's.
+        let both = vec![("T-01", 77), ("T-07", 78)];
+        let earlier = given_up(vec![open("T-01", 1, Some(50))]);
+        assert_eq!(earlier, (both.clone(), 0, 1));
+        assert_eq!(given_up(vec![open("T-01", 0, Some(77))]), (both, 1, 0));
     }
 
     #[test]

@@ -38,6 +38,8 @@ const PREFIX: usize = 52;
 const DIGEST: std::ops::Range<usize> = 20..PREFIX;
 /// Largest header: a vCPU takes about 12 KiB, the console at most 4 MiB.
 const MAX_HEADER: u64 = 16 << 20;
+/// Shorter than any scenario: `program.name="x"`.
+const LEAST_SCENARIO: usize = 16;
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// A snapshot with what is needed to go on from it.
@@ -183,13 +185,19 @@ impl SavedMachine {
         bytes
     }
 
-    /// True where the file at `path` begins like a snapshot, or like no text: a scenario is it neither way.
+    /// True where the file at `path` can be no scenario: it begins like a snapshot or like no text, is too short, or is
+    /// named like a snapshot.
     #[must_use]
     pub fn is_one(path: &Path) -> bool {
-        let mut start = Vec::new();
-        let opened = std::fs::File::open(path);
-        let read = opened.and_then(|file| file.take(PREFIX as u64).read_to_end(&mut start));
-        read.is_ok() && (start.starts_with(MAGIC) || start.contains(&0))
+        let is_named = path.extension().is_some_and(|it| it == "snapshot") && path.is_file();
+        let is_none = |start: &[u8]| start.len() < LEAST_SCENARIO || start.contains(&0);
+        is_named || start_of(path).is_some_and(|start| is_none(&start)) || Self::begins(path)
+    }
+
+    /// True where the file at `path` begins like a snapshot.
+    #[must_use]
+    pub fn begins(path: &Path) -> bool {
+        start_of(path).is_some_and(|start| start.starts_with(MAGIC))
     }
 
     /// Reads the file at `path`.
@@ -291,13 +299,33 @@ impl SavedMachine {
     }
 }
 
+/// What the file at `path` begins with, where it can be read. Nothing is waited for: it may be a FIFO.
+fn start_of(path: &Path) -> Option<Vec<u8>> {
+    let is_file = std::fs::metadata(path).is_ok_and(|data| data.is_file());
+    let file = is_file.then(|| std::fs::File::open(path).ok()).flatten()?;
+    let mut start = Vec::new();
+    file.take(PREFIX as u64).read_to_end(&mut start).ok()?;
+    Some(start)
+}
+
 /// Pages with their numbers.
 type Pages<'a> = Vec<(u32, &'a [u8])>;
 
 /// The header and the numbered pages of a file whose sizes and digest are right.
 fn checked(bytes: &[u8]) -> Result<(&[u8], Pages<'_>), String> {
-    if bytes.len() < PREFIX || bytes[..MAGIC.len()] != MAGIC[..] {
-        return Err("is no snapshot".into());
+    let len = bytes.len();
+    if len < LEAST_SCENARIO {
+        return Err(format!(
+            "{len} bytes are too few for a snapshot or a scenario"
+        ));
+    }
+    if !bytes.starts_with(MAGIC) {
+        return Err("is no snapshot, which begins with STALESNP".into());
+    }
+    if len < PREFIX {
+        return Err(format!(
+            "is cut off: {len} bytes are too few for a snapshot"
+        ));
     }
     let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
     let [version, header, pages] = [8, 12, 16].map(number);
@@ -313,8 +341,7 @@ fn checked(bytes: &[u8]) -> Result<(&[u8], Pages<'_>), String> {
     }
     let (header, pages) = (header as usize, pages as usize);
     let wanted = PREFIX + header + pages * (4 + PAGE);
-    if bytes.len() != wanted {
-        let len = bytes.len();
+    if len != wanted {
         return Err(format!("has {len} bytes where its sizes make {wanted}"));
     }
     if bytes[DIGEST] != digest(bytes) {
@@ -368,77 +395,4 @@ const _: () =
     assert!(MAX_MEMORY / PAGE_SIZE <= u32::MAX as u64 && MIN_MEMORY.is_multiple_of(PAGE_SIZE));
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// A file with these parts, whose sizes and digest are right.
-    fn file(header: &[u8], pages: &[(u32, u8)]) -> Vec<u8> {
-        let mut bytes = MAGIC.to_vec();
-        for number in [VERSION, header.len() as u32, pages.len() as u32] {
-            bytes.extend(number.to_le_bytes());
-        }
-        bytes.extend([0; DIGEST.end - DIGEST.start]);
-        bytes.extend(header);
-        bytes.extend(pages.iter().flat_map(|(number, _)| number.to_le_bytes()));
-        bytes.extend(pages.iter().flat_map(|(_, byte)| [*byte; PAGE]));
-        let digest = digest(&bytes);
-        bytes[DIGEST].copy_from_slice(&digest);
-        bytes
-    }
-
-    #[test]
-    fn the_parts_come_back_as_they_were() {
-        let bytes = file(b"header", &[(3, 7), (9, 8)]);
-        let (header, pages) = checked(&bytes).unwrap();
-        assert_eq!(header, b"header");
-        let pages: Vec<_> = pages
-            .into_iter()
-            .map(|(number, page)| (number, page[0], page[PAGE - 1]))
-            .collect();
-        assert_eq!(pages, [(3, 7, 7), (9, 8, 8)]);
-    }
-
-    #[test]
-    fn sizes_that_are_too_large_are_refused_before_anything_is_decoded() {
-        let mut bytes = file(b"", &[]);
-        bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(checked(&bytes).err().unwrap().contains("too many"));
-        let mut bytes = file(b"", &[]);
-        bytes[16..20].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(checked(&bytes).err().unwrap().contains("too many"));
-    }
-
-    #[test]
-    fn every_flipped_bit_and_every_cut_is_refused() {
-        let good = file(b"header", &[(3, 7)]);
-        assert!(checked(&good).is_ok());
-        for at in 0..good.len() {
-            for bit in 0..8 {
-                let mut bad = good.clone();
-                bad[at] ^= 1 << bit;
-                assert!(checked(&bad).is_err(), "bit {bit} of byte {at}");
-                if at >= PREFIX {
-                    break; // One of what the digest covers is enough.
-                }
-            }
-            assert!(checked(&good[..at]).is_err(), "cut at {at}");
-        }
-    }
-
-    #[test]
-    fn what_is_no_file_is_not_read() {
-        let error = SavedMachine::read(Path::new("/dev/zero")).unwrap_err();
-        assert!(error.to_string().contains("no regular file"), "{error}");
-    }
-
-    proptest! {
-        /// Whoever makes the digest right has still no way to confuse the decoder.
-        #[test]
-        fn no_header_makes_it_panic(header in prop::collection::vec(any::<u8>(), 0..400)) {
-            let bytes = file(&header, &[(1, 1)]);
-            prop_assert!(SavedMachine::from_bytes(Path::new("x"), &bytes).is_err());
-        }
-    }
-}
+mod tests;

@@ -1,6 +1,6 @@
 //! `explore` and `replay` on the model engine.
 
-use super::{refused, stalemate};
+use super::{refused, scenario, stalemate, stderr, stdout};
 
 /// The committed reproducer of a seeded bug, changed, in a file of its own.
 fn changed(from: &str, to: &str) -> (tempfile::TempDir, String) {
@@ -58,8 +58,102 @@ fn a_reproducer_that_cannot_be_replayed_says_why() {
     let (_directory, path) = changed("test", "tset");
     refused(
         &["replay", "--any-kernel", &path],
-        &["its scenario is refused"],
+        &["changed.repro:17:25: program 'litmus' has no argument 'tset'"],
     );
+    let (_directory, path) = changed("ending = \"T-04\"", "ending = \"foo\"");
+    refused(
+        &["replay", "--any-kernel", &path],
+        &[
+            "changed.repro:5: its ending \"foo\" names no failure",
+            "T-04",
+            "deadlock",
+        ],
+    );
+}
+
+/// In the words of scenarios, but at a line of the reproducer, and once.
+#[test]
+fn a_reproducer_whose_scenario_is_refused_shows_its_own_line() {
+    let (_directory, path) = changed("bugs = [\"flush-", "bugs = [\"flash-");
+    let output = stalemate(&["replay", "--any-kernel", &path]);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    let told = text.matches("no seeded bug 'flash-range-short'").count();
+    assert_eq!(told, 1, "{text}");
+    for words in [
+        "changed.repro:20:9: no seeded bug",
+        "20 │ bugs = [\"flash-range-short\"]",
+        "'flush-range-short'",
+    ] {
+        assert!(text.contains(words), "no '{words}' in {text}");
+    }
+}
+
+#[test]
+fn a_file_that_is_refused_does_not_keep_replay_from_the_others() {
+    let good = "scenarios/reproducers/flush-range-short.repro";
+    let (_unread, refused) = changed("format = 1", "format = 9");
+    // One that is only found out when it is run.
+    let (_impossible, impossible) = changed("schedule = \"", "schedule = \"i1 ");
+    let replay = |more: &[&str]| {
+        let files = [good, &refused, good, &impossible, good];
+        let output = stalemate(&[&["replay", "--brief"], more, &files].concat());
+        (output.status.code(), stdout(&output), stderr(&output))
+    };
+    let (code, text, errors) = replay(&["--expect"]);
+    assert_eq!(code, Some(2), "{errors}");
+    assert_eq!(
+        text.matches("✘ reproduced: T-04; 1 of 1").count(),
+        3,
+        "{text}"
+    );
+    let told: Vec<_> = errors
+        .lines()
+        .filter(|line| line.starts_with("error:"))
+        .collect();
+    assert_eq!(told.len(), 2, "{errors}");
+    assert!(told[0].contains("has format 9"), "{errors}");
+    assert!(told[1].contains("cannot be replayed"), "{errors}");
+    // The first that is not 0 counts.
+    let (code, text, _) = replay(&["--json=-"]);
+    assert_eq!(code, Some(1));
+    let result: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(result["exit_code"], 1);
+    let replays = result["replays"].as_array().expect("a list");
+    let codes: Vec<_> = replays.iter().map(|one| &one["exit_code"]).collect();
+    assert_eq!(codes, [1, 2, 1, 2, 1]);
+    for (index, why) in [(1, "has format 9"), (3, "in flight")] {
+        let error = replays[index]["error"].as_str().expect("why");
+        assert!(
+            error.contains(why) && error.contains("changed.repro"),
+            "{error}"
+        );
+    }
+    assert!(replays[4]["error"].is_null());
+}
+
+#[test]
+fn explore_checks_when_the_scenario_says_unless_the_command_line_does() {
+    let text = "name = \"checked\"\n[program]\nname = \"litmus\"\nargs = { test = \"unmap\", pages = 2 }\n\
+                [kernel]\nbugs = [\"free-before-flush\"]\n[check]\nwhen = \"every-point\"\n";
+    let (directory, path) = scenario(text);
+    let out = directory.path().join("out");
+    let out = out.to_str().expect("UTF-8");
+    let explore = |more: &[&str]| {
+        let words = ["explore", &path, "--seed", "1", "--out", out, "--json"];
+        let output = stalemate(&[&words[..], more].concat());
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        let result: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let file = result["reproducers"][0].as_str().expect("a file");
+        let reproducer = std::fs::read_to_string(file).expect("written");
+        let again = stalemate(&["replay", file, "--expect", "--brief"]);
+        assert_eq!(again.status.code(), Some(0), "{}", stderr(&again));
+        let everywhere = stderr(&output).contains(" ends and every point by all invariants");
+        let recorded = reproducer.contains("\n[check]\nwhen = \"every-point\"\n");
+        (result["check"].clone(), everywhere, recorded)
+    };
+    assert_eq!(explore(&[]), ("every-point".into(), true, true));
+    assert_eq!(explore(&["--check", "end"]), ("end".into(), false, false));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What is refused of scenarios and values, and in which words.
 
-use super::{refused, scenario};
+use super::{refused, scenario, stalemate, stderr};
 
 #[test]
 fn a_missing_scenario_is_refused_with_the_nearest_name() {
@@ -50,6 +50,42 @@ fn a_scenario_that_is_not_text_is_refused() {
     let (_dir, path) =
         scenario("[program]\nname = \"replay\"\n[program.trace]\nfile = \"/dev/zero\"\n");
     refused(&["run", &path], &["bad.toml:4:8", "not a regular file"]);
+}
+
+#[test]
+fn a_snapshot_that_is_none_is_told_from_a_scenario() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    for (name, bytes, why) in [
+        ("empty", &b""[..], "0 bytes are too few for a snapshot or a"),
+        ("three", b"STA", "3 bytes are too few for a snapshot or a"),
+        ("cut", b"STALESNP\x01\0\0\0\0\0\0\0", "is cut off: 16 bytes"),
+        ("text.snapshot", b"this is no snapshot", "is no snapshot"),
+    ] {
+        let path = directory.path().join(name);
+        std::fs::write(&path, bytes).expect("the file is written");
+        let path = path.to_str().expect("UTF-8");
+        refused(
+            &["explore", path],
+            &[path, why, "`stalemate snapshot` takes a new one"],
+        );
+        let text = stderr(&stalemate(&["explore", path]));
+        assert!(
+            !text.contains("TOML") && !text.contains("scenarios.md"),
+            "{text}"
+        );
+    }
+    // Only explore goes on from one.
+    let cut = directory.path().join("cut");
+    let cut = cut.to_str().expect("UTF-8");
+    let out = directory.path().join("new.snapshot");
+    let out = out.to_str().expect("UTF-8");
+    for words in [
+        &["run", cut][..],
+        &["inspect", cut, "--at", "idle"],
+        &["snapshot", cut, "-o", out],
+    ] {
+        refused(words, &["is a machine, saved", "stalemate explore"]);
+    }
 }
 
 #[test]

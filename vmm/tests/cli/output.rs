@@ -70,6 +70,40 @@ fn two_options_do_not_name_one_file() {
     );
 }
 
+/// Only `--json` goes to stdout.
+#[test]
+fn a_file_of_which_a_dash_is_the_name_is_asked_for_in_full() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    for line in [
+        "explore litmus-unmap --schedules 1 --trace -",
+        "explore litmus-unmap --schedules 1 --out -",
+        "replay scenarios/reproducers/flush-range-short.repro --trace -",
+        "snapshot litmus-unmap -o -",
+        "snapshot litmus-unmap --out=-",
+        "run smoke --out -",
+        "inspect smoke --at idle --out -",
+        "record -o - -- true",
+        "record --output - -- true",
+    ] {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        refused(&words, &["'-'", "name one (./- for"]);
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_stalemate"))
+        .args([
+            "explore",
+            "litmus-unmap",
+            "--schedules",
+            "1",
+            "--trace",
+            "./-",
+        ])
+        .current_dir(directory.path())
+        .output()
+        .expect("the binary runs");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(directory.path().join("-").exists());
+}
+
 #[test]
 fn a_quiet_exploration_says_its_verdict_and_where_its_findings_are() {
     let clean = stalemate(&["explore", "litmus-unmap", "--schedules", "2", "--quiet"]);

@@ -7,7 +7,7 @@ use abi::failpoint::Failpoint;
 use clap::{Arg, Args, ValueEnum};
 
 use super::idle::NoneIdle;
-use super::values::{duration, fail, failpoint, jobs, window};
+use super::values::{directory, duration, fail, failpoint, file, jobs, window};
 use super::{Json, MachineOptions};
 use crate::engine::Window;
 use crate::scenario::{CheckWhen, Fail};
@@ -106,14 +106,9 @@ pub struct Explore {
     #[arg(long = "fail-any", value_name = "NAME", value_parser = failpoint, help_heading = "Failures")]
     pub fail_any: Vec<Failpoint>,
     /// When all invariants look at the state: at the end of every --state-every-th schedule, or at every point too
-    #[arg(
-        long,
-        value_enum,
-        value_name = "WHEN",
-        default_value = "end",
-        help_heading = "Checks"
-    )]
-    pub check: CheckWhen,
+    /// [default: the scenario's]
+    #[arg(long, value_enum, value_name = "WHEN", help_heading = "Checks")]
+    pub check: Option<CheckWhen>,
     /// Replay every Nth schedule and compare all events (0: none)
     #[arg(long, value_name = "N", default_value_t = 100, help_heading = "Checks")]
     pub verify: u64,
@@ -124,12 +119,13 @@ pub struct Explore {
     #[arg(
         long,
         value_name = "DIR",
+        value_parser = directory(),
         default_value = "out",
         help_heading = "Output"
     )]
     pub out: PathBuf,
     /// Write the execution as a timeline for Perfetto or chrome://tracing: the first failure, minimised, or one that is well
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    #[arg(long, value_name = "FILE", value_parser = file(), help_heading = "Output")]
     pub trace: Option<PathBuf>,
     /// Overrides.
     #[command(flatten)]
@@ -151,7 +147,7 @@ pub struct Snapshot {
     #[arg(required_unless_present = "json")]
     pub scenario: Option<PathBuf>,
     /// Where it goes; nothing is overwritten
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_parser = file())]
     pub out: PathBuf,
     /// Overrides.
     #[command(flatten)]
@@ -183,7 +179,7 @@ pub struct Replay {
     #[arg(long)]
     pub brief: bool,
     /// Write the execution as a timeline for Perfetto or chrome://tracing; of one reproducer
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    #[arg(long, value_name = "FILE", value_parser = file(), help_heading = "Output")]
     pub trace: Option<PathBuf>,
     /// `--json`.
     #[command(flatten)]

@@ -111,7 +111,8 @@ Exit codes:                 without --expect            with --expect
   3  this host has no KVM that --engine kvm or both could use
   4  a vCPU did not come to a scheduling point
   130  Ctrl-C before all --times were replayed
-Of several files the first code that is not 0 counts, but 5 wins.";
+Of several files the first code that is not 0 counts, but 5 wins. One that is refused does not keep
+replay from the others.";
 
 pub(super) const SNAPSHOT: &str = "\
 Examples:

@@ -1,10 +1,12 @@
 //! Values of options, as they are written.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use abi::bug::Bug;
 use abi::failpoint::Failpoint;
 use abi::point::Point;
+use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use crate::bench::Op;
 use crate::engine::Window;
@@ -21,6 +23,22 @@ pub struct At {
     pub point: Point,
     /// Which passage, from 1.
     pub nth: u64,
+}
+
+/// A file that is written. Only `--json` can go to stdout.
+pub(super) fn file() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path == Path::new("-") {
+        true => Err("this writes a file, not stdout: name one (./- for a file of that name)"),
+        false => Ok(path),
+    })
+}
+
+/// A directory that files are written to.
+pub(super) fn directory() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path == Path::new("-") {
+        true => Err("files go to a directory, not to stdout: name one (./- for one of that name)"),
+        false => Ok(path),
+    })
 }
 
 pub(super) fn vcpus(text: &str) -> Result<u32, String> {

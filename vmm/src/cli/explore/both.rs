@@ -24,7 +24,10 @@ impl Second {
     /// Made before anything is explored: a host that cannot is told so at once.
     pub(super) fn new(scenario: &Scenario) -> Result<Self, DriverError> {
         let source = Source::new(EngineKind::Kvm, scenario.clone());
-        Ok(Self(Worker::new(source.driver()?, &Plan::replay())?))
+        Ok(Self(Worker::new(
+            source.driver()?,
+            &Plan::replay_of(scenario),
+        )?))
     }
 
     /// Runs the schedule of `first`, an execution of the model, here too.

@@ -62,7 +62,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         seed,
         time_limit: options.time_limit,
         state_every: options.state_every,
-        everywhere: options.check == CheckWhen::EveryPoint,
+        everywhere: scenario.check == CheckWhen::EveryPoint,
         verify_every: options.verify,
         jobs: options.jobs.max(1),
         first: !options.keep_going,
@@ -100,6 +100,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "complete": summary.explored.as_ref().map(Explored::is_complete),
         "conflicting_pairs": summary.pairs,
         "replayed_and_compared": summary.verified,
+        "check": scenario.check,
         "states_checked": summary.states,
         "seconds": summary.elapsed.as_secs_f64(),
         "costs": summary.costs,
@@ -146,6 +147,7 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
                 help: "give options of the machine to `stalemate snapshot`".into(),
             });
         }
+        saved.scenario.check = options.check.unwrap_or(saved.scenario.check);
         saved.scenario.fails.extend(&options.fails);
         check_fails(&saved.scenario)?;
         return Ok(Source::of_saved(saved));
@@ -153,6 +155,7 @@ fn source(name: &Path, options: &Explore) -> Result<Source, Failure> {
     let mut scenario = Scenario::load(name)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
+    scenario.check = options.check.unwrap_or(scenario.check);
     scenario.fails.extend(&options.fails);
     check_fails(&scenario)?;
     Ok(Source::new(
@@ -167,7 +170,7 @@ pub(super) fn snapshot(
     options: &SnapshotCommand,
     output: &Output,
 ) -> Result<Exit, Failure> {
-    let mut scenario = Scenario::load(name)?;
+    let mut scenario = run::load(name)?;
     run::override_with(&mut scenario, &options.machine);
     make_explorable(&mut scenario);
     output::apart([
@@ -329,7 +332,7 @@ fn headline(
         "{verdict}\n  scenario   {}{}\n  engine     {}{}, kernel {}\n  strategy   {strategy}{}\n  \
          explored   {} schedules in {:.1} s ({rate:.0}/s), {} points and {} events each\n{}  \
          coverage   {} ordered pairs of conflicting events on different vCPUs\n  \
-         checked    every event by the TLB model and the rules for locks, lifetimes, folios and walks; {} ends by all invariants; {} schedules replayed and compared\n  \
+         checked    every event by the TLB model and the rules for locks, lifetimes, folios and walks; {} ends{} by all invariants; {} schedules replayed and compared\n  \
          time       {}\n",
         scenario.name,
         bugs(scenario),
@@ -344,6 +347,11 @@ fn headline(
         search::ending(plan, summary, interrupted),
         summary.pairs,
         summary.states,
+        if plan.everywhere {
+            " and every point"
+        } else {
+            ""
+        },
         summary.verified,
         split(summary),
     )

@@ -1,18 +1,18 @@
 //! `stalemate replay`: what a reproducer says, again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use abi::param::TlbBackEnd;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::both::Second;
-use super::{check_fails, engine_of, trace};
+use super::{engine_of, trace};
 use crate::boot;
 use crate::cli::args::{Engines, Replay};
 use crate::cli::exit::Exit;
 use crate::cli::failure::Failure;
 use crate::cli::interrupt;
-use crate::cli::output::Output;
+use crate::cli::output::{self, Output};
 use crate::engine::Engine;
 use crate::explore::campaign::{Plan, Worker, failure_id};
 use crate::explore::confirm::Confirmation;
@@ -21,6 +21,7 @@ use crate::explore::{Ending, Execution, Schedule, Source, compare};
 use crate::report::story;
 use crate::reproducer::Reproducer;
 use crate::scenario::Scenario;
+use crate::session::Interrupt;
 
 pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, Failure> {
     trace::check_files(options.json.json.as_deref(), options.trace.as_deref())?;
@@ -31,52 +32,103 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         });
     }
     output.check_json()?;
-    // All are read before any runs: what is refused is refused at once.
-    let all = options
+    // All are read before any runs: what is refused is told at once, and the others are run all the same.
+    let all: Vec<(&PathBuf, Result<Case, Failure>)> = options
         .files
         .iter()
-        .map(|file| Ok((file, Reproducer::read(file, options.any_kernel)?)))
-        .collect::<Result<Vec<_>, Failure>>()?;
-    for (_, (_, scenario, _)) in &all {
-        check_fails(scenario)?;
+        .map(|file| (file, Case::read(file, options.any_kernel)))
+        .collect();
+    for refused in all.iter().filter_map(|(_, case)| case.as_ref().err()) {
+        output::report(refused);
     }
     let stop = interrupt::on_ctrl_c();
     let mut results = Vec::new();
     let mut exit = Exit::Held;
-    for (file, (reproducer, scenario, schedule)) in &all {
+    for (file, case) in all {
+        if stop.requested() {
+            exit = worse(exit, Exit::Interrupted);
+            break;
+        }
+        let ran = case.and_then(|case| {
+            let ran = case.run(file, options, output, stop);
+            ran.inspect_err(output::report)
+        });
+        let (this, result) = ran.unwrap_or_else(|failure| (failure.exit(), failed(file, &failure)));
+        exit = worse(exit, this);
+        results.push(result);
+    }
+    output.json(&json!({
+        "schema": crate::report::SCHEMA,
+        "kind": "replay",
+        "kernel": boot::kernel_hash(),
+        "exit_code": exit.code(),
+        "replays": results,
+    }))?;
+    Ok(exit)
+}
+
+/// What the result says of a file that was not replayed.
+fn failed(file: &Path, failure: &Failure) -> Value {
+    json!({ "file": file, "error": failure.line(), "exit_code": failure.exit().code() })
+}
+
+/// What one file says.
+struct Case {
+    reproducer: Reproducer,
+    scenario: Scenario,
+    schedule: Schedule,
+}
+
+impl Case {
+    fn read(file: &Path, any_kernel: bool) -> Result<Self, Failure> {
+        let (reproducer, scenario, schedule) = Reproducer::read(file, any_kernel)?;
+        Ok(Self {
+            reproducer,
+            scenario,
+            schedule,
+        })
+    }
+
+    /// Replays it as often as asked, or until Ctrl-C; how that ends, and what the result says of it.
+    fn run(
+        &self,
+        file: &Path,
+        options: &Replay,
+        output: &Output,
+        stop: &Interrupt,
+    ) -> Result<(Exit, Value), Failure> {
+        let (reproducer, scenario) = (&self.reproducer, &self.scenario);
+        let failed = |source| Failure::Replay {
+            path: file.into(),
+            source,
+        };
         let window = reproducer.window();
         let engines = options.engine.unwrap_or(match window {
             Some(_) => Engines::Kvm,
             None => Engines::Model,
         });
         let source = Source::new(engine_of(engines), scenario.clone()).with_window(window);
-        let plan = Plan {
-            everywhere: reproducer.check_every_point,
-            ..Plan::replay()
-        };
-        let mut worker = Worker::new(source.driver()?, &plan)?;
+        let driver = source.driver().map_err(failed)?;
+        let mut worker = Worker::new(driver, &Plan::replay_of(scenario)).map_err(failed)?;
         worker.arm(&scenario.fails);
         let mut second = match engines {
-            Engines::Both => Some(Second::new(scenario)?),
+            Engines::Both => Some(Second::new(scenario).map_err(failed)?),
             Engines::Model | Engines::Kvm => None,
         };
         let mut again = Again::default();
         while again.runs < options.times && !stop.requested() {
-            let run = worker.replay(schedule).map_err(|source| Failure::Replay {
-                path: (*file).clone(),
-                source,
-            })?;
-            is_used_up(file, schedule, &run)?;
+            let run = worker.replay(&self.schedule).map_err(failed)?;
+            is_used_up(file, &self.schedule, &run)?;
             if engines == Engines::Kvm {
                 again.probed(hardware(&mut worker, &run, scenario)?);
             }
             if let Some(second) = &mut second {
-                again.confirmed(second.confirm(&run)?);
+                again.confirmed(second.confirm(&run).map_err(failed)?);
             }
             again.take(run, reproducer);
         }
         let Some(last) = &again.last else {
-            return Ok(Exit::Interrupted);
+            return Ok((Exit::Interrupted, json!({ "file": file, "runs": 0 })));
         };
         if !options.brief {
             output.say(&format!("{}\n", story::tell(last, scenario.vcpus as usize)));
@@ -85,12 +137,12 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
         if let Some(path) = &options.trace {
             output.say(&trace::write(path, last, scenario)?);
         }
-        exit = worse(exit, again.exit(reproducer, options.expect));
+        let mut exit = again.exit(reproducer, options.expect);
         if again.runs < options.times {
             // Fewer than were asked for: whatever they showed, this is no answer.
             exit = worse(exit, Exit::Interrupted);
         }
-        results.push(json!({
+        let result = json!({
             "file": file,
             "expected": reproducer.ending,
             "found": again.ending(),
@@ -103,16 +155,11 @@ pub(in crate::cli) fn replay(options: &Replay, output: &Output) -> Result<Exit, 
                 "text": hardware.text(),
             })),
             "trace": options.trace,
-        }));
+            "error": null,
+            "exit_code": exit.code(),
+        });
+        Ok((exit, result))
     }
-    output.json(&json!({
-        "schema": crate::report::SCHEMA,
-        "kind": "replay",
-        "kernel": boot::kernel_hash(),
-        "exit_code": exit.code(),
-        "replays": results,
-    }))?;
-    Ok(exit)
 }
 
 /// A schedule that goes on where nobody can is none of this scenario's.

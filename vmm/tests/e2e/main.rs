@@ -5,6 +5,7 @@
 //! that cannot run machines fails every test here with the name of what is missing: a test that
 //! quietly does nothing is a lie.
 
+mod bench;
 mod explore;
 mod inspect;
 mod parallel;

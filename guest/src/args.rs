@@ -274,7 +274,7 @@ mod tests {
         );
         assert_eq!(
             UsageError::UnknownProgram("x").to_string(),
-            "unknown program `x`; there are smoke, unmap-race, cow-fork, mprotect-race, litmus, replay, crash, exit"
+            "unknown program `x`; there are smoke, unmap-race, cow-fork, mprotect-race, litmus, replay, crash, exit, bench"
         );
     }
 }

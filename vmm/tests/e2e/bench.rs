@@ -7,7 +7,9 @@ use super::{doctor, stalemate, text};
 #[test]
 fn operations_are_measured_in_the_guest_and_on_linux() {
     let host = doctor()["host"]["kind"].clone();
-    let output = stalemate(&["bench", "getpid", "fault", "cow", "--rounds", "10", "--json"]);
+    let output = stalemate(&[
+        "bench", "getpid", "fault", "cow", "--rounds", "10", "--json",
+    ]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     let result: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let ops = result["ops"].as_array().expect("operations");

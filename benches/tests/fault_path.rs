@@ -31,8 +31,8 @@ fn the_fault_path_of_a_bare_kernel_has_no_trace_of_it() {
     let names: Vec<_> = bare.functions().map(|f| f.name.as_str()).collect();
     for part in [
         "handle_fault",
-        "fault_in",
-        "alloc_frames",
+        "first_touch",
+        "alloc_user_frame",
         "flush_range",
         "set_pte",
     ] {

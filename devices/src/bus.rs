@@ -17,6 +17,13 @@ pub enum Effect {
     Exit(u32),
     /// An interrupt was requested; it is delivered when the host says so.
     Ipi(IpiRequest),
+    /// A request was given to the disk.
+    Disk {
+        /// By this CPU.
+        cpu: usize,
+        /// GPA of the [`abi::disk::DiskRequest`].
+        request: u64,
+    },
 }
 
 /// A device model. `cpu` is the vCPU that makes the access, `offset` counts from the start of the

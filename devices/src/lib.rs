@@ -1,7 +1,7 @@
-//! Device models of the machine: serial port, local APIC (controlled interrupts), the testbed
+//! Device models of the machine: serial port, local APIC (controlled interrupts), disk, the testbed
 //! channel's doorbell, and exit.
 //!
-//! Devices know nothing of KVM or of guest memory. A write may have an [`Effect`] on the machine,
+//! Devices know nothing of KVM, and of guest memory only what [`disk::Dma`] shows them. A write may have an [`Effect`] on the machine,
 //! which the caller carries out after the device's lock is released.
 //!
 //! # Lock order
@@ -13,6 +13,7 @@
 
 pub mod bus;
 pub mod channel;
+pub mod disk;
 pub mod exit;
 pub mod lapic;
 pub mod serial;

@@ -4,8 +4,13 @@
     reason = "the one place that turns guest physical addresses into references"
 )]
 
+use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::{AtomicU8, AtomicU64};
+
+use abi::layout::PAGE_SIZE;
 use abi::objects::{
-    AnonVma, AnonVmaChain, Cpu, Folio, KernelRoot, Mm, Pa, SoftTlb, Task, Vma, VmaNode,
+    AnonVma, AnonVmaChain, CacheNode, Cpu, File, FileTable, Folio, FrameGroup, KernelRoot, Mm,
+    OpenFile, Pa, SoftTlb, SwapSlot, Task, Vma, VmaNode,
 };
 use abi::param::Config;
 
@@ -25,10 +30,16 @@ macro_rules! objects {
 objects!(
     AnonVma,
     AnonVmaChain,
+    CacheNode,
+    File,
+    FileTable,
     Folio,
+    FrameGroup,
     KernelRoot,
     Mm,
+    OpenFile,
     SoftTlb,
+    SwapSlot,
     Task,
     Vma,
     VmaNode
@@ -90,22 +101,71 @@ impl<A: Arch> Kernel<A> {
     }
 
     #[cfg(feature = "testbed")]
-    fn nr_frames(&self) -> u64 {
-        self.root()
-            .nr_frames
-            .load(core::sync::atomic::Ordering::Relaxed)
+    /// The word at `gpa`, a multiple of 8 inside guest memory, for accesses of programs.
+    pub(crate) fn memory_word(&self, gpa: u64) -> &AtomicU64 {
+        &self.memory_words(gpa, 1)[0]
     }
 
-    #[cfg(feature = "testbed")]
-    /// The word at `gpa`, a multiple of 8 inside guest memory, for accesses of programs.
-    pub(crate) fn memory_word(&self, gpa: u64) -> &core::sync::atomic::AtomicU64 {
+    /// The `count` words at `gpa`, a multiple of 8 inside guest memory: the contents of a frame that programs may
+    /// access meanwhile.
+    fn memory_words(&self, gpa: u64, count: u64) -> &[AtomicU64] {
+        let end = gpa + count * 8;
         assert!(
-            gpa.is_multiple_of(8) && gpa / abi::layout::PAGE_SIZE < self.nr_frames(),
-            "no word at {gpa:#x}"
+            gpa.is_multiple_of(8) && end <= self.root().nr_frames.load(Relaxed) * PAGE_SIZE,
+            "no words at {gpa:#x}..{end:#x}"
         );
         // SAFETY: aligned and inside memory that the direct map maps for good; what lies there is only
-        // ever accessed by words through this, by frame copies of their owner, or as atomics.
-        unsafe { &*self.arch.phys_to_virt(gpa).cast() }
+        // ever accessed by words through this, by bytes through `memory_bytes`, by frame copies, or as atomics.
+        unsafe { core::slice::from_raw_parts(self.arch.phys_to_virt(gpa).cast(), count as usize) }
+    }
+
+    /// The `count` bytes at `gpa`, inside guest memory, likewise. A store to one leaves its neighbours alone, as a
+    /// store of the word around it would not: a program may write those.
+    fn memory_bytes(&self, gpa: u64, count: usize) -> &[AtomicU8] {
+        let end = gpa + count as u64;
+        assert!(
+            end <= self.root().nr_frames.load(Relaxed) * PAGE_SIZE,
+            "no bytes at {gpa:#x}..{end:#x}"
+        );
+        // SAFETY: as for `memory_words`.
+        unsafe { core::slice::from_raw_parts(self.arch.phys_to_virt(gpa).cast(), count) }
+    }
+
+    /// Copies from memory that programs may write meanwhile: whole words where they are aligned, so that no word of
+    /// a program is torn.
+    pub(crate) fn load_memory(&self, gpa: u64, to: &mut [u8]) {
+        if gpa.is_multiple_of(8) && to.len().is_multiple_of(8) {
+            let words = self.memory_words(gpa, to.len() as u64 / 8);
+            for (word, to) in words.iter().zip(to.chunks_exact_mut(8)) {
+                to.copy_from_slice(&word.load(Relaxed).to_le_bytes());
+            }
+        } else {
+            for (byte, to) in self.memory_bytes(gpa, to.len()).iter().zip(to) {
+                *to = byte.load(Relaxed);
+            }
+        }
+    }
+
+    /// Copies to memory that programs may access meanwhile; as [`Kernel::load_memory`].
+    pub(crate) fn store_memory(&self, gpa: u64, from: &[u8]) {
+        let (chunks, rest) = from.as_chunks::<8>();
+        if gpa.is_multiple_of(8) && rest.is_empty() {
+            let words = self.memory_words(gpa, chunks.len() as u64);
+            for (word, from) in words.iter().zip(chunks) {
+                word.store(u64::from_le_bytes(*from), Relaxed);
+            }
+        } else {
+            for (byte, from) in self.memory_bytes(gpa, from.len()).iter().zip(from) {
+                byte.store(*from, Relaxed);
+            }
+        }
+    }
+
+    /// Writes zeroes to memory that programs may access meanwhile.
+    pub(crate) fn zero_memory(&self, gpa: u64, bytes: u64) {
+        for byte in self.memory_bytes(gpa, bytes as usize) {
+            byte.store(0, Relaxed);
+        }
     }
 
     /// State of the CPU that executes this.

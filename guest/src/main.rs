@@ -13,7 +13,8 @@ use core::arch::global_asm;
 use core::fmt::Write;
 
 use abi::channel::ReportKind;
-use abi::syscall::{decode, nr};
+use abi::oracle::Area;
+use abi::syscall::{Errno, decode, nr};
 use guest::rt::{Rt, Testbed, Tlb, access_fixup, access_range, raw_syscall};
 use guest::sys::print_line;
 
@@ -38,6 +39,11 @@ impl Testbed for Kernel {
     }
     fn tlb(&self) -> Tlb {
         self.tlb
+    }
+    fn maps(&self, start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno> {
+        let (buffer, room) = (areas.as_mut_ptr().expose_provenance(), areas.len());
+        let args = [start, end, buffer as u64, room as u64, 0, 0];
+        decode(raw_syscall(nr::TESTBED_MAPS, args)).map(|found| found as usize)
     }
     fn cpus(&self) -> u64 {
         self.cpus

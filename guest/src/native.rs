@@ -5,10 +5,14 @@
 //! none: the programs do not, they know only [`Sys`].
 #![allow(unsafe_code, reason = "system calls and signal handlers of the host")]
 
+mod maps;
+pub mod oracle;
+
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use abi::channel::ReportKind;
+use abi::oracle::Area;
 use abi::syscall::{Errno, nr};
 
 use crate::args::UsageError;
@@ -80,6 +84,10 @@ impl Testbed for Recorder {
         Tlb::Hw
     }
 
+    fn maps(&self, start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno> {
+        maps::read(start, end, areas)
+    }
+
     fn cpus(&self) -> u64 {
         self.0.cpus.load(Ordering::Relaxed)
     }
@@ -104,7 +112,8 @@ pub fn run_on<'a, S: Sys>(
     let _guard = ONE_AT_A_TIME
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
-    prepare_process();
+    let _heap = HeapOfTheProgram::take();
+    catch_faults();
     // What a program left there because its executor was broken, or because it stopped early.
     raw_syscall(nr::MUNMAP, [SUBJECT_GVA, 1 << 30, 0, 0, 0, 0]);
     let record = shared_record();
@@ -217,19 +226,34 @@ fn set_affinity(mask: u64) {
     unsafe { libc::sched_setaffinity(0, 8, (&raw const mask).cast()) };
 }
 
-/// What a process needs once: the fixup of faults, and a heap that is not malloc's.
-fn prepare_process() {
-    static DONE: AtomicBool = AtomicBool::new(false);
-    if DONE.swap(true, Ordering::Relaxed) {
-        return;
+/// While it lives, the heap is not malloc's: glibc takes new memory by mmap and gives none back by brk, so the heap's end
+/// belongs to the program. Only for so long, for each piece of memory is a mapping then.
+struct HeapOfTheProgram;
+
+impl HeapOfTheProgram {
+    /// Bytes from which on malloc maps memory (glibc's DEFAULT_MMAP_THRESHOLD_MIN).
+    const MMAP_THRESHOLD: i32 = 128 << 10;
+
+    fn take() -> Self {
+        // SAFETY: mallopt has no preconditions.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, 0);
+            libc::mallopt(libc::M_MMAP_MAX, i32::MAX);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        }
+        Self
     }
-    // SAFETY: mallopt has no preconditions. From here on glibc takes new memory by mmap and never
-    // gives any back by brk, so the heap's end belongs to the programs.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 0);
-        libc::mallopt(libc::M_MMAP_MAX, i32::MAX);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+}
+
+impl Drop for HeapOfTheProgram {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, Self::MMAP_THRESHOLD) };
     }
+}
+
+/// Lets faults of memory under test continue at their fixup.
+fn catch_faults() {
     // SAFETY: an all-zero sigaction is a valid one; the handler has the SA_SIGINFO signature and
     // uses nothing that is not async-signal-safe.
     unsafe {
@@ -244,7 +268,7 @@ fn prepare_process() {
 }
 
 /// The testbed's fault fixup on the host: a fault in the access routines continues at their fixup
-/// with rax = -EFAULT; any other one is fatal, as without a handler.
+/// with rax = -EFAULT, or -EIO for a SIGBUS; any other one is fatal, as without a handler.
 extern "C" fn on_fault(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let context = context.cast::<libc::ucontext_t>();
     // SAFETY: the kernel passes the interrupted context to an SA_SIGINFO handler, and restores it
@@ -253,7 +277,11 @@ extern "C" fn on_fault(signal: i32, _: *mut libc::siginfo_t, context: *mut libc:
     let (start, end) = access_range();
     let rip = registers[libc::REG_RIP as usize].cast_unsigned();
     if (start..end).contains(&rip) {
-        registers[libc::REG_RAX as usize] = -Errno::EFAULT.0;
+        let errno = match signal {
+            libc::SIGBUS => Errno::EIO,
+            _ => Errno::EFAULT,
+        };
+        registers[libc::REG_RAX as usize] = -errno.0;
         registers[libc::REG_RIP as usize] = access_fixup().cast_signed();
     } else {
         // SAFETY: async-signal-safe; the instruction faults again and ends the process.

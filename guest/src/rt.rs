@@ -9,6 +9,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use abi::channel::ReportKind;
 use abi::layout::{MAX_CPUS, PAGE_SIZE};
+use abi::oracle::Area;
 use abi::syscall::{Errno, clone, decode, futex, nr, prot};
 
 use crate::sys::{Fault, STACK_BYTES, Sys, Thread};
@@ -21,6 +22,11 @@ pub trait Testbed: Copy + Send + Sync + 'static {
     fn report(&self, kind: ReportKind, gva: u64, expected: u64, found: u64);
     /// How memory under test is reached.
     fn tlb(&self) -> Tlb;
+    /// [`Sys::maps`].
+    ///
+    /// # Errors
+    /// There is no way to know.
+    fn maps(&self, start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno>;
     /// CPUs that threads may run on, bit `i` for the kernel's CPU `i`; not empty.
     fn cpus(&self) -> u64;
 }
@@ -72,7 +78,7 @@ fn soft_call(nr: u64, gva: u64, value: u64) -> Result<Soft, Fault> {
                 });
             }
             Err(Errno::EAGAIN) => {}
-            Err(_) => return Err(Fault { gva }),
+            Err(errno) => return Err(Fault::new(gva, errno)),
         }
     }
 }
@@ -130,7 +136,7 @@ pub fn raw_syscall(nr: u64, args: [u64; 6]) -> u64 {
 }
 
 // The only instructions that touch memory under test. A fault in them continues at the fixup with
-// rax = -EFAULT; each is one instruction, so nothing is half done.
+// rax = -EFAULT, or -EIO for a SIGBUS; each is one instruction, so nothing is half done.
 global_asm!(
     ".pushsection .text.stalemate_access, \"ax\", @progbits",
     ".globl stalemate_access_start",
@@ -207,7 +213,7 @@ fn load(gva: u64) -> Result<u64, Fault> {
     if loaded.status == 0 {
         Ok(loaded.value)
     } else {
-        Err(Fault { gva })
+        Err(Fault::new(gva, Errno(-loaded.status)))
     }
 }
 
@@ -218,7 +224,7 @@ fn store(gva: u64, value: u64) -> Result<(), Fault> {
     if status == 0 {
         Ok(())
     } else {
-        Err(Fault { gva })
+        Err(Fault::new(gva, Errno(-status)))
     }
 }
 
@@ -376,6 +382,10 @@ impl<T: Testbed> Sys for Rt<T> {
         self.syscall(nr::GETCPU, [address, 0, 0, 0, 0, 0])?;
         let below = (1 << cpu.load(Ordering::Relaxed)) - 1;
         Ok((self.0.cpus() & below).count_ones() as usize)
+    }
+
+    fn maps(&self, start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno> {
+        self.0.maps(start, end, areas)
     }
 
     fn print(&self, text: &[u8]) {

@@ -91,13 +91,13 @@ impl Guest {
     /// # Errors
     /// See [`BenchError`].
     pub fn measure(&self, op: Op, rounds: u64) -> Result<InGuest, BenchError> {
-        let (with, emulated, tsc_khz) = self.run(op, rounds)?;
+        let (with, emulated, tsc_khz) = self.run(op, rounds, rounds)?;
         let mut instructions = None;
         if Host::kind() == HostKind::Emulating
             && let Some(all) = emulated
         {
-            // What booting and the preparations took is the same without a round.
-            let (_, without, _) = self.run(op, 0)?;
+            // What booting and the preparations take is the same without a round.
+            let (_, without, _) = self.run(op, 0, rounds)?;
             let of_rounds = all.saturating_sub(without.unwrap_or(0));
             instructions = Some(of_rounds as f64 / with.rounds.max(1) as f64);
         }
@@ -108,7 +108,12 @@ impl Guest {
         })
     }
 
-    fn run(&self, op: Op, rounds: u64) -> Result<(Ticks, Option<u64>, Option<u32>), BenchError> {
+    fn run(
+        &self,
+        op: Op,
+        rounds: u64,
+        prepared: u64,
+    ) -> Result<(Ticks, Option<u64>, Option<u32>), BenchError> {
         let mut machine = Machine::new(MachineConfig {
             vcpus: 1,
             cmdline: self.cmdline.clone(),
@@ -117,6 +122,7 @@ impl Guest {
                 args: vec![
                     ("op".into(), op.name().into()),
                     ("rounds".into(), rounds.to_string()),
+                    ("prepared".into(), prepared.to_string()),
                 ],
                 data: None,
             },

@@ -12,6 +12,7 @@ pub mod explore;
 pub mod inspect;
 pub mod kvm;
 pub mod memory;
+pub mod oracle;
 pub mod report;
 pub mod reproducer;
 pub mod scenario;

@@ -218,7 +218,7 @@ impl Reproducer {
             return Err(malformed(at("window"), format!("its window: {error}")));
         }
         let schedule = parse_schedule(&this.schedule).map_err(|word| {
-            let problem = format!("`{word}` in its schedule is no step (0:12, i1)");
+            let problem = format!("`{word}` in its schedule is no step (0:12, i1, d0)");
             malformed(at("schedule"), problem)
         })?;
         let string = toml::from_str::<Strings>(&text).map_or(0..0, |at| at.scenario.span());
@@ -228,7 +228,7 @@ impl Reproducer {
             .map_err(|refused| malformed(at("fail"), refused.to_string()))?;
         let vcpus = scenario.vcpus;
         let absent = schedule.segments.iter().find(|segment| {
-            let (Actor::Vcpu(vcpu) | Actor::Wire(vcpu)) = segment.actor;
+            let (Actor::Vcpu(vcpu) | Actor::Wire(vcpu) | Actor::Disk(vcpu)) = segment.actor;
             u32::from(vcpu) >= vcpus
         });
         if let Some(segment) = absent {
@@ -292,6 +292,7 @@ fn schedule_text(schedule: &Schedule) -> String {
         let _ = match segment.actor {
             Actor::Vcpu(vcpu) => write!(text, "{gap}{vcpu}:{}", segment.points),
             Actor::Wire(vcpu) => write!(text, "{gap}i{vcpu}"),
+            Actor::Disk(vcpu) => write!(text, "{gap}d{vcpu}"),
         };
     }
     text
@@ -300,9 +301,11 @@ fn schedule_text(schedule: &Schedule) -> String {
 fn parse_schedule(text: &str) -> Result<Schedule, &str> {
     let mut schedule = Schedule::default();
     for word in text.split_ascii_whitespace() {
-        let step = match word.strip_prefix('i') {
-            Some(vcpu) => vcpu.parse().ok().map(|vcpu| (Actor::Wire(vcpu), 1)),
-            None => word.split_once(':').and_then(|(vcpu, points)| {
+        let number = |text: Option<&str>| text.and_then(|text| text.parse::<u8>().ok());
+        let step = match word.as_bytes().first() {
+            Some(b'i') => number(word.get(1..)).map(|vcpu| (Actor::Wire(vcpu), 1)),
+            Some(b'd') => number(word.get(1..)).map(|vcpu| (Actor::Disk(vcpu), 1)),
+            _ => word.split_once(':').and_then(|(vcpu, points)| {
                 Some((Actor::Vcpu(vcpu.parse().ok()?), points.parse().ok()?))
             }),
         };
@@ -323,7 +326,7 @@ mod tests {
     fn example() -> (Reproducer, Schedule) {
         let text = "[program]\nname = \"litmus\"\nargs = { test = \"cow\" }\n[kernel]\nbugs = [\"cow-free-before-flush\"]";
         let scenario = scenario::parse(Path::new("a.toml"), text).unwrap();
-        let schedule = parse_schedule("0:12 1:5 i1 0:3").unwrap();
+        let schedule = parse_schedule("0:12 1:5 i1 d0 0:3").unwrap();
         let found = ("pct".to_owned(), "T-01".to_owned());
         let digest = "0123456789abcdef".repeat(2);
         let reproducer = Reproducer::new(&scenario, &schedule, found.0, found.1, (7, digest));
@@ -440,7 +443,7 @@ mod tests {
             Err(error) => assert!(error.to_string().contains("x.repro"), "{error}"),
             Ok((_, scenario, schedule)) => {
                 for segment in schedule.segments {
-                    let (Actor::Vcpu(vcpu) | Actor::Wire(vcpu)) = segment.actor;
+                    let (Actor::Vcpu(vcpu) | Actor::Wire(vcpu) | Actor::Disk(vcpu)) = segment.actor;
                     assert!(u32::from(vcpu) < scenario.vcpus && segment.points > 0);
                 }
             }

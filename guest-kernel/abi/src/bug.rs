@@ -74,6 +74,62 @@ bugs! {
     /// A flush of a range invalidates one page in every 2 MiB, as if entries of level 2 had changed and not of level 1
     /// (class C2: the wrong level): the other pages stay cached, on the flusher's CPU too.
     FlushWrongLevel = 15, "flush-wrong-level";
+    /// With PCIDs, a CPU that gives a slot to another mm loads it without a flush (class C15; SDM vol. 3A,
+    /// 5.10.4.1): the mm uses translations that the slot's last mm has left.
+    PcidReuseNoFlush = 16, "pcid-reuse-no-flush";
+    /// With PCIDs, a CPU that comes back to an mm keeps what its slot holds without a look at what was flushed
+    /// meanwhile (class C15; Linux choose_new_asid): no shootdown reaches a CPU that has left the mm.
+    PcidSkipStaleGen = 17, "pcid-skip-stale-gen";
+    /// get_user_pages without a lock keeps the page that it found, without looking again whether the entry is still
+    /// what it was and whether a fork was at work (Linux 57efa1fe5957): the page may be shared by then, and the
+    /// next write of the process goes to a copy that the device does not know.
+    GupFastNoRecheck = 40, "gup-fast-no-recheck";
+    /// fork shares pages that a device uses as it shares all others, and write-protects them (before Linux 70e806e4e645):
+    /// the next write of the parent goes to a copy, and what the device reads lands in the child's page.
+    ForkSharesPinned = 41, "fork-shares-pinned";
+    /// fallocate(PUNCH_HOLE) takes a page out of the page cache before it unmaps it, and gives the mappings'
+    /// references back before the flush (class C1): other CPUs still use the frame through the mapping.
+    PunchFreeBeforeFlush = 18, "punch-free-before-flush";
+    /// mremap flushes the old place only after it has dropped the page-table locks and the mmap_lock (class C1, the order
+    /// of CVE-2018-18281, Linux eb66ae030829): who maps the old place anew still reaches the pages that have moved, and who
+    /// unmaps those at their new place frees frames that CPUs still reach.
+    MremapFlushAfterUnlock = 24, "mremap-flush-after-unlock";
+    /// mremap does not flush where it moves a whole page table instead of its entries (class C2, the wrong level): the
+    /// old place stays cached.
+    MremapTableNoFlush = 25, "mremap-table-no-flush";
+    /// mprotect, munmap and madvise do not look whether reclaim has cleared entries of the mm and not flushed yet (class
+    /// C3, B3; Linux 3ea277194daa): they return while other CPUs still write the pages.
+    BatchedFlushIgnored = 46, "batched-flush-ignored";
+    /// Reclaim writes pages out and frees them before the flush that it has put off for the whole batch (class C1;
+    /// Linux's try_to_unmap_flush in shrink_folio_list): other CPUs still use the frames.
+    ReclaimFreeBeforeFlush = 47, "reclaim-free-before-flush";
+    /// mremap moves entries without the locks of walks back from folios (class C12, B26; Linux 486cf46f3f9b): it moves a
+    /// migration entry behind the walk that ends the migration, which misses it, and leaves it referring to a frame that
+    /// is free.
+    MremapNoRmapLocks = 30, "mremap-no-rmap-locks";
+    /// Migration copies a page before it flushes the entries that it has taken out (class C7, B8): what a program writes
+    /// meanwhile through a stale translation is lost.
+    MigrateCopyBeforeFlush = 31, "migrate-copy-before-flush";
+    /// An entry of 2 MiB is replaced by a table of small ones at once, without being made invalid and flushed between
+    /// (class C2; Linux __split_huge_pmd_locked, pmdp_invalidate): a TLB may hold the page in both sizes, which
+    /// the SDM forbids software to rely on, and errata punish (AMD erratum 383).
+    HugeSplitNoFlush = 44, "huge-split-no-flush";
+    /// Collapsing copies 512 small pages before the flush that ends their use, not after it (class C1; Linux
+    /// pmdp_collapse_flush): what other CPUs still write to a page that was copied is lost.
+    CollapseCopyBeforeFlush = 45, "collapse-copy-before-flush";
+    /// A fault that finds the page there when it has made one gives its own back, and does not uncharge it: the memory
+    /// group's usage grows with every such race (a count that the failure path leaks).
+    ChargeKeptOnRace = 50, "charge-kept-on-race";
+    /// What is freed is uncharged from the group that the process is in now, and not from the one that it was charged to,
+    /// which is another one after a move (Linux keeps folio->memcg_data for this).
+    UnchargeCurrentGroup = 51, "uncharge-current-group";
+    /// Pages of a file on the disk are made clean and read-only for write-back, and not flushed (class C16; Linux
+    /// page_vma_mkclean_one): another CPU goes on to write them through a stale translation, and nobody learns that
+    /// they are dirty.
+    MkcleanNoFlush = 56, "mkclean-no-flush";
+    /// Unmapping a dirty page of a file counts its mapping less before the flush (class C6, B7; Linux 5df397dec7c4):
+    /// write-back finds it unmapped, does not wait, and cleans it while other CPUs still write it.
+    ZapLosesDirty = 57, "zap-loses-dirty";
 }
 
 /// A set of seeded bugs.

@@ -74,6 +74,8 @@ pub enum ReportKind {
     WrongResult = 4,
     /// The processor loaded what neither the soft TLB nor the page tables give.
     TlbMismatch = 5,
+    /// What was read from the disk is not what was written to it, or is not where it was read to.
+    DiskData = 20,
 }
 
 impl ReportKind {
@@ -86,6 +88,7 @@ impl ReportKind {
             3 => Some(Self::WrongPermission),
             4 => Some(Self::WrongResult),
             5 => Some(Self::TlbMismatch),
+            20 => Some(Self::DiskData),
             _ => None,
         }
     }
@@ -100,6 +103,7 @@ impl ReportKind {
             }
             Self::WrongResult => "a system call returned a wrong result",
             Self::TlbMismatch => "the processor translated an address as no TLB may",
+            Self::DiskData => "what was read from the disk is not what was written to it",
         }
     }
 }
@@ -210,6 +214,10 @@ pub mod cause {
     pub const UNMAP: u64 = 2;
     /// Somebody keeps the frame for a while, or has kept it.
     pub const HOLD: u64 = 3;
+    /// A device, or whoever works for it, uses the frame: its contents stay where they are.
+    pub const PIN: u64 = 4;
+    /// It is in a file's page cache or in the swap cache, or no longer.
+    pub const CACHE: u64 = 5;
 }
 
 /// Argument `walker` of [`EventKind::WalkBegin`] and [`EventKind::WalkEnd`]: who walks, and so what keeps the
@@ -227,10 +235,20 @@ pub enum Walker {
     Protect = 3,
     /// fork, which copies entries, under the mmap_lock.
     Fork = 4,
-    /// A walk back from a folio, under the lock of its anon_vmas.
+    /// A walk back from a folio, under the lock of its anon_vmas, or of its file's i_mmap.
     Rmap = 5,
     /// A look into another process's memory, in an RCU read section.
     Peek = 6,
+    /// The pages of a range are pinned, under the mmap_lock.
+    Gup = 20,
+    /// The same without a lock, with interrupts off and the mm loaded.
+    GupFast = 21,
+    /// ftruncate or fallocate, which unmaps a file's pages wherever they are mapped, under its i_mmap lock.
+    Truncate = 7,
+    /// mremap, which moves entries and tables, under the mmap_lock.
+    Move = 8,
+    /// The folios of a range are taken to be migrated, under the mmap_lock.
+    Migrate = 9,
 }
 
 impl Walker {
@@ -245,6 +263,11 @@ impl Walker {
             4 => Self::Fork,
             5 => Self::Rmap,
             6 => Self::Peek,
+            20 => Self::Gup,
+            21 => Self::GupFast,
+            7 => Self::Truncate,
+            8 => Self::Move,
+            9 => Self::Migrate,
             _ => return None,
         })
     }
@@ -259,6 +282,11 @@ impl Walker {
             Self::Fork => "fork",
             Self::Rmap => "rmap walk",
             Self::Peek => "peek",
+            Self::Gup => "get_user_pages",
+            Self::GupFast => "fast get_user_pages",
+            Self::Truncate => "truncate",
+            Self::Move => "mremap",
+            Self::Migrate => "migration",
         }
     }
 }
@@ -341,6 +369,14 @@ events! {
     RcuGpWait = 52, "rcu-gp-wait", ["grace", "cpus"];
     RcuGpEnd = 53, "rcu-gp-end", ["grace"];
     RcuFree = 54, "rcu-free", ["object", "kind"];
+    FolioSplit = 59, "folio-split", ["frame", "order"];
+    Pin = 60, "pin", ["frame", "new", "old", "gva"];
+    DiskSubmit = 61, "disk-submit", ["op", "sector", "gpa", "bytes", "of-file"];
+    DiskDone = 62, "disk-done", ["op", "sector", "gpa", "status"];
+    SwapSlot = 55, "swap-slot", ["slot", "count", "old"];
+    SwapCache = 56, "swap-cache", ["slot", "frame", "in"];
+    Lru = 57, "lru", ["frame", "list"];
+    Charge = 58, "charge", ["frame", "group", "old", "pages"];
 }
 
 /// What the arguments `kind` of [`EventKind::RcuRetire`] and [`EventKind::RcuFree`] say.

@@ -4,7 +4,8 @@
 use core::mem::offset_of;
 
 use crate::objects::{
-    AnonVma, AnonVmaChain, Cpu, CpuRcu, Folio, KernelRoot, Mm, Slab, SoftTlb, Task, Vma, VmaNode,
+    AnonVma, AnonVmaChain, Asid, Cpu, CpuRcu, Folio, KernelRoot, Kswapd, LruList, MemGroup, Mm,
+    Slab, SoftTlb, SwapArea, SwapRequest, SwapSlot, Task, Vma, VmaNode,
 };
 use crate::{boot::BootInfo, channel, point::Point};
 
@@ -39,17 +40,24 @@ pub const fn layout_hash() -> u64 {
         BootInfo { segments, kernel_root, cmdline }
         channel::Control { trap, event_mask, ring_head, point, report, message, fail }
         channel::Event { stamp, kind, task, args, sequence }
-        KernelRoot { folios, nr_frames, buddy, slabs, mms, tasks, futex_queue, ticket, online, cpus }
-        Folio { kind, order, flags, refcount, mapcount, generation, owner, index, next, lock, used }
-        Vma { start, end, flags, pgoff, mm, attached, generation, anon_vma, chains }
+        KernelRoot { folios, nr_frames, buddy, slabs, swap, lru, kswapd, frame_groups, groups, mms, tasks, futex_queue, ticket, online, cpus }
+        Folio { kind, order, flags, state, refcount, mapcount, generation, owner, index, next, lock, used, pins }
+        Vma { start, end, flags, pgoff, mm, attached, generation, anon_vma, chains, file, left_of_file, right_of_file, parent_of_file, subtree_end }
         VmaNode { level, count, slots }
-        Mm { id, pgd, users, count, cpumask, tlb_gen, mmap_lock, vmas, map_count, rss, tables, brk, next }
+        Mm { id, pgd, users, count, cpumask, tlb_gen, mmap_lock, vmas, map_count, rss, tables, brk, next, flush_batched, write_protect_seq, total_vm, limits, group }
         AnonVma { root, parent, chains, refcount, degree }
         AnonVmaChain { vma, anon_vma, next_of_vma, next_of_anon }
-        Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame, leader, flags, threads }
-        Cpu { current, loaded_mm, tlb_gen, lazy, free_list, queue, flush, idle_sp, dead, soft_tlb, rcu }
+        Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame, leader, flags, threads, disk }
+        Cpu { current, loaded_mm, pcid, lazy, free_list, queue, flush, idle_sp, dead, soft_tlb, rcu, asids, next_asid }
+        Asid { mm, tlb_gen }
         CpuRcu { watching, nesting, retired, waiting, grace, pending, seen }
         SoftTlb { pages, tables, evictions }
+        SwapArea { slots, nr_slots, used, sector, lock, requests }
+        SwapSlot { count, group, folio }
+        MemGroup { live, parent, usage, max, watermark, failures, stats }
+        SwapRequest { disk, folio }
+        LruList { first, last, count }
+        Kswapd { task, min, low, high, failures, reclaiming }
         Slab { object_bytes, used, frames, free }
     };
     mix(mix(hash, Point::ALL.len()), channel::EventKind::ALL.len())

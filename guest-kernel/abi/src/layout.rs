@@ -9,6 +9,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub const PAGE_SHIFT: u32 = 12;
 /// Bytes mapped by one level-2 (PMD) leaf entry.
 pub const HUGE_PAGE_SIZE: u64 = 2 << 20;
+/// Order of a block of that size.
+pub const HUGE_ORDER: u8 = 9;
 /// Entries in a page-table page, at every level.
 pub const ENTRIES_PER_TABLE: usize = 512;
 

@@ -12,10 +12,12 @@
 pub mod boot;
 pub mod bug;
 pub mod channel;
+pub mod disk;
 pub mod failpoint;
 pub mod layout;
 pub mod lock;
 pub mod objects;
+pub mod oracle;
 pub mod param;
 pub mod point;
 pub mod port;

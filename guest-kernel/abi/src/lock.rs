@@ -35,6 +35,16 @@ classes! {
     MmList = 7, "mm list lock";
     Sched = 8, "scheduler lock";
     Futex = 9, "futex lock";
+    Position = 10, "file position lock";
+    Inode = 11, "inode lock";
+    Folio = 12, "folio lock";
+    IMmap = 13, "i_mmap lock";
+    PageCache = 14, "page cache lock";
+    Files = 15, "descriptor table lock";
+    Swap = 30, "swap lock";
+    Lru = 31, "LRU lock";
+    Reclaim = 32, "reclaim in progress";
+    Groups = 33, "memory groups lock";
 }
 
 impl LockClass {

@@ -113,6 +113,12 @@ pub enum FrameKind {
     /// A page-table page to which no entry leads any more, and which is freed when a grace period is over
     /// ([`CpuRcu`]); as [`FrameKind::Table`] otherwise. One of level 4 takes its [`Mm`] with it.
     Retired = 9,
+    /// The one frame of zeroes that anonymous memory maps until it is written ([`KernelRoot::zero_frame`]).
+    /// Its mappings are not counted: their entries carry [`crate::pte::PteFlags::SPECIAL`].
+    Zero = 10,
+    /// A page of a file; [`Folio::owner`] is its [`File`], none once it was truncated away, and
+    /// [`Folio::index`] the page in the file.
+    File = 11,
 }
 
 impl FrameKind {
@@ -128,6 +134,8 @@ impl FrameKind {
         Self::Kernel,
         Self::Unset,
         Self::Retired,
+        Self::Zero,
+        Self::File,
     ];
     /// The kind with number `value`.
     #[must_use]
@@ -143,6 +151,11 @@ impl FrameKind {
     #[must_use]
     pub fn is_table(self) -> bool {
         matches!(self, Self::Table | Self::Retired)
+    }
+    /// True where programs map frames of this kind, and each mapping counts.
+    #[must_use]
+    pub fn is_user(self) -> bool {
+        matches!(self, Self::Anon | Self::File)
     }
     /// True where a frame of this kind belongs to the allocator.
     #[must_use]
@@ -162,32 +175,227 @@ pub struct Folio {
     pub order: AtomicU8,
     /// [`folio_flags`].
     pub flags: AtomicU8,
-    /// Zero.
-    pub reserved: AtomicU8,
-    /// References; 0 exactly while the frame is free. Each mapping holds one.
+    /// [`folio_state`].
+    pub state: AtomicU8,
+    /// References; 0 exactly while the frame is free. Each mapping holds one, a file's page cache or the swap cache
+    /// another.
     pub refcount: AtomicU32,
-    /// Present PTEs that map it.
+    /// Present entries that map it, or a part of it, at whatever level (Linux's `_large_mapcount`).
     pub mapcount: AtomicU32,
     /// Times this frame was allocated, so that reuse can be told.
     pub generation: AtomicU32,
     /// Anonymous folio: its [`AnonVma`]. Others: by [`FrameKind`].
     pub owner: AtomicU64,
-    /// Anonymous folio: page offset in the VMAs that map it (`vma.pgoff + (gva - vma.start) / 4096`).
+    /// Anonymous folio, page of a file: page offset in the VMAs that map it
+    /// (`vma.pgoff + (gva - vma.start) / 4096`).
     pub index: AtomicU64,
-    /// Next on a list (free list, slab list): frame number, 0 for none.
+    /// Next on a list (free list, slab list, LRU list): frame number, 0 for none.
     pub next: AtomicU64,
-    /// Previous on a list: frame number, 0 for none.
+    /// Previous on a list: frame number, 0 for none. Table of level 2: first of a list by [`Folio::next`] of tables of
+    /// level 1 set aside, one for each of its entries that maps 2 MiB (Linux's `pmd_huge_pte`).
     pub prev: AtomicU64,
-    /// Table: spin lock word of the split page-table lock.
+    /// Table: spin lock word of the split page-table lock. User memory: of its folio lock.
     pub lock: AtomicU64,
-    /// Table: present entries. Slab: objects in use.
-    pub used: AtomicU64,
+    /// Table: entries that are not none. Slab: objects in use. Anonymous folio of one page: its swap slot plus one, 0 while
+    /// it is not in the swap cache; of 2 MiB: entries of level 2 that map it (Linux's `_entire_mapcount`).
+    pub used: AtomicU32,
+    /// Times that it is pinned (Linux's FOLL_PIN). Each pin holds a reference too. A count of its own, as Linux's large
+    /// folios have, and not [`Folio::refcount`] in steps of 1024 (GUP_PIN_COUNTING_BIAS), which a small folio of
+    /// Linux has for want of room: so it is exact, and the host can say which reference is a device's.
+    pub pins: AtomicU32,
 }
 
 /// Bits of [`Folio::flags`].
 pub mod folio_flags {
-    /// Its only mapping may be written without copying (Linux's PageAnonExclusive).
+    /// Its only mapping may be written without copying (Linux's PageAnonExclusive). Of a folio of 2 MiB the head has it
+    /// for an entry of level 2; each page, tails too, for entries of level 1.
     pub const EXCLUSIVE: u8 = 1;
+    /// Page of a file that fallocate has made and nobody has used, or that was not read from the disk yet (Linux: not
+    /// uptodate).
+    pub const FRESH: u8 = 2;
+    /// A program has no use for its contents (MADV_FREE): it may be dropped for a page of zeroes as long as no
+    /// entry that maps it is dirty.
+    pub const LAZYFREE: u8 = 4;
+    /// Somebody is about to move it to another frame, and nobody else may (Linux's PG_isolated).
+    pub const ISOLATED: u8 = 8;
+}
+
+/// Bits of [`Folio::state`]: what reclaim knows of an anonymous folio, and what is known of a page of a file on the disk
+/// (DIRTY, UPTODATE, WRITEBACK and READING, of its place there instead of a slot). Pages of files in memory have none.
+pub mod folio_state {
+    /// It is on an LRU list.
+    pub const LRU: u8 = 1;
+    /// It is, or was when it was taken off, on the active one.
+    pub const ACTIVE: u8 = 2;
+    /// It was used since it was last looked at.
+    pub const REFERENCED: u8 = 4;
+    /// What it holds is nowhere else, whatever its entries say: not in its slot, where it is in the swap cache.
+    pub const DIRTY: u8 = 8;
+    /// In the swap cache: it holds what its slot held when it was read, or was filled before it came there.
+    pub const UPTODATE: u8 = 16;
+    /// In the swap cache: it is being written to its slot.
+    pub const WRITEBACK: u8 = 32;
+    /// In the swap cache: it is being read from its slot.
+    pub const READING: u8 = 64;
+    /// It is, or was when it was taken off, on the list of those that cannot be reclaimed.
+    pub const UNEVICTABLE: u8 = 128;
+}
+
+/// The reclaim thread (Linux's kswapd), and when it works.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct Kswapd {
+    /// Its task, none without the thread.
+    pub task: Link<Task>,
+    /// With fewer free frames who allocates reclaims itself. 0 without the thread, as the two below.
+    pub min: AtomicU64,
+    /// With fewer free frames an allocation wakes the thread.
+    pub low: AtomicU64,
+    /// With as many free frames the thread is content.
+    pub high: AtomicU64,
+    /// Times in a row that it has freed nothing (Linux's `kswapd_failures`): as many as
+    /// [`Kswapd::MAX_FAILURES`], and nobody wakes it until somebody else has freed something.
+    pub failures: AtomicU64,
+    /// CPUs that have folios in hand to reclaim them, the thread's or another one.
+    pub reclaiming: AtomicU64,
+}
+
+impl Kswapd {
+    /// Failures after which it is given up (Linux's MAX_RECLAIM_RETRIES).
+    pub const MAX_FAILURES: u64 = 16;
+}
+
+/// What is known of one swap slot: a page on the disk.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct SwapSlot {
+    /// Entries of page tables that name it. It is free while this and `folio` are 0.
+    pub count: AtomicU32,
+    /// Number of the memory group that it is charged to, 0 for none (Linux's swap_cgroup).
+    pub group: AtomicU32,
+    /// GPA of the folio in the swap cache that stands for it, 0 for none.
+    pub folio: AtomicU64,
+}
+
+/// A transfer between a folio of the swap cache and its slot.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct SwapRequest {
+    /// What the disk was asked for.
+    pub disk: crate::disk::DiskRequest,
+    /// GPA of the folio; 0 while the request is unused.
+    pub folio: AtomicU64,
+}
+
+/// Most transfers that are under way at once.
+pub const SWAP_REQUESTS: usize = 16;
+
+/// The swap area, and the swap cache: slot to folio by [`SwapSlot::folio`], folio to slot by [`Folio::used`].
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct SwapArea {
+    /// The array of slots, none without swap.
+    pub slots: Link<SwapSlot>,
+    /// Slots.
+    pub nr_slots: AtomicU64,
+    /// Slots that are not free.
+    pub used: AtomicU64,
+    /// Where the search for a free one begins.
+    pub next: AtomicU64,
+    /// First sector of slot 0.
+    pub sector: AtomicU64,
+    /// Spin lock word of slots, cache and requests.
+    pub lock: AtomicU64,
+    /// Transfers.
+    pub requests: [SwapRequest; SWAP_REQUESTS],
+}
+
+/// The LRU lists, by number.
+pub mod lru {
+    /// Folios that are reclaimed next.
+    pub const INACTIVE: usize = 0;
+    /// Folios that were used more than once.
+    pub const ACTIVE: usize = 1;
+    /// Folios that a locked mapping keeps in memory, as far as reclaim has met them.
+    pub const UNEVICTABLE: usize = 2;
+    /// Their number.
+    pub const LISTS: usize = 3;
+
+    /// The list on which a folio of this [`super::folio_state`] belongs.
+    #[must_use]
+    pub const fn list_of(state: u8) -> usize {
+        if state & super::folio_state::UNEVICTABLE != 0 {
+            UNEVICTABLE
+        } else if state & super::folio_state::ACTIVE != 0 {
+            ACTIVE
+        } else {
+            INACTIVE
+        }
+    }
+}
+
+/// One LRU list.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct LruList {
+    /// The latest to come: frame number, 0 for none.
+    pub first: AtomicU64,
+    /// The next to go: frame number, 0 for none.
+    pub last: AtomicU64,
+    /// Folios on it.
+    pub count: AtomicU64,
+}
+
+/// Memory groups that there can be. Their numbers begin with 1; number 0 is the root group, which counts nothing and has no
+/// limit.
+pub const GROUPS: usize = 15;
+
+/// What [`MemGroup::stats`] are, in pages (names of Linux's memory.stat, and memory.swap.current).
+pub mod group_stat {
+    /// Frames of anonymous folios, mapped or not.
+    pub const ANON: usize = 0;
+    /// Frames of pages of files, in a page cache or not any more.
+    pub const FILE: usize = 1;
+    /// Page-table pages.
+    pub const PAGETABLES: usize = 2;
+    /// Swap slots, which do not count as [`super::MemGroup::usage`].
+    pub const SWAP: usize = 3;
+    /// By number.
+    pub const NAMES: [&str; 4] = ["anon", "file", "pagetables", "swap"];
+}
+
+/// A memory group (Linux's struct mem_cgroup, with its page_counter). What it counts it counts for the groups below it too.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct MemGroup {
+    /// 1 from its creation on: groups never go.
+    pub live: AtomicU64,
+    /// Number of the group that it is part of, lower than its own; 0 for none.
+    pub parent: AtomicU64,
+    /// Pages that are charged to it. While a charge is tried it may be more than `max`, for a moment.
+    pub usage: AtomicU64,
+    /// Most of those; [`MemGroup::NO_LIMIT`] for any number.
+    pub max: AtomicU64,
+    /// The most that `usage` has been.
+    pub watermark: AtomicU64,
+    /// Charges that would have made it more than `max`, of those below it too.
+    pub failures: AtomicU64,
+    /// By [`group_stat`].
+    pub stats: [AtomicU64; group_stat::NAMES.len()],
+}
+
+impl MemGroup {
+    /// Linux's PAGE_COUNTER_MAX.
+    pub const NO_LIMIT: u64 = i64::MAX as u64 / crate::layout::PAGE_SIZE;
+}
+
+/// The memory group that a frame is charged to. Descriptors have no room for it, so there is an array
+/// ([`KernelRoot::frame_groups`]) where there are groups at all (Linux's page_cgroup, before it became folio->memcg_data).
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct FrameGroup {
+    /// The first frame of a folio, or of a page-table page: number of the group; 0 for none. Other frames: 0.
+    pub group: AtomicU8,
 }
 
 /// Bits of [`Vma::flags`] (Linux's `VM_*` values where Linux has them).
@@ -199,22 +407,48 @@ pub mod vma_flags {
     pub const SHARED: u64 = 8;
     /// Grows down on faults below it (MAP_GROWSDOWN; the initial stack).
     pub const GROWSDOWN: u64 = 0x100;
+    /// Stays in memory (mlock).
+    pub const LOCKED: u64 = 0x2000;
     /// Read in order (MADV_SEQUENTIAL).
     pub const SEQ_READ: u64 = 0x8000;
     /// Read at random (MADV_RANDOM).
     pub const RAND_READ: u64 = 0x1_0000;
+    /// A forked child does not get it (MADV_DONTFORK).
+    pub const DONTCOPY: u64 = 0x2_0000;
+    /// With LOCKED: pages are locked as they are touched, and not populated (MLOCK_ONFAULT).
+    pub const LOCKONFAULT: u64 = 0x8_0000;
+    /// A forked child finds zeroes there (MADV_WIPEONFORK).
+    pub const WIPEONFORK: u64 = 0x200_0000;
+    /// Not part of a core dump (MADV_DONTDUMP).
+    pub const DONTDUMP: u64 = 0x400_0000;
+    /// 2 MiB folios are welcome (MADV_HUGEPAGE).
+    pub const HUGEPAGE: u64 = 0x2000_0000;
+    /// Pages with equal contents may be joined (MADV_MERGEABLE).
+    pub const MERGEABLE: u64 = 0x8000_0000;
     /// Was writable and private once, so it counts against memory: keeps it apart from neighbours
     /// that never were.
     pub const ACCOUNT: u64 = 0x10_0000;
     /// The program's own memory, not under test ([`crate::syscall::nr::TESTBED_WIRE`]): populated, and
     /// copied at fork instead of shared, so that no access to it ever faults.
     pub const WIRED: u64 = 1 << 33;
-    /// No 2 MiB folios (MAP_STACK).
+    /// No 2 MiB folios (MADV_NOHUGEPAGE, MAP_STACK).
     pub const NOHUGEPAGE: u64 = 0x4000_0000;
     /// The `brk` heap.
     pub const HEAP: u64 = 1 << 32;
     /// Not counted against memory (MAP_NORESERVE).
     pub const NORESERVE: u64 = 0x20_0000;
+    /// Shared mapping of a file on the disk: a page is mapped read-only until a write fault has marked it dirty (Linux asks
+    /// vma_wants_writenotify).
+    pub const NOTIFY: u64 = 1 << 34;
+
+    /// What mlock and munlock change (Linux's VM_LOCKED_MASK).
+    pub const LOCKED_MASK: u64 = LOCKED | LOCKONFAULT;
+
+    /// True where a mapping with `flags` is data, which RLIMIT_DATA limits (Linux's is_data_mapping).
+    #[must_use]
+    pub const fn is_data(flags: u64) -> bool {
+        flags & (WRITE | SHARED | GROWSDOWN) == WRITE
+    }
 }
 
 /// One mapping of an mm.
@@ -239,6 +473,98 @@ pub struct Vma {
     pub anon_vma: Link<AnonVma>,
     /// First of its [`AnonVmaChain`]s, linked by [`AnonVmaChain::next_of_vma`].
     pub chains: Link<AnonVmaChain>,
+    /// The file that it maps, from page `pgoff` on; none for private anonymous memory.
+    pub file: Link<File>,
+    /// In the tree [`File::i_mmap`]: what maps pages from an earlier one on, or was there first.
+    pub left_of_file: Link<Vma>,
+    /// In that tree: what maps pages from a later one on, or came after it.
+    pub right_of_file: Link<Vma>,
+    /// In that tree: the VMA above; none for the root.
+    pub parent_of_file: Link<Vma>,
+    /// The page past the last one of the file that it or any VMA below it in that tree maps.
+    pub subtree_end: AtomicU64,
+}
+
+/// Entries of a [`CacheNode`].
+pub const CACHE_NODE_SLOTS: usize = 64;
+
+/// Node of a file's page cache: a radix tree over the pages' numbers, six bits a level.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct CacheNode {
+    /// Slots that are not 0.
+    pub count: AtomicU64,
+    /// Level 1: GPA of the page's frame. Above: GPA of the child [`CacheNode`]. 0: nothing there.
+    pub slots: [AtomicU64; CACHE_NODE_SLOTS],
+}
+
+/// A file (Linux's inode and address_space): its pages, and who maps them. It is in memory, as a memfd, or on the disk, as
+/// a block device.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct File {
+    /// Bytes. Changes under `inode_lock` and `lock`.
+    pub size: AtomicU64,
+    /// Spin lock word, held over whatever changes contents or size by a system call (Linux's i_rwsem).
+    pub inode_lock: AtomicU64,
+    /// Spin lock word of `size`, of the tree of pages (Linux's i_pages), and of `refcount`.
+    pub lock: AtomicU64,
+    /// Spin lock word of `i_mmap`; held, the VMAs on it keep their bounds and page tables.
+    pub i_mmap_lock: AtomicU64,
+    /// Root of the tree of the VMAs that map it ([`Vma::left_of_file`]), in the order of their first pages. One that
+    /// fork made comes after the one that it copies.
+    pub i_mmap: Link<Vma>,
+    /// Root of its page cache, none while it has no page.
+    pub pages: Link<CacheNode>,
+    /// Levels of that tree.
+    pub height: AtomicU64,
+    /// Pages in it.
+    pub nr_pages: AtomicU64,
+    /// References: [`OpenFile`]s and VMAs.
+    pub refcount: AtomicU32,
+    /// +1 at every allocation and every free of this slot: odd while live.
+    pub generation: AtomicU32,
+    /// On the disk: the sector of page 0.
+    pub sector: AtomicU64,
+    /// 1 for a file on the disk, 0 for one in memory; does not change.
+    pub on_disk: AtomicU32,
+    /// A page could not be written to the disk since somebody last asked (Linux's AS_EIO).
+    pub write_failed: AtomicU32,
+}
+
+/// What a descriptor refers to (Linux's struct file): shared by dup and fork.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct OpenFile {
+    /// Where read and write go on, in bytes.
+    pub position: AtomicU64,
+    /// Spin lock word of `position`.
+    pub lock: AtomicU64,
+    /// The file.
+    pub file: Link<File>,
+    /// Descriptors that refer to it, and calls that use it.
+    pub refcount: AtomicU32,
+    /// +1 at every allocation and every free of this slot: odd while live.
+    pub generation: AtomicU32,
+}
+
+/// Descriptors of a [`FileTable`].
+pub const FILE_TABLE_SLOTS: usize = 32;
+
+/// The descriptors of a process, shared by its threads and copied by fork.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct FileTable {
+    /// By number; none where it is closed, or the console.
+    pub open: [Link<OpenFile>; FILE_TABLE_SLOTS],
+    /// Descriptors that are the console, one bit each.
+    pub console: AtomicU64,
+    /// Spin lock word.
+    pub lock: AtomicU64,
+    /// Tasks that use it.
+    pub users: AtomicU32,
+    /// +1 at every allocation and every free of this slot: odd while live.
+    pub generation: AtomicU32,
 }
 
 /// Entries of a [`VmaNode`].
@@ -271,6 +597,16 @@ pub struct VmaNode {
     pub reserved: AtomicU64,
 }
 
+/// Limits of one resource (Linux's struct rlimit), in bytes; [`crate::syscall::rlimit::INFINITY`] for none.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct Rlimit {
+    /// What holds.
+    pub soft: AtomicU64,
+    /// What `soft` may be raised to.
+    pub hard: AtomicU64,
+}
+
 /// An address space.
 #[repr(C)]
 #[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
@@ -283,7 +619,7 @@ pub struct Mm {
     pub users: AtomicU32,
     /// References of any kind; all users together hold one (Linux's mm_count).
     pub count: AtomicU32,
-    /// CPUs that may hold translations of it.
+    /// CPUs that have it loaded, and so may use translations of it.
     pub cpumask: AtomicU64,
     /// +1 before every shootdown.
     pub tlb_gen: AtomicU64,
@@ -293,9 +629,9 @@ pub struct Mm {
     pub vmas: Link<VmaNode>,
     /// VMAs in the tree.
     pub map_count: AtomicU64,
-    /// Present user leaf entries.
+    /// Pages that user leaf entries have in memory: 512 for one of level 2, one for a present or a migration entry of level 1.
     pub rss: AtomicU64,
-    /// Page-table pages, all levels.
+    /// Page-table pages, all levels, and those set aside ([`Folio::prev`]).
     pub tables: AtomicU64,
     /// Start of the `brk` area.
     pub brk_start: AtomicU64,
@@ -309,6 +645,28 @@ pub struct Mm {
     pub generation: AtomicU32,
     /// Unmaps in flight that have cleared entries and not yet flushed (Linux's tlb_flush_pending).
     pub flush_pending: AtomicU32,
+    /// Batches of reclaim that have cleared entries of it (low half), and up to which they were flushed (high half):
+    /// Linux's tlb_flush_batched.
+    pub flush_batched: AtomicU64,
+    /// Odd while fork write-protects entries (Linux's write_protect_seq): who pins pages without a lock looks again.
+    pub write_protect_seq: AtomicU64,
+    /// Entries of level 2 that map 2 MiB, or are being split ([`crate::pte::Pte::is_huge`]).
+    pub huge: AtomicU64,
+    /// Pages of all VMAs.
+    pub total_vm: AtomicU64,
+    /// Pages of those that are data ([`vma_flags::is_data`]).
+    pub data_vm: AtomicU64,
+    /// Pages of those that are locked ([`vma_flags::LOCKED`]).
+    pub locked_vm: AtomicU64,
+    /// Flags that every new mapping gets: those of mlockall(MCL_FUTURE).
+    pub def_flags: AtomicU64,
+    /// Commands of membarrier that the process has registered for (Linux's membarrier_state).
+    pub membarrier: AtomicU64,
+    /// Limits of its process, by [`crate::syscall::rlimit::KEPT`]. A process is the only user of its mm, and a child
+    /// gets a copy of both, so they lie here.
+    pub limits: [Rlimit; crate::syscall::rlimit::KEPT.len()],
+    /// Number of the memory group that its process is in, 0 for the root group (Linux's mm->owner leads there).
+    pub group: AtomicU64,
 }
 
 /// Encoding of a reader-writer lock word.
@@ -417,7 +775,8 @@ pub struct Task {
     pub cpu: AtomicU32,
     /// Exit status as wait4 gives it.
     pub status: AtomicU32,
-    /// Blocked: the futex word's GVA, or 1 for a child's exit.
+    /// Blocked, or woken and not yet running: the futex word's GVA, 1 for a child's exit, 2 for the disk, 3 for the swap
+    /// area, 4 for work.
     pub waits_for: AtomicU64,
     /// Address to clear and wake at exit (CLONE_CHILD_CLEARTID), 0 for none.
     pub clear_tid: AtomicU64,
@@ -440,11 +799,21 @@ pub struct Task {
     pub flags: AtomicU32,
     /// Leader: tasks of the process that have not exited.
     pub threads: AtomicU32,
+    /// What it has asked the disk for: one request at a time.
+    pub disk: crate::disk::DiskRequest,
+    /// Its descriptors, none once it has exited.
+    pub files: Link<FileTable>,
 }
 
 impl Task {
     /// Value of [`Task::waits_for`] while it waits for the exit of a child.
     pub const WAITS_FOR_CHILD: u64 = 1;
+    /// Value of [`Task::waits_for`] while it waits for the disk.
+    pub const WAITS_FOR_DISK: u64 = 2;
+    /// Value of [`Task::waits_for`] while it waits for transfers of the swap area.
+    pub const WAITS_FOR_SWAP: u64 = 3;
+    /// Value of [`Task::waits_for`] while a task of the kernel has nothing to do.
+    pub const WAITS_FOR_WORK: u64 = 4;
 }
 
 /// Bits of [`Task::flags`].
@@ -454,6 +823,9 @@ pub mod task_flags {
     /// Leader: the whole process exits, and the leader's `status` is final
     /// (Linux's SIGNAL_GROUP_EXIT).
     pub const GROUP_EXIT: u32 = 2;
+    /// A thread of the kernel (Linux's PF_KTHREAD): it has no address space, no descriptors and no parent, is nobody's
+    /// process, and never ends.
+    pub const KERNEL: u32 = 4;
 }
 
 /// User registers as the kernel's entry code saves them.
@@ -493,8 +865,9 @@ pub struct Cpu {
     pub current: Link<Task>,
     /// The mm whose pgd is in CR3, none for the kernel's own boot tables (lazy or not).
     pub loaded_mm: Link<Mm>,
-    /// `tlb_gen` of `loaded_mm` up to which this CPU has flushed.
-    pub tlb_gen: AtomicU64,
+    /// The PCID of `loaded_mm`: one more than its slot in `asids`. 0 for the kernel's own tables, and always
+    /// without PCIDs, where slot 0 serves every mm.
+    pub pcid: AtomicU64,
     /// 1 while it runs no user task but keeps `loaded_mm` loaded.
     pub lazy: AtomicU64,
     /// Per-CPU free list: first frame number, 0 for none.
@@ -517,6 +890,32 @@ pub struct Cpu {
     pub rcu: CpuRcu,
     /// Calls of sched_yield since a task of this CPU did anything else. With the testbed only.
     pub yields: AtomicU64,
+    /// Which mm's translations are kept under which PCID (Linux's `cpu_tlbstate.ctxs`).
+    pub asids: [Asid; ASIDS],
+    /// The slot that the next mm without one is given, modulo the slots in use.
+    pub next_asid: AtomicU64,
+}
+
+impl Cpu {
+    /// The slot of what is loaded.
+    #[must_use]
+    pub fn loaded_asid(&self) -> &Asid {
+        // A slot for every value: what a host reads here is the guest's.
+        &self.asids[self.pcid.load(Ordering::Relaxed).saturating_sub(1) as usize % ASIDS]
+    }
+}
+
+/// Mms whose translations a CPU keeps beside each other (Linux's `TLB_NR_DYN_ASIDS`).
+pub const ASIDS: usize = 6;
+
+/// What a CPU knows of one of its PCIDs.
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct Asid {
+    /// [`Mm::id`] of the mm whose translations it holds, alive or not; 0 for none.
+    pub mm: AtomicU64,
+    /// `tlb_gen` of that mm up to which they are flushed.
+    pub tlb_gen: AtomicU64,
 }
 
 /// RCU on one CPU: what it reads, and the grace period that it waits for.
@@ -559,7 +958,7 @@ pub const SOFT_TLB_TABLES: usize = 64;
 #[repr(C)]
 #[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
 pub struct SoftEntry {
-    /// First address that it translates, with bit 0 set; 0 for an unused entry.
+    /// First address that it translates, with the PCID from bit 2 on, and bit 0 set; 0 for an unused entry.
     pub tag: AtomicU64,
     /// The entry as it was when it was walked: a leaf entry, or the GPA of a leaf table.
     pub value: AtomicU64,
@@ -614,10 +1013,14 @@ pub enum SlabId {
     AnonVma = 3,
     AnonVmaChain = 4,
     Task = 5,
+    File = 6,
+    CacheNode = 7,
+    OpenFile = 8,
+    FileTable = 9,
 }
 
 /// Number of slabs.
-pub const SLABS: usize = 6;
+pub const SLABS: usize = 10;
 
 /// Allocator of one type of object.
 #[repr(C)]
@@ -631,7 +1034,8 @@ pub struct Slab {
     pub frames: AtomicU64,
     /// First free object; 0 for none. A free object is zero but for its generation and one link to
     /// the next: `Mm::next`, `Vma::chains`, `VmaNode::slots[0].child`, `AnonVma::chains`,
-    /// `AnonVmaChain::next_of_vma`, `Task::next`.
+    /// `AnonVmaChain::next_of_vma`, `Task::next`, `File::pages`, `CacheNode::slots[0]`,
+    /// `OpenFile::position`, `FileTable::open[0]`.
     pub free: AtomicU64,
     /// Spin lock word.
     pub lock: AtomicU64,
@@ -654,6 +1058,8 @@ pub struct KernelRoot {
     pub nr_frames: AtomicU64,
     /// First frame that the allocator manages; frames below are reserved or adopted.
     pub first_frame: AtomicU64,
+    /// GPA of the one frame of [`FrameKind::Zero`].
+    pub zero_frame: AtomicU64,
     /// Free frames, in the buddy allocator and on the CPUs' lists.
     pub free_frames: AtomicU64,
     /// Lock of the buddy allocator.
@@ -662,6 +1068,20 @@ pub struct KernelRoot {
     pub buddy: [AtomicU64; ORDERS],
     /// Slabs by [`SlabId`].
     pub slabs: [Slab; SLABS],
+    /// The swap area.
+    pub swap: SwapArea,
+    /// Lists of anonymous folios by [`lru`], where there is swap.
+    pub lru: [LruList; lru::LISTS],
+    /// Spin lock word of those.
+    pub lru_lock: AtomicU64,
+    /// The reclaim thread.
+    pub kswapd: Kswapd,
+    /// Groups of frames by frame number, none where there are no groups.
+    pub frame_groups: Link<FrameGroup>,
+    /// Memory groups, that with number `n` at `n - 1`.
+    pub groups: [MemGroup; GROUPS],
+    /// Spin lock word of their creation and limits.
+    pub groups_lock: AtomicU64,
     /// First of all live mms.
     pub mms: Link<Mm>,
     /// Lock of that list.

@@ -78,6 +78,25 @@ choices! {
         /// Through the soft TLB, which decides, and by the processor, which is compared.
         Both = "both",
     }
+    /// Whether translations of several mms are kept, told apart by PCID.
+    Pcid {
+        /// Where the processor has PCIDs and programs' accesses are its own (`tlb=hw`): the events of a schedule
+        /// do not depend on the host.
+        Auto = "auto",
+        /// Yes. The soft TLB has PCIDs on every host; with `tlb=hw` or `both` the processor has to have them.
+        On = "on",
+        /// No: every load of CR3 flushes.
+        Off = "off",
+    }
+    /// Where a fault may map 2 MiB at once (Linux's /sys/kernel/mm/transparent_hugepage/enabled).
+    Thp {
+        /// Nowhere. MADV_COLLAPSE works all the same, as in Linux.
+        Never = "never",
+        /// Where MADV_HUGEPAGE asks for it.
+        Madvise = "madvise",
+        /// Wherever MADV_NOHUGEPAGE does not forbid it.
+        Always = "always",
+    }
     /// What [`crate::channel::Event::stamp`] is.
     Stamp {
         /// The time stamp counter of the vCPU.
@@ -146,8 +165,28 @@ params! {
         "freed user frames are filled with a pattern, so that a use after free is seen";
     fault_around: u64 = "1", "PAGES",
         "pages that one read or write fault of an anonymous VMA maps at once, power of two up to 16";
+    file_fault_around: u64 = "16", "PAGES",
+        "pages of a file's page cache that one read fault maps at once, power of two up to 512 (Linux's fault_around_bytes)";
+    thp: Thp = "madvise", "never|madvise|always",
+        "where a fault of anonymous memory maps 2 MiB at once: nowhere, where MADV_HUGEPAGE asks for it, or wherever it fits";
     tlb: TlbBackEnd = "hw", "hw|soft|both",
         "how programs reach memory under test: by the processor, through a TLB in the kernel that keeps every entry until a flush covers it, or by both, compared";
+    pcid: Pcid = "auto", "auto|on|off",
+        "translations of an mm survive a switch to another one, told apart by PCID: auto is with tlb=hw where the processor has them";
+    asids: u64 = "6", "1 to 6",
+        "mms whose translations a CPU keeps with PCIDs (Linux's TLB_NR_DYN_ASIDS)";
+    swap_slots: u64 = "0", "PAGES",
+        "pages of the swap area on the disk; 0: anonymous memory is never reclaimed";
+    swap_sector: u64 = "1024", "SECTOR",
+        "where the swap area begins on the disk";
+    swap_readahead: u64 = "8", "PAGES",
+        "slots that a fault reads around the one it needs, power of two up to 8 (Linux's page_cluster)";
+    kswapd: bool = "on", "on|off",
+        "a thread of the kernel reclaims before memory runs out, where there is swap";
+    min_free: u64 = "0", "FRAMES",
+        "with fewer free frames who allocates reclaims itself; with a quarter more kswapd is woken, with two it rests (0: by the size of memory, as Linux's min_free_kbytes)";
+    groups: bool = "off", "on|off",
+        "memory of processes is charged to memory groups, with limits (Linux's memory cgroups)";
     stamp: Stamp = "tsc", "tsc|ticket",
         "what events are stamped with: the time stamp counter, or a number that orders the events of all vCPUs";
 }

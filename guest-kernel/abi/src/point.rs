@@ -74,6 +74,9 @@ points! {
     RcuGpEnd = 40, "rcu-gp-end", "a grace period is over; what was retired before it is about to be freed";
     RcuWait = 41, "rcu-wait", "spinning until the CPUs that hold up a grace period were quiescent";
     IpiSend = 43, "ipi-send", "an IPI is about to be sent";
+    DiskSubmit = 50, "disk-submit", "a request was given to the disk";
+    DiskWait = 51, "disk-wait", "spinning until the disk has answered a request of the swap area";
+    Migrate = 60, "migrate", "a folio was copied to its new frame, or cannot be, and is about to be mapped again";
     WalkStep = 42, "walk-step", "a walk without locks has read an entry and is about to follow it";
 }
 
@@ -83,7 +86,12 @@ impl Point {
     pub const fn is_wait(self) -> bool {
         matches!(
             self,
-            Self::LockWait | Self::FlushWait | Self::IdleEnter | Self::UserRelax | Self::RcuWait
+            Self::LockWait
+                | Self::FlushWait
+                | Self::IdleEnter
+                | Self::UserRelax
+                | Self::RcuWait
+                | Self::DiskWait
         )
     }
 
@@ -99,6 +107,7 @@ impl Point {
             Self::IdleEnter => Wait::Interrupt,
             Self::UserRelax => Wait::Anyone,
             Self::RcuWait => Wait::GracePeriod { first: args[0] },
+            Self::DiskWait => Wait::Disk { request: args[0] },
             _ => return None,
         })
     }
@@ -125,10 +134,24 @@ pub enum Wait {
         /// behind it.
         first: u64,
     },
+    /// Until the disk has answered: `status` of the request at this GPA is not
+    /// [`crate::disk::DiskStatus::Pending`] ([`Wait::disk_answered`]).
+    Disk {
+        /// GPA of the [`crate::disk::DiskRequest`].
+        request: u64,
+    },
     /// For an IPI.
     Interrupt,
     /// For some other thread of the program to do something: it can always go on, but need not.
     Anyone,
+}
+
+impl Wait {
+    /// True where the first word of a [`crate::disk::DiskRequest`] says that the disk has answered.
+    #[must_use]
+    pub const fn disk_answered(word: u64) -> bool {
+        word >> 32 != crate::disk::DiskStatus::Pending as u64
+    }
 }
 
 impl core::str::FromStr for Point {

@@ -8,3 +8,5 @@ pub const SERIAL_LEN: u16 = 8;
 pub const DOORBELL: u16 = 0x510;
 /// A 4-byte `out` ends the run; the value is the exit status of the first process.
 pub const EXIT: u16 = 0x514;
+/// A 4-byte `out` of the GPA of a [`crate::disk::DiskRequest`] gives it to the disk.
+pub const DISK: u16 = 0x518;

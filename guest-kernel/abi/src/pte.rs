@@ -26,7 +26,8 @@ bitflags! {
         const GLOBAL = 1 << 8;
         /// Software: the entry is a private mapping of a frame shared since fork (copy on write).
         const COW = 1 << 9;
-        /// Software: not backed by a folio (image of the kernel, MMIO, direct map).
+        /// Software: not backed by a folio that counts its mappings (image of the kernel, MMIO, direct map, the
+        /// zero page).
         const SPECIAL = 1 << 10;
         /// XD: instruction fetches are refused.
         const NO_EXECUTE = 1 << 63;
@@ -60,6 +61,36 @@ impl Pte {
     pub const fn is_present(self) -> bool {
         self.0 & PteFlags::PRESENT.bits() != 0
     }
+    /// True where the entry stands for a page in memory: it is present, or the page is on its way to another frame. These
+    /// are the entries that [`crate::objects::Mm::rss`] counts at level 1, as Linux's MM_ANONPAGES and MM_FILEPAGES do.
+    #[must_use]
+    pub const fn is_resident(self) -> bool {
+        const SAYS: u64 = NonPresent::SWAP | NonPresent::MIGRATION;
+        self.is_present() || self.0 & SAYS == NonPresent::MIGRATION
+    }
+    /// What an entry says that is neither none nor present; none for a present entry, and for one that says
+    /// nothing that there is.
+    #[must_use]
+    pub const fn non_present(self) -> Option<NonPresent> {
+        const SAYS: u64 = NonPresent::SWAP | NonPresent::MIGRATION;
+        let said = match self.0 & (PteFlags::PRESENT.bits() | SAYS) {
+            NonPresent::SWAP => NonPresent::Swap {
+                slot: self.address() >> 12,
+                exclusive: self.0 & NonPresent::EXCLUSIVE != 0,
+            },
+            NonPresent::MIGRATION => NonPresent::Migration {
+                gpa: self.address(),
+                flags: self.flags().intersection(NonPresent::KEPT),
+            },
+            _ => return None,
+        };
+        // Any other bit would be lost.
+        if said.entry().0 == self.0 {
+            Some(said)
+        } else {
+            None
+        }
+    }
     /// Physical address that the entry refers to (for a huge leaf the low bits are masked by
     /// [`Pte::leaf_address`]).
     #[must_use]
@@ -81,6 +112,18 @@ impl Pte {
     pub const fn is_leaf(self, level: u8) -> bool {
         level == 1 || (level < 4 && self.0 & PteFlags::HUGE.bits() != 0)
     }
+    /// True where a present entry above level 1 refers to a table, and is not a leaf.
+    #[must_use]
+    pub const fn is_table(self) -> bool {
+        const OF_TABLE: u64 = PteFlags::PRESENT.bits();
+        self.0 & (OF_TABLE | PteFlags::HUGE.bits()) == OF_TABLE
+    }
+    /// True where an entry of level 2 maps 2 MiB, or did until its split began, which clears P and leaves the rest
+    /// (Linux's `pmd_trans_huge`, true of what `pmdp_invalidate` leaves too).
+    #[must_use]
+    pub const fn is_huge(self) -> bool {
+        self.0 & PteFlags::HUGE.bits() != 0
+    }
     /// The same entry with `flags` added.
     #[must_use]
     pub const fn with(self, flags: PteFlags) -> Self {
@@ -90,6 +133,53 @@ impl Pte {
     #[must_use]
     pub const fn without(self, flags: PteFlags) -> Self {
         Pte(self.0 & !flags.bits())
+    }
+}
+
+/// What an entry says that is neither none nor present (Linux's `swp_entry_t`, include/linux/swapops.h). P is
+/// clear, so no processor caches it: making one of these from another needs no flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NonPresent {
+    /// The page is in this swap slot.
+    Swap {
+        /// From 0.
+        slot: u64,
+        /// The page was exclusive when it went out, and nobody else has its slot.
+        exclusive: bool,
+    },
+    /// The page is on its way from the frame at `gpa` to another one.
+    Migration {
+        /// The old frame, which is locked meanwhile.
+        gpa: u64,
+        /// What of [`NonPresent::KEPT`] the entry had.
+        flags: PteFlags,
+    },
+}
+
+impl NonPresent {
+    /// What of a present entry a migration entry keeps.
+    pub const KEPT: PteFlags = PteFlags::WRITE
+        .union(PteFlags::ACCESSED)
+        .union(PteFlags::DIRTY)
+        .union(PteFlags::COW);
+
+    const EXCLUSIVE: u64 = PteFlags::WRITE.bits();
+    /// Which of the two: bits 2 and 3, never both clear.
+    const SWAP: u64 = 1 << 2;
+    const MIGRATION: u64 = 1 << 3;
+
+    /// The entry that says it.
+    #[must_use]
+    pub const fn entry(self) -> Pte {
+        Pte(match self {
+            Self::Swap { slot, exclusive } => {
+                let exclusive = if exclusive { Self::EXCLUSIVE } else { 0 };
+                (slot << 12 & ADDRESS_MASK) | exclusive | Self::SWAP
+            }
+            Self::Migration { gpa, flags } => {
+                (gpa & ADDRESS_MASK) | flags.intersection(Self::KEPT).bits() | Self::MIGRATION
+            }
+        })
     }
 }
 
@@ -117,4 +207,54 @@ pub mod fault {
     pub const RESERVED: u64 = 1 << 3;
     /// The access was an instruction fetch.
     pub const FETCH: u64 = 1 << 4;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_says_what_it_was_made_of() {
+        let kept = PteFlags::WRITE.union(PteFlags::DIRTY);
+        for said in [
+            NonPresent::Swap {
+                slot: 0,
+                exclusive: false,
+            },
+            NonPresent::Swap {
+                slot: 77,
+                exclusive: true,
+            },
+            NonPresent::Migration {
+                gpa: 0x1234_5000,
+                flags: kept,
+            },
+        ] {
+            assert_eq!(said.entry().non_present(), Some(said));
+            assert!(!said.entry().is_present() && !said.entry().is_none());
+            let on_its_way = matches!(said, NonPresent::Migration { .. });
+            assert_eq!(said.entry().is_resident(), on_its_way);
+        }
+        assert!(Pte::new(0x1000, PteFlags::PRESENT | PteFlags::HUGE).is_resident());
+        assert!(!Pte::NONE.is_resident());
+    }
+
+    #[test]
+    fn no_entry_is_understood_in_part() {
+        for low in 0..0x1000 {
+            for high in [0, 1 << 63, 1 << 52] {
+                let entry = Pte(low | 0x7000 | high);
+                if let Some(said) = entry.non_present() {
+                    assert_eq!(said.entry(), entry);
+                }
+            }
+        }
+        assert_eq!(
+            Pte(0x3004).non_present().map(NonPresent::entry),
+            Some(Pte(0x3004))
+        );
+        assert_eq!(Pte(0x300c).non_present(), None);
+        assert_eq!(Pte(0x3005).non_present(), None);
+        assert_eq!(Pte::NONE.non_present(), None);
+    }
 }

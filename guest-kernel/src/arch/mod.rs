@@ -58,13 +58,21 @@ pub trait Arch: Sync + Sized + 'static {
     /// Invalidates this CPU's translations of the page at `gva` in the loaded address space, and its
     /// paging-structure caches (INVLPG, SDM vol. 3A 5.10.4.1).
     fn flush_page(&self, gva: u64);
-    /// Invalidates all of this CPU's non-global translations (CR3 reload).
+    /// Invalidates this CPU's non-global translations of the loaded address space: of its PCID, or all where
+    /// there are none (CR3 reload).
     fn flush_all(&self);
-    /// Loads the paging root `pgd`, which flushes non-global translations (no PCID).
-    fn load_root(&self, pgd: u64);
-    /// The paging root that is loaded.
+    /// Loads CR3 with `operand`: the GPA of a level-4 table, and where [`Arch::has_pcid`] says so and the kernel
+    /// uses it ([`crate::Kernel::cpu_uses_pcids`]) a PCID and whether what is cached for it stays
+    /// ([`abi::channel::cr3`]). Else all non-global translations are flushed.
+    fn load_root(&self, operand: u64);
+    /// The level-4 table that is loaded.
     fn current_root(&self) -> u64;
+    /// True where the processor can tell translations apart by PCID.
+    fn has_pcid(&self) -> bool;
 
+    /// Gives the [`abi::disk::DiskRequest`] at `gpa` to the disk's queue of this CPU, which is interrupted with
+    /// [`abi::disk::VECTOR`] when it is done.
+    fn disk_submit(&self, gpa: u64);
     /// Sends `ipi` to each CPU of `targets` (never the sender itself).
     fn send_ipi(&self, targets: CpuMask, ipi: Ipi);
     /// One turn of a spin loop: a pause, with a window in which pending IPIs are taken.

@@ -10,7 +10,7 @@ use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 use abi::boot::Segment;
 use abi::channel::EventKind;
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE, USER_BRK_START, USER_END, USER_MIN};
-use abi::objects::{FrameKind, Mm, Pa, Vma, vma_flags};
+use abi::objects::{FrameKind, Mm, Pa, Vma, folio_state, vma_flags};
 use abi::point::Point;
 use abi::pte::{Pte, PteFlags};
 use abi::syscall::Errno;
@@ -48,6 +48,7 @@ impl<A: Arch> Kernel<A> {
         space.tables.set(1);
         space.brk_start.set(USER_BRK_START);
         space.brk.set(USER_BRK_START);
+        self.default_limits(space);
         let id = root.next_mm.fetch_add(1, Relaxed);
         {
             let _guard = self.lock(&root.mms_lock, LockClass::MmList);
@@ -233,6 +234,8 @@ impl<A: Arch> Kernel<A> {
         let _guard = self.lock_table(table);
         folio.kind.set(FrameKind::Anon as u8);
         folio.refcount.set(1);
+        // Its entries need not say so.
+        folio.state.set(folio_state::DIRTY);
         folio.generation.set(folio.generation.get() + 1);
         event!(
             self,

@@ -11,7 +11,7 @@ use abi::objects::{Folio, FrameKind, KernelRoot, ORDERS, Pa};
 use abi::param::{Config, ParamError};
 
 use super::page_table::Slot;
-use super::{Field, page_align, pages};
+use super::{Field, asid, page_align, pages};
 use crate::Kernel;
 use crate::arch::Arch;
 
@@ -38,6 +38,8 @@ pub enum BootError<'a> {
     CommandLine,
     /// A parameter is wrong.
     Param(ParamError<'a>),
+    /// `pcid=on`, and the processor has none.
+    NoPcid,
 }
 
 impl fmt::Display for BootError<'_> {
@@ -67,6 +69,9 @@ impl fmt::Display for BootError<'_> {
             Self::Param(ParamError::BadValue { name, value, form }) => {
                 write!(f, "command line: {name}={value}, expected {form}")
             }
+            Self::NoPcid => f.write_str(
+                "pcid=on: the processor has no PCID (CPUID.01H:ECX bit 17): use pcid=auto, or tlb=soft, which has its own",
+            ),
         }
     }
 }
@@ -78,7 +83,8 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// What is wrong with `info`.
     pub fn boot(arch: A, info: &BootInfo) -> Result<Self, BootError<'_>> {
-        let config = check(info)?;
+        let mut config = check(info)?;
+        config.pcid = asid::resolve(&config, || arch.has_pcid()).ok_or(BootError::NoPcid)?;
         let first = pages(page_align(info.free_start));
         let frames = pages(info.memory_bytes);
         let array = page_align(frames * size_of::<Folio>() as u64);
@@ -113,6 +119,9 @@ impl<A: Arch> Kernel<A> {
         root.free_frames.set(frames - free);
         for_each_block(free, frames, |frame, order| kernel.buddy_push(frame, order));
         kernel.count_kernel_half();
+        kernel.groups_init().map_err(|_| memory)?;
+        kernel.zero_page_init().map_err(|_| memory)?;
+        kernel.swap_init().map_err(|_| memory)?;
         #[cfg(feature = "testbed")]
         kernel.soft_tlb_init().map_err(|_| memory)?;
         Ok(kernel)
@@ -131,7 +140,7 @@ impl<A: Arch> Kernel<A> {
                 self.read_pte(slot).is_present()
             })
             .count();
-        self.folio(pgd).used.set(used as u64);
+        self.folio(pgd).used.set(used as u32);
     }
 }
 

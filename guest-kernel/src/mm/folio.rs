@@ -1,29 +1,37 @@
-//! Anonymous folios: who refers to a frame of user memory and how often it is mapped.
+//! Folios: who refers to a frame of user memory and how often it is mapped.
 //!
 //! `mapcount` changes together with the entry, under the page-table lock of that entry, so it equals
 //! the number of present entries whenever no such lock is held. A reference is given up only after
 //! the flush that makes the mapping unreachable (`gather`), so a frame that a CPU may still translate
 //! to is never free.
+//!
+//! A folio of 2 MiB is one block of the allocator. Whatever refers to a page of it refers to its head: `refcount`,
+//! `mapcount` and `pins` are the head's, and of the tails only EXCLUSIVE counts (Linux's folios without a mapcount for each
+//! page, CONFIG_NO_PAGE_MAPCOUNT: what a page is asked for is only whether it is exclusive, and a count for each
+//! would be 512 more to keep at every split). Functions here take the address of any page.
 
-use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
 
 use abi::channel::{EventKind, cause};
-use abi::objects::{AnonVma, FrameKind, Pa, folio_flags};
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
+use abi::objects::{AnonVma, FrameKind, Mm, Pa, folio_flags};
 use abi::point::Point;
+use abi::pte::Pte;
 use abi::syscall::Errno;
 
 use super::Field;
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::testbed::told;
 
 /// Pattern of a freed user frame (parameter `poison`): every word of the frame at `gpa` reads
 /// `POISON ^ gpa`, so a reader that still reaches it can be told from one that reads zeroes.
 pub const POISON: u64 = 0x5a5a_5a5a_dead_f4ee;
 
 impl<A: Arch> Kernel<A> {
-    /// A frame of zeroes for user memory.
-    pub(super) fn alloc_user_frame(&self) -> Result<u64, Errno> {
-        let gpa = self.alloc_frames(0, FrameKind::Anon)?;
+    /// A frame of zeroes for user memory of `mm`.
+    pub(super) fn alloc_user_frame(&self, mm: Pa<Mm>) -> Result<u64, Errno> {
+        let gpa = self.alloc_charged(mm, 0, FrameKind::Anon)?;
         self.arch.zero_frame(gpa);
         Ok(gpa)
     }
@@ -37,14 +45,39 @@ impl<A: Arch> Kernel<A> {
         folio.index.set(index);
         folio.flags.set(folio_flags::EXCLUSIVE);
         self.set_mapcount(gpa, 1, cause::MAP);
+        self.lru_add(gpa);
     }
 
     /// Counts one more mapping of a folio, which makes all of them shared (fork).
     pub(super) fn folio_share(&self, gpa: u64) {
         let folio = self.folio(gpa);
-        folio.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
-        self.folio_get(gpa, cause::SHARE);
-        self.set_mapcount(gpa, 1, cause::SHARE);
+        // The page's own: see the module.
+        if folio.flags.get() & folio_flags::EXCLUSIVE != 0 {
+            folio.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
+        }
+        self.folio_map_again(gpa, cause::SHARE);
+    }
+
+    /// Counts one more mapping, which holds a reference of its own, for a [`cause`].
+    pub(super) fn folio_map_again(&self, gpa: u64, cause: u64) {
+        self.folio_get(gpa, cause);
+        self.set_mapcount(gpa, 1, cause);
+    }
+
+    /// True where `entry`, which is present, maps a page of a file.
+    pub(super) fn is_file_page(&self, entry: Pte) -> bool {
+        self.folio(entry.address()).kind.get() == FrameKind::File as u8
+    }
+
+    /// The head of the folio that the frame at `gpa` is a page of. Whoever refers to the folio or holds the page-table
+    /// lock of an entry that maps it knows that it stays so.
+    #[inline]
+    pub(super) fn head(&self, gpa: u64) -> u64 {
+        if self.folio(gpa).kind.get() == FrameKind::Tail as u8 {
+            gpa & !(HUGE_PAGE_SIZE - 1)
+        } else {
+            gpa
+        }
     }
 
     /// Counts one mapping less. The mapping's reference stays with the caller.
@@ -55,6 +88,7 @@ impl<A: Arch> Kernel<A> {
 
     /// Takes a reference, for a [`cause`].
     pub(super) fn folio_get(&self, gpa: u64, cause: u64) {
+        let gpa = self.head(gpa);
         point!(self, Point::RefcountChange, [gpa, 1]);
         let before = self.folio(gpa).refcount.fetch_add(1, Relaxed);
         self.refcount_changed(gpa, before, before + 1, cause);
@@ -62,17 +96,24 @@ impl<A: Arch> Kernel<A> {
 
     /// Gives a reference up that was taken for a [`cause`]; the last one frees the folio.
     pub(super) fn folio_put(&self, gpa: u64, cause: u64) {
+        let gpa = self.head(gpa);
         // Read first: the last reference leaves the count to `free_frames`, so that 0 means free.
         // AcqRel: whoever frees sees what the other holders did with the frame.
         point!(self, Point::RefcountChange, [gpa, 0]);
         let folio = self.folio(gpa);
-        let sole = folio.refcount.load(Acquire) == 1;
-        if !sole {
-            let before = folio.refcount.fetch_sub(1, AcqRel);
-            if before > 1 {
-                return self.refcount_changed(gpa, before, before - 1, cause);
+        loop {
+            let sole = folio.refcount.load(Acquire) == 1;
+            if !sole {
+                let before = folio.refcount.fetch_sub(1, AcqRel);
+                if before > 1 {
+                    return self.refcount_changed(gpa, before, before - 1, cause);
+                }
+                folio.refcount.set(1);
             }
-            folio.refcount.set(1);
+            // Reclaim finds folios by its lists, without a reference.
+            if !self.has_swap() || self.lru_forget(gpa) {
+                break;
+            }
         }
         self.free_user_frame(gpa, cause);
     }
@@ -80,26 +121,97 @@ impl<A: Arch> Kernel<A> {
     fn free_user_frame(&self, gpa: u64, cause: u64) {
         let folio = self.folio(gpa);
         assert!(folio.mapcount.get() == 0, "mapped folio {gpa:#x} freed");
+        assert!(folio.pins.get() == 0, "pinned folio {gpa:#x} freed");
         point!(self, Point::FrameFree, [gpa, folio.owner.get()]);
         self.refcount_changed(gpa, 1, 0, cause);
-        if self.config.poison {
-            self.arch.fill_frame(gpa, POISON ^ gpa);
+        for page in self.pages_of(gpa) {
+            if self.config.poison {
+                self.arch.fill_frame(page, POISON ^ page);
+            }
+            self.folio(page).flags.set(0);
         }
         self.free_frames(gpa);
+    }
+
+    /// The frames of the folio whose head is at `gpa`.
+    pub(super) fn pages_of(&self, gpa: u64) -> impl Iterator<Item = u64> + use<A> {
+        let bytes = PAGE_SIZE << self.folio(gpa).order.get();
+        (gpa..gpa + bytes).step_by(PAGE_SIZE as usize)
+    }
+
+    /// Pins a folio that is mapped, under the page-table lock of its entry for `gva`.
+    pub(super) fn folio_pin(&self, gpa: u64, gva: u64) {
+        self.folio_get(gpa, cause::PIN);
+        self.folio(self.head(gpa)).pins.fetch_add(1, SeqCst);
+        self.folio_pin_told(gpa, gva);
+    }
+
+    /// Pins a folio that may be freed any time, unless it is; tells nothing yet. The caller must look whether it is
+    /// still the one that it meant (Linux's `try_grab_folio_fast`).
+    pub(super) fn folio_try_pin(&self, page: u64) -> bool {
+        let gpa = self.head(page);
+        point!(self, Point::RefcountChange, [gpa, 1]);
+        let folio = self.folio(gpa);
+        let taken = folio
+            .refcount
+            .fetch_update(AcqRel, Acquire, |count| (count > 0).then_some(count + 1));
+        if let Ok(before) = taken {
+            folio.pins.fetch_add(1, SeqCst);
+            self.refcount_changed(gpa, before, before + 1, cause::PIN);
+            // The page may be another folio's by now, or one of its own.
+            if self.head(page) != gpa {
+                self.folio_unpin_untold(gpa);
+                return false;
+            }
+        }
+        taken.is_ok()
+    }
+
+    /// Gives back what [`Kernel::folio_try_pin`] took.
+    pub(super) fn folio_unpin_untold(&self, gpa: u64) {
+        self.folio(self.head(gpa)).pins.fetch_sub(1, SeqCst);
+        self.swap_put(gpa, cause::PIN);
+    }
+
+    /// A pin is there to stay.
+    pub(super) fn folio_pin_told(&self, gpa: u64, gva: u64) {
+        let gpa = self.head(gpa);
+        let pins = told(|| u64::from(self.folio(gpa).pins.get()));
+        event!(
+            self,
+            EventKind::Pin,
+            [gpa, pins, pins.wrapping_sub(1), gva, 0]
+        );
+    }
+
+    /// Gives a pin back. Whoever copies the folio from now on has what the device has written.
+    pub(super) fn folio_unpin(&self, gpa: u64, gva: u64) {
+        let gpa = self.head(gpa);
+        let before = self.folio(gpa).pins.fetch_sub(1, SeqCst);
+        assert!(before > 0, "folio {gpa:#x} unpinned more often than pinned");
+        let before = u64::from(before);
+        event!(self, EventKind::Pin, [gpa, before - 1, before, gva, 0]);
+        self.swap_put(gpa, cause::PIN);
+    }
+
+    /// True where a device uses the folio (Linux's `folio_maybe_dma_pinned`).
+    pub(super) fn folio_is_pinned(&self, gpa: u64) -> bool {
+        self.folio(self.head(gpa)).pins.load(SeqCst) > 0
     }
 
     /// True where the caller's mapping, whose page-table lock it holds, is all that refers to the
     /// folio: nobody can take another reference, for that takes a mapping.
     pub(super) fn folio_is_sole(&self, gpa: u64) -> bool {
         // Acquire: pairs with the AcqRel of the `folio_put` that left one reference.
-        self.folio(gpa).refcount.load(Acquire) == 1
+        self.folio(self.head(gpa)).refcount.load(Acquire) == 1
     }
 
     pub(super) fn folio_is_exclusive(&self, gpa: u64) -> bool {
         self.folio(gpa).flags.get() & folio_flags::EXCLUSIVE != 0
     }
 
-    fn set_mapcount(&self, gpa: u64, delta: i32, cause: u64) -> u32 {
+    pub(super) fn set_mapcount(&self, gpa: u64, delta: i32, cause: u64) -> u32 {
+        let gpa = self.head(gpa);
         let folio = self.folio(gpa);
         point!(
             self,
@@ -116,7 +228,7 @@ impl<A: Arch> Kernel<A> {
         before
     }
 
-    fn refcount_changed(&self, gpa: u64, from: u32, to: u32, cause: u64) {
+    pub(super) fn refcount_changed(&self, gpa: u64, from: u32, to: u32, cause: u64) {
         event!(
             self,
             EventKind::RefcountChange,

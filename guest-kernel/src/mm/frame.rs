@@ -6,6 +6,7 @@
 //! kernel is not preemptible; it is a stack, so a freed frame is the next to be reused, which is what
 //! makes a stale translation to it visible soon. `root.free_frames` counts both.
 
+use core::ops::Range;
 use core::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::EventKind;
@@ -16,9 +17,13 @@ use abi::point::Point;
 use abi::syscall::Errno;
 
 use super::Field;
+use super::kswapd::Shortage;
 use crate::Kernel;
 use crate::arch::Arch;
 use abi::lock::LockClass;
+
+/// Frames that an allocation that finds none has reclaimed.
+const FROM_RECLAIM: u64 = 8;
 
 impl<A: Arch> Kernel<A> {
     /// Allocates a block of 2^`order` frames with contents of no meaning, with one reference.
@@ -31,10 +36,48 @@ impl<A: Arch> Kernel<A> {
             return Err(Errno::ENOMEM);
         }
         let mut frame = self.take_block(order, kind);
-        if frame.is_none() && self.rcu_reclaim() {
-            frame = self.take_block(order, kind);
+        if frame.is_none() {
+            frame = self.reclaim_block(order, kind);
         }
         let gpa = frame.ok_or(Errno::ENOMEM)? << PAGE_SHIFT;
+        self.allocated(gpa, order, kind);
+        self.watch_memory(Shortage::Reclaims);
+        Ok(gpa)
+    }
+
+    /// A block where there was none (Linux's `__alloc_pages_slowpath`).
+    #[cold]
+    fn reclaim_block(&self, order: u8, kind: FrameKind) -> Option<u64> {
+        if self.rcu_reclaim()
+            && let Some(frame) = self.take_block(order, kind)
+        {
+            return Some(frame);
+        }
+        let mut waited = false;
+        while self.has_swap() {
+            let freed = self.direct_reclaim(FROM_RECLAIM);
+            let frame = self.take_block(order, kind);
+            if frame.is_some() || freed == 0 && (waited || !self.await_reclaim()) {
+                return frame;
+            }
+            waited |= freed == 0;
+        }
+        None
+    }
+
+    /// As [`Kernel::alloc_frames`], of one frame that is free already.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub(super) fn alloc_free_frame(&self, kind: FrameKind) -> Result<u64, Errno> {
+        let gpa = self.take_block(0, kind).ok_or(Errno::ENOMEM)? << PAGE_SHIFT;
+        self.allocated(gpa, 0, kind);
+        self.watch_memory(Shortage::Tolerated);
+        Ok(gpa)
+    }
+
+    #[inline]
+    fn allocated(&self, gpa: u64, order: u8, kind: FrameKind) {
         let args = [gpa, u64::from(order), kind as u64];
         event!(
             self,
@@ -42,7 +85,27 @@ impl<A: Arch> Kernel<A> {
             [args[0], args[1], args[2], 0, 0]
         );
         point!(self, Point::FrameAlloc, [gpa, args[1]]);
-        Ok(gpa)
+    }
+
+    /// Takes the lowest frame with a number in `range` that begins a free block, as [`Kernel::alloc_frames`] takes any: the
+    /// free scanner of compaction (Linux's `isolate_freepages_block`). Frames on CPUs' lists are out of reach.
+    pub(super) fn take_lowest(&self, range: Range<u64>, kind: FrameKind) -> Option<u64> {
+        let frame = {
+            let _guard = self.lock(&self.root().buddy_lock, LockClass::Buddy);
+            let is_free =
+                |frame: &u64| self.frame_folio(*frame).kind.get() == FrameKind::Buddy as u8;
+            let frame = range.into_iter().find(is_free)?;
+            let order = self.frame_folio(frame).order.get();
+            self.buddy_unlink(frame, usize::from(order));
+            for half in (0..order).rev() {
+                self.buddy_push(frame + (1 << half), half);
+            }
+            self.claim(frame, 0, kind);
+            frame
+        };
+        self.allocated(frame << PAGE_SHIFT, 0, kind);
+        self.watch_memory(Shortage::Tolerated);
+        Some(frame << PAGE_SHIFT)
     }
 
     fn take_block(&self, order: u8, kind: FrameKind) -> Option<u64> {
@@ -68,6 +131,9 @@ impl<A: Arch> Kernel<A> {
         let allocated =
             FrameKind::from_u8(kind).is_some_and(|k| k != FrameKind::Tail && !k.is_free());
         assert!(allocated, "frame {gpa:#x} of kind {kind} freed");
+        if self.has_groups() {
+            self.uncharge(gpa);
+        }
         event!(
             self,
             EventKind::FrameFree,
@@ -123,6 +189,7 @@ impl<A: Arch> Kernel<A> {
         folio.generation.set(folio.generation.get().wrapping_add(1));
         folio.owner.set(0);
         folio.next.set(0);
+        folio.state.set(0);
         self.root().free_frames.fetch_sub(1 << order, Relaxed);
     }
 
@@ -177,7 +244,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Gives the oldest frames of this CPU's list back to the buddy allocator, all but `keep`.
-    fn pcp_spill(&self, keep: u64) {
+    pub(super) fn pcp_spill(&self, keep: u64) {
         let cpu = self.this_cpu();
         let mut next = cpu.free_list.get();
         let mut last_kept = 0;

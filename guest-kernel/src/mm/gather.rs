@@ -13,8 +13,9 @@ use abi::channel::{Walker, cause};
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{AnonVmaChain, Mm, Pa};
 use abi::point::Point;
-use abi::pte::Pte;
+use abi::pte::{Pte, PteFlags};
 
+use super::zero::is_uncounted;
 use super::{Field, FreedTables, Slot};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -29,12 +30,29 @@ pub(super) enum Unmap {
     Syscall,
     /// The end of an address space.
     Exit,
+    /// ftruncate, of whoever maps the file: private copies too (Linux's even_cows).
+    Truncate,
+    /// Hole punching: the file's own pages, not private copies.
+    Hole,
 }
+
+impl Unmap {
+    /// What keeps the tables where they are meanwhile.
+    pub(super) fn walker(self) -> Walker {
+        match self {
+            Self::Syscall | Self::Exit => Walker::Unmap,
+            Self::Truncate | Self::Hole => Walker::Truncate,
+        }
+    }
+}
+
+/// In a gathered frame's address: it still counts the mapping that is gone (Linux's ENCODED_PAGE_BIT_DELAY_RMAP).
+const STILL_COUNTED: u64 = 1;
 
 /// What was cleared and not yet flushed.
 pub(super) struct Gather {
     pub(super) mm: Pa<Mm>,
-    by: Unmap,
+    pub(super) by: Unmap,
     start: u64,
     end: u64,
     frames: [u64; MAX_BATCH],
@@ -59,18 +77,24 @@ impl Gather {
         self.cover(start, end);
     }
 
-    fn add_frame(&mut self, gpa: u64, gva: u64) {
+    pub(super) fn add_frame(&mut self, gpa: u64, gva: u64) {
         self.frames[self.nr_frames] = gpa;
         self.nr_frames += 1;
         self.cover(gva, gva + PAGE_SIZE);
     }
 
-    fn cover(&mut self, start: u64, end: u64) {
+    /// As [`Gather::add_frame`], of a frame that counts the mapping until the flush.
+    fn add_counted_frame(&mut self, gpa: u64, gva: u64) {
+        self.add_frame(gpa | STILL_COUNTED, gva);
+    }
+
+    /// The flush is to cover `start..end` too.
+    pub(super) fn cover(&mut self, start: u64, end: u64) {
         self.start = self.start.min(start);
         self.end = self.end.max(end);
     }
 
-    fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.nr_frames >= self.room
     }
 }
@@ -96,8 +120,9 @@ impl<A: Arch> Kernel<A> {
     /// Clears the entries of `start..end`.
     pub(super) fn zap_range(&self, gather: &mut Gather, start: u64, end: u64) {
         let mm = self.obj(gather.mm);
+        self.zap_huge_range(gather, start, end);
         let Ok(()) =
-            self.for_each_leaf_table(mm, Walker::Unmap, (start, end), |table, from, to| {
+            self.for_each_leaf_table(mm, gather.by.walker(), (start, end), |table, from, to| {
                 let mut gva = from;
                 while gva < to {
                     gva = self.zap_table(gather, table, gva, to);
@@ -113,34 +138,74 @@ impl<A: Arch> Kernel<A> {
     fn zap_table(&self, gather: &mut Gather, table: u64, start: u64, end: u64) -> u64 {
         let mm = self.obj(gather.mm);
         let _guard = self.lock_table(table);
+        self.flush_batched_pending(gather.mm);
+        let mut dirty = false;
         let mut gva = start;
         while !gather.is_full() {
             if self.folio(table).used.get() == 0 {
-                return end;
+                gva = end;
+                break;
             }
-            let Some((found, entry)) = self.next_present((table, 1), gva, end) else {
-                return end;
+            let Some((found, entry)) = self.next_entry((table, 1), gva, end) else {
+                gva = end;
+                break;
             };
-            self.set_pte(mm, found, Slot::new(table, 1, found), entry, Pte::NONE);
-            if !self.config.bugs.has(Bug::MapcountAfterUnlock) {
-                self.folio_unmap(entry.address());
-            }
-            gather.add_frame(entry.address(), found);
-            point!(self, Point::PteClear, [mm.id.get(), found]);
             gva = found + PAGE_SIZE;
+            if !entry.is_present() {
+                self.zap_non_present(gather, found, Slot::new(table, 1, found), entry);
+                continue;
+            }
+            if gather.by == Unmap::Hole && !self.is_file_page(entry) {
+                continue;
+            }
+            let entry = self.set_pte(mm, found, Slot::new(table, 1, found), entry, Pte::NONE);
+            if is_uncounted(entry) {
+                gather.cover(found, found + PAGE_SIZE);
+            } else if self.is_dirty_mapping(entry) {
+                self.mark_page_dirty(entry.address());
+                gather.add_counted_frame(entry.address(), found);
+                dirty = true;
+            } else {
+                if !self.config.bugs.has(Bug::MapcountAfterUnlock) {
+                    self.folio_unmap(entry.address());
+                }
+                gather.add_frame(entry.address(), found);
+            }
+            point!(self, Point::PteClear, [mm.id.get(), found]);
+        }
+        if dirty {
+            self.flush_dirty(gather);
         }
         gva
     }
 
-    /// Flushes what was gathered and frees it.
-    fn gather_flush(&self, gather: &mut Gather) {
+    /// True where write-back must know of the mapping that `entry` was until it is flushed.
+    #[inline]
+    fn is_dirty_mapping(&self, entry: Pte) -> bool {
+        let bugs = self.config.bugs;
+        entry.flags().contains(PteFlags::DIRTY)
+            && self.is_disk_page(entry.address())
+            && !bugs.has(Bug::ZapLosesDirty)
+            && !bugs.has(Bug::MapcountAfterUnlock)
+    }
+
+    /// Flushes before the mappings of dirty pages are counted no more, and the page-table lock is dropped: write-back finds
+    /// them mapped, and waits for that lock (Linux's tlb_flush_rmaps).
+    #[cold]
+    fn flush_dirty(&self, gather: &mut Gather) {
+        self.flush_gathered(gather);
+        for frame in &mut gather.frames[..gather.nr_frames] {
+            if *frame & STILL_COUNTED != 0 {
+                *frame &= !STILL_COUNTED;
+                self.folio_unmap(*frame);
+            }
+        }
+    }
+
+    /// When it returns, no CPU reaches what was gathered.
+    fn flush_gathered(&self, gather: &mut Gather) {
         if gather.start >= gather.end {
             return;
-        }
-        let bugs = self.config.bugs;
-        let early = gather.by == Unmap::Syscall && bugs.has(Bug::FreeBeforeFlush);
-        if early {
-            self.free_gathered_frames(gather);
         }
         let freed = if gather.tables == 0 {
             FreedTables::No
@@ -148,12 +213,28 @@ impl<A: Arch> Kernel<A> {
             FreedTables::Yes
         };
         match gather.by {
-            Unmap::Syscall => self.flush_change(gather.mm, gather.start, gather.end, freed),
+            Unmap::Syscall | Unmap::Truncate | Unmap::Hole => {
+                self.flush_change(gather.mm, gather.start, gather.end, freed);
+            }
             Unmap::Exit => self.flush_range(gather.mm, gather.start, gather.end, freed),
         }
+        (gather.start, gather.end) = (u64::MAX, 0);
+    }
+
+    /// Flushes what was gathered and frees it.
+    pub(super) fn gather_flush(&self, gather: &mut Gather) {
+        let bugs = self.config.bugs;
+        let early = match gather.by {
+            Unmap::Syscall => bugs.has(Bug::FreeBeforeFlush),
+            Unmap::Hole => bugs.has(Bug::PunchFreeBeforeFlush),
+            Unmap::Exit | Unmap::Truncate => false,
+        };
+        if early {
+            self.free_gathered_frames(gather);
+        }
+        self.flush_gathered(gather);
         self.free_gathered_frames(gather);
         self.retire_gathered_tables(gather);
-        (gather.start, gather.end) = (u64::MAX, 0);
     }
 
     /// The flush has reached the CPUs that have the mm loaded; walkers of other CPUs, and those that may take an IPI
@@ -179,7 +260,7 @@ impl<A: Arch> Kernel<A> {
             if self.config.bugs.has(Bug::MapcountAfterUnlock) {
                 self.folio_unmap(gpa);
             }
-            self.folio_put(gpa, cause::UNMAP);
+            self.swap_put(gpa, cause::UNMAP);
         }
         gather.nr_frames = 0;
     }

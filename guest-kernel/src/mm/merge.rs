@@ -1,7 +1,7 @@
 //! Joining adjacent VMAs that would look alike (Linux 6.18's mm/vma.c, vma_merge_new_range and
 //! vma_merge_existing_range). Under the mmap_lock held for writing.
 //!
-//! Two VMAs may become one if their flags and page offsets agree and their anon_vmas are one, or one of
+//! Two VMAs may become one if their files, flags and page offsets agree and their anon_vmas are one, or one of
 //! them has none. A VMA whose chains come from a fork does not lend its anon_vma to a neighbour: that
 //! would widen the family whose lock its folios share.
 
@@ -27,8 +27,33 @@ pub(super) enum Join {
     Before,
 }
 
+/// Where the pages of a new area come from.
+#[derive(Clone, Copy)]
+pub(super) enum Origin {
+    /// From nowhere: it is empty.
+    Fresh,
+    /// From a VMA that stays, extended (Linux's vma_merge_extend) or copied (MREMAP_DONTUNMAP).
+    Of(Pa<Vma>),
+    /// From a VMA that is about to go, and so is no neighbour to join.
+    InsteadOf(Pa<Vma>),
+}
+
+impl Origin {
+    fn source(self) -> Option<Pa<Vma>> {
+        match self {
+            Self::Fresh => None,
+            Self::Of(vma) | Self::InsteadOf(vma) => Some(vma),
+        }
+    }
+
+    fn lets_join(self, neighbour: Pa<Vma>) -> bool {
+        !matches!(self, Self::InsteadOf(vma) if vma == neighbour)
+    }
+}
+
 impl<A: Arch> Kernel<A> {
-    /// Maps `area`, which overlaps nothing, by extending a neighbour. None where none fits.
+    /// Maps `area`, which overlaps nothing, by extending a neighbour. None where none fits. A VMA that `area` originates
+    /// from may be merged away, where it is a neighbour.
     ///
     /// # Errors
     /// ENOMEM; nothing changed.
@@ -37,34 +62,48 @@ impl<A: Arch> Kernel<A> {
         mm: Pa<Mm>,
         area: Area,
         join: Join,
+        origin: Origin,
     ) -> Result<Option<Pa<Vma>>, Errno> {
-        let space = self.obj(mm);
+        let (space, source) = (self.obj(mm), origin.source());
         let prev = self
             .vma_before(space, area.start)
-            .filter(|&prev| self.joins_before(prev, area, None));
+            .filter(|&prev| origin.lets_join(prev) && self.joins_before(prev, area, source));
         let next = self
             .vma_find(space, area.end)
-            .filter(|&next| join == Join::Both && self.joins_after(next, area, None))
+            .filter(|&next| join == Join::Both && origin.lets_join(next))
+            .filter(|&next| self.joins_after(next, area, source))
             .filter(|&next| prev.is_none_or(|prev| self.share_anon_vma(prev, next)));
+        let lender = |default: Pa<Vma>| match source {
+            Some(source) if self.obj(default).anon_vma.get().is_null() => source,
+            _ => default,
+        };
         match (prev, next) {
             (Some(prev), Some(next)) => {
                 let end = self.obj(next).end.get();
-                if self.obj(prev).anon_vma.get().is_null() {
-                    self.anon_vma_copy(prev, next)?;
-                }
+                self.lend_anon_vma(prev, lender(next))?;
                 self.absorb(mm, prev, &[next], end);
                 Ok(Some(prev))
             }
             (Some(prev), None) => {
+                self.lend_anon_vma(prev, lender(prev))?;
                 self.absorb(mm, prev, &[], area.end);
                 Ok(Some(prev))
             }
             (None, Some(next)) => {
+                self.lend_anon_vma(next, lender(next))?;
                 self.extend_down(mm, next, &[], area.start);
                 Ok(Some(next))
             }
             (None, None) => Ok(None),
         }
+    }
+
+    /// Joins `vma` to neighbours that it was split from, and was to differ from, where nothing came of it.
+    pub(super) fn vma_rejoin(&self, mm: Pa<Mm>, vma: Pa<Vma>) {
+        let area = self.obj(vma);
+        let range = (area.start.get(), area.end.get());
+        // Parts of one VMA have one anon_vma: there is nothing to allocate, and to stay apart is no harm.
+        let _ = self.merge_existing(mm, vma, range, area.flags.get());
     }
 
     /// Gives `start..end` of `vma` the flags `flags`: joins it to neighbours that have them, or splits
@@ -91,7 +130,7 @@ impl<A: Arch> Kernel<A> {
             self.check_map_count(mm)?;
             self.vma_split(mm, middle, end)?;
         }
-        self.obj(middle).flags.set(flags);
+        self.set_vma_flags(self.obj(mm), middle, flags);
         Ok(middle)
     }
 
@@ -110,6 +149,7 @@ impl<A: Arch> Kernel<A> {
             end,
             flags,
             pgoff: middle.pgoff.get() + pages(start - middle.start.get()),
+            file: middle.file.get(),
         };
         let prev = self
             .vma_before(space, middle.start.get())
@@ -162,6 +202,7 @@ impl<A: Arch> Kernel<A> {
             let (low, high) = (self.obj(lower), self.obj(upper));
             let apart = high.start.get() - low.start.get();
             let alike = low.end.get() == high.start.get()
+                && low.file.get() == high.file.get()
                 && (low.flags.get() ^ high.flags.get()) & !(super::vma::ACCESS | IGNORED) == 0
                 && high.pgoff.get() == low.pgoff.get() + pages(apart);
             let anon = self.obj(lender).anon_vma.load(Acquire).some()?;
@@ -177,6 +218,7 @@ impl<A: Arch> Kernel<A> {
         let length = pages(vma.end.get() - vma.start.get());
         vma.end.get() == area.start
             && (vma.flags.get() ^ area.flags) & !IGNORED == 0
+            && vma.file.get() == area.file
             && vma.pgoff.get() + length == area.pgoff
             && self.takes_anon_vma(prev, middle)
     }
@@ -186,6 +228,7 @@ impl<A: Arch> Kernel<A> {
         let vma = self.obj(next);
         vma.start.get() == area.end
             && (vma.flags.get() ^ area.flags) & !IGNORED == 0
+            && vma.file.get() == area.file
             && area.pgoff + pages(area.end - area.start) == vma.pgoff.get()
             && self.takes_anon_vma(next, middle)
     }
@@ -223,10 +266,12 @@ impl<A: Arch> Kernel<A> {
     /// Extends `vma` up to `end` over `victims`, which end there.
     fn absorb(&self, mm: Pa<Mm>, vma: Pa<Vma>, victims: &[Pa<Vma>], end: u64) {
         let area = self.obj(vma);
+        let more = (end - area.end.get()).cast_signed();
+        self.account(self.obj(mm), area.flags.get(), more);
         {
             // Extended first: a walk finds every entry in one of them at any time.
             let _family = self.lock_vma_family(vma);
-            area.end.set(end);
+            self.vma_resize(vma, area.start.get(), end);
         }
         self.remove_victims(mm, vma, victims);
         self.tree_update(self.obj(mm), vma, area.start.get());
@@ -236,10 +281,11 @@ impl<A: Arch> Kernel<A> {
     fn extend_down(&self, mm: Pa<Mm>, vma: Pa<Vma>, victims: &[Pa<Vma>], start: u64) {
         let area = self.obj(vma);
         let old = area.start.get();
+        let more = (old - start).cast_signed();
+        self.account(self.obj(mm), area.flags.get(), more);
         {
             let _family = self.lock_vma_family(vma);
-            area.pgoff.set(area.pgoff.get() - pages(old - start));
-            area.start.set(start);
+            self.vma_resize(vma, start, area.end.get());
         }
         self.remove_victims(mm, vma, victims);
         self.tree_update(self.obj(mm), vma, old);
@@ -248,17 +294,23 @@ impl<A: Arch> Kernel<A> {
     /// Moves the boundary between two neighbours to `at`.
     fn move_boundary(&self, mm: Pa<Mm>, lower: Pa<Vma>, upper: Pa<Vma>, at: u64) {
         let (low, high) = (self.obj(lower), self.obj(upper));
-        let old = high.start.get();
+        let (space, old) = (self.obj(mm), high.start.get());
+        self.split_huge_at(mm, at);
+        let more = at.wrapping_sub(old).cast_signed();
+        self.account(space, low.flags.get(), more);
+        self.account(space, high.flags.get(), -more);
         {
-            let _family = self
-                .lock_vma_family(lower)
-                .or_else(|| self.lock_vma_family(upper));
-            low.end.set(at);
-            let shift = pages(at).wrapping_sub(pages(old));
-            high.pgoff.set(high.pgoff.get().wrapping_add(shift));
-            high.start.set(at);
+            // They map one file or none, and have one anon_vma, or one of them has none.
+            let lender = if low.anon_vma.get().is_null() {
+                upper
+            } else {
+                lower
+            };
+            let _family = self.lock_vma_family(lender);
+            self.vma_resize(lower, low.start.get(), at);
+            self.vma_resize(upper, at, high.end.get());
         }
-        self.tree_update(self.obj(mm), upper, old);
+        self.tree_update(space, upper, old);
     }
 
     /// Frees VMAs whose range `vma` has taken over.
@@ -269,6 +321,7 @@ impl<A: Arch> Kernel<A> {
             self.vma_detach(self.obj(mm), victim);
             let chains = self.unlink_chains(victim, Pa::NULL);
             self.release_chains(chains);
+            self.file_unlink(victim);
             self.slab_free(victim);
         }
     }

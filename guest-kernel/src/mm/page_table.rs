@@ -4,7 +4,8 @@
 //! [`Folio::lock`], entries of all higher levels under the lock of the mm's level-4 table. Entries are
 //! read without a lock, and what was read is checked again under it. Upper entries are set by any
 //! fault and cleared only under the mmap_lock held for writing, so a walk under the mmap_lock reaches
-//! tables that stay.
+//! tables that stay. An entry of level 2 that maps 2 MiB does not: whoever holds the upper lock may split or clear it
+//! (`huge`).
 //!
 //! [`Folio::lock`]: abi::objects::Folio::lock
 #![allow(unsafe_code, reason = "paging structures in the direct map")]
@@ -52,7 +53,7 @@ impl Slot {
 /// What the processor sets by itself.
 const HARDWARE: u64 = PteFlags::ACCESSED.bits() | PteFlags::DIRTY.bits();
 /// An entry that refers to a table. A is set in advance: hardware never has to write it.
-const TABLE: PteFlags = PteFlags::PRESENT
+pub(super) const TABLE: PteFlags = PteFlags::PRESENT
     .union(PteFlags::WRITE)
     .union(PteFlags::USER)
     .union(PteFlags::ACCESSED);
@@ -71,6 +72,9 @@ impl<A: Arch> Kernel<A> {
     /// Where the entry is not `old`: somebody wrote it without the lock.
     pub fn set_pte(&self, mm: &Mm, gva: u64, slot: Slot, old: Pte, new: Pte) -> Pte {
         let entry = self.entry(slot);
+        if slot.level > 1 {
+            Self::count_huge_ahead(mm, old, new);
+        }
         let (mut seen, mut value) = (old, new);
         // AcqRel: what the entry refers to is visible before the entry is.
         while let Err(now) = entry.compare_exchange(seen.0, value.0, AcqRel, Acquire) {
@@ -80,18 +84,22 @@ impl<A: Arch> Kernel<A> {
                 slot.level,
                 old.0
             );
-            // A bit that hardware sets meanwhile is kept: a lost D is a lost write.
-            if new.is_present() && new.address() == old.address() {
+            // A bit that hardware sets meanwhile is kept: a lost D is a lost write. A migration entry has both too.
+            if new.is_resident() && new.address() == old.address() {
                 value = Pte(new.0 | (now & !old.0 & HARDWARE));
             }
             seen = Pte(now);
         }
-        if seen.is_present() != value.is_present() {
-            let delta = if value.is_present() { 1 } else { -1 };
+        if seen.is_none() != value.is_none() {
+            let delta = if seen.is_none() { 1 } else { -1 };
             let used = &self.folio(slot.table).used;
             used.set(used.get().wrapping_add_signed(delta));
-            let counter = if slot.level == 1 { &mm.rss } else { &mm.tables };
-            counter.fetch_add(delta.cast_unsigned(), Relaxed);
+        }
+        if slot.level > 1 {
+            Self::count_upper(mm, seen, value);
+        } else if seen.is_resident() != value.is_resident() {
+            let delta: i64 = if value.is_resident() { 1 } else { -1 };
+            mm.rss.fetch_add(delta.cast_unsigned(), Relaxed);
         }
         event!(
             self,
@@ -99,6 +107,38 @@ impl<A: Arch> Kernel<A> {
             [mm.id.get(), gva, u64::from(slot.level), seen.0, value.0],
         );
         seen
+    }
+
+    /// Sets A or D as a processor does that walks the tables: without a lock. False where the entry is another by now.
+    #[cfg(feature = "testbed")]
+    pub(super) fn processor_sets(&self, slot: Slot, from: Pte, to: Pte) -> bool {
+        let entry = self.entry(slot);
+        entry
+            .compare_exchange(from.0, to.0, AcqRel, Acquire)
+            .is_ok()
+    }
+
+    /// An entry of 2 MiB is counted before it is there, and until it is not: where [`Mm::huge`] is 0, nobody has used one
+    /// that is still there.
+    fn count_huge_ahead(mm: &Mm, old: Pte, new: Pte) {
+        if new.is_huge() && !old.is_huge() {
+            // AcqRel: before the exchange that follows.
+            mm.huge.fetch_add(1, AcqRel);
+        }
+    }
+
+    /// Keeps the counts of an mm true where an entry above level 1 was `old` and is `new`.
+    fn count_upper(mm: &Mm, old: Pte, new: Pte) {
+        let (before, after) = (upper_counts(old), upper_counts(new));
+        let counters = [&mm.tables, &mm.rss];
+        for (counter, (before, after)) in counters.into_iter().zip(before.into_iter().zip(after)) {
+            if before != after {
+                counter.fetch_add(after.wrapping_sub(before), Relaxed);
+            }
+        }
+        if old.is_huge() && !new.is_huge() {
+            mm.huge.fetch_sub(1, AcqRel);
+        }
     }
 
     /// Takes the split page-table lock of the level-1 table at `table`.
@@ -131,18 +171,48 @@ impl<A: Arch> Kernel<A> {
     /// The level-1 table that covers `gva`; where there is none, the level at which the walk ends.
     ///
     /// # Errors
-    /// The level whose entry is not present.
+    /// The level whose entry is not present, or maps 2 MiB (2).
+    #[inline]
     pub fn leaf_table(&self, mm: &Mm, gva: u64) -> Result<u64, u8> {
+        self.table_at(mm, gva, 1)
+    }
+
+    /// The table of `wanted` level that covers `gva`.
+    ///
+    /// # Errors
+    /// As [`Kernel::leaf_table`].
+    #[inline]
+    pub(super) fn table_at(&self, mm: &Mm, gva: u64, wanted: u8) -> Result<u64, u8> {
         let (mut table, mut level) = (mm.pgd.get(), 4);
-        while level > 1 {
+        while level > wanted {
             let entry = self.read_pte(Slot::new(table, level, gva));
-            if !entry.is_present() {
+            if !entry.is_table() {
                 return Err(level);
             }
             table = entry.address();
             level -= 1;
         }
         Ok(table)
+    }
+
+    /// The leaf entry that translates `gva`, with its level; none where nothing is present there.
+    pub(super) fn leaf_at(&self, mm: &Mm, gva: u64) -> Option<(u8, Pte)> {
+        self.leaf_below(mm.pgd.get(), gva)
+    }
+
+    /// The same below the level-4 table `root`.
+    pub(super) fn leaf_below(&self, root: u64, gva: u64) -> Option<(u8, Pte)> {
+        let (mut table, mut level) = (root, 4);
+        loop {
+            let entry = self.read_pte(Slot::new(table, level, gva));
+            if !entry.is_present() {
+                return None;
+            }
+            if entry.is_leaf(level) {
+                return Some((level, entry));
+            }
+            (table, level) = (entry.address(), level - 1);
+        }
     }
 
     /// Whether the entries for `gva` let a program make the access of page-fault `error`; otherwise the
@@ -155,8 +225,7 @@ impl<A: Arch> Kernel<A> {
     /// The code of the fault.
     pub(crate) fn check_access(&self, mm: &Mm, gva: u64, error: u64) -> Result<(), u64> {
         self.walk_begins(mm, gva, Walker::User);
-        let table = self.leaf_table(mm, gva);
-        let entry = table.map_or(Pte::NONE, |table| self.read_pte(Slot::new(table, 1, gva)));
+        let entry = self.leaf_at(mm, gva).map_or(Pte::NONE, |(_, entry)| entry);
         self.walk_ends(mm, gva, Walker::User);
         if !entry.is_present() {
             return Err(error);
@@ -172,18 +241,29 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// The level-1 table that covers `gva`, made on the way where it is missing.
+    /// The level-1 table that covers `gva`, made on the way where it is missing. An entry of 2 MiB in its place is
+    /// split.
     ///
     /// # Errors
     /// ENOMEM; tables made before it stay, and go with the VMA around them.
+    #[inline]
     pub fn leaf_table_alloc(&self, mm: Pa<Mm>, gva: u64) -> Result<u64, Errno> {
+        self.table_alloc_at(mm, gva, 1)
+    }
+
+    /// As [`Kernel::leaf_table_alloc`], for the table of `wanted` level.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    #[inline]
+    pub(super) fn table_alloc_at(&self, mm: Pa<Mm>, gva: u64, wanted: u8) -> Result<u64, Errno> {
         let space = self.obj(mm);
         let mut table = space.pgd.get();
         let mut level = 4;
-        while level > 1 {
+        while level > wanted {
             let slot = Slot::new(table, level, gva);
             let entry = self.read_pte(slot);
-            table = if entry.is_present() {
+            table = if entry.is_table() {
                 entry.address()
             } else {
                 self.table_link(mm, gva, slot)?
@@ -195,13 +275,23 @@ impl<A: Arch> Kernel<A> {
 
     /// Puts a new table behind the empty entry `slot`, or finds that somebody else just did.
     fn table_link(&self, mm: Pa<Mm>, gva: u64, slot: Slot) -> Result<u64, Errno> {
+        if self.read_pte(slot).is_huge() {
+            self.split_huge_entry(mm, gva);
+            let entry = self.read_pte(slot);
+            if entry.is_table() {
+                return Ok(entry.address());
+            }
+        }
         let table = self.table_alloc(mm, slot.level - 1)?;
         let space = self.obj(mm);
         let guard = self.lock_upper(space);
         let entry = self.read_pte(slot);
-        if entry.is_present() {
+        if !entry.is_none() {
             drop(guard);
             self.free_frames(table);
+            if entry.is_huge() {
+                return self.table_link(mm, gva, slot);
+            }
             return Ok(entry.address());
         }
         self.set_pte(space, gva, slot, Pte::NONE, Pte::new(table, TABLE));
@@ -210,7 +300,7 @@ impl<A: Arch> Kernel<A> {
 
     /// An empty table that nothing refers to yet.
     pub(super) fn table_alloc(&self, mm: Pa<Mm>, level: u8) -> Result<u64, Errno> {
-        let table = self.alloc_frames(0, FrameKind::Table)?;
+        let table = self.alloc_charged(mm, 0, FrameKind::Table)?;
         self.arch.zero_frame(table);
         let folio = self.folio(table);
         folio.owner.set(mm.0);
@@ -270,7 +360,7 @@ impl<A: Arch> Kernel<A> {
         let mut from = start;
         // Stops with the last entry: at the end of an address space the rest of the table is empty.
         while self.folio(table).used.get() > 0
-            && let Some((region, entry)) = self.next_present((table, level), from, end)
+            && let Some((region, entry)) = self.next_entry((table, level), from, end)
         {
             let (child, past) = (entry.address(), region + size);
             if level > 2 {
@@ -289,13 +379,13 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// The first present entry for an address in `start..end`, all of which the `table` of `level` covers:
+    /// The first entry that is not none for an address in `start..end`, all of which the `table` of `level` covers:
     /// the first address that it translates, and what it is.
     ///
-    /// The caller holds what keeps a present entry present: for a level-1 table its lock, for the others
+    /// The caller holds what keeps such an entry as it is: for a level-1 table its lock, for the others
     /// the mmap_lock for writing. The loop over empty entries is most of what the end of an address space
     /// costs: it is tight.
-    pub(super) fn next_present(
+    pub(super) fn next_entry(
         &self,
         (table, level): (u64, u8),
         start: u64,
@@ -308,7 +398,7 @@ impl<A: Arch> Kernel<A> {
         let entries = &self.entries(table)[first..=last];
         let at = entries
             .iter()
-            .position(|entry| Pte(entry.load(Relaxed)).is_present())?;
+            .position(|entry| !Pte(entry.load(Relaxed)).is_none())?;
         let size = level_size(level);
         let gva = (start & !(size - 1)) + at as u64 * size;
         Some((gva, self.read_pte(Slot::new(table, level, gva))))
@@ -351,5 +441,19 @@ impl<A: Arch> Kernel<A> {
             [table, self.folio(table).index.get()]
         );
         self.free_frames(table);
+    }
+}
+
+/// What an entry above level 1 counts for: tables, pages.
+const fn upper_counts(entry: Pte) -> [u64; 2] {
+    let pages = if entry.is_present() {
+        ENTRIES_PER_TABLE as u64
+    } else {
+        0
+    };
+    match (entry.is_huge(), entry.is_table()) {
+        (true, _) => [0, pages],
+        (_, true) => [1, 0],
+        _ => [0; 2],
     }
 }

@@ -15,7 +15,7 @@ use super::{Field, Slot};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::rcu::RcuReader;
-use abi::layout::PAGE_SIZE;
+use abi::pte::level_size;
 
 impl<A: Arch> Kernel<A> {
     /// The 8 aligned bytes at `gva` of the mm with number `id`.
@@ -35,18 +35,36 @@ impl<A: Arch> Kernel<A> {
     fn peek_in(&self, _section: &RcuReader<'_, A>, mm: &Mm, gva: u64) -> Option<u64> {
         let mut table = mm.pgd.get();
         for level in [4, 3, 2] {
-            let entry = self.read_pte(Slot::new(table, level, gva));
+            let slot = Slot::new(table, level, gva);
+            let entry = self.read_pte(slot);
             point!(self, Point::WalkStep, [table, u64::from(level)]);
             if !entry.is_present() {
                 return None;
+            }
+            if !entry.is_table() {
+                let _guard = self.lock_upper(mm);
+                return self.word_behind(slot, gva);
             }
             table = entry.address();
         }
         // Whoever holds it waits for no grace period, as `sync::rcu` demands.
         let _guard = self.lock_table(table);
-        let entry = self.read_pte(Slot::new(table, 1, gva));
-        entry
-            .is_present()
-            .then(|| self.memory_word(entry.address() + gva % PAGE_SIZE).get())
+        // A collapse may have set the table aside, and it may serve another address since (Linux's
+        // pte_offset_map_lock looks again too).
+        if self.leaf_table(mm, gva) != Ok(table) {
+            return None;
+        }
+        self.word_behind(Slot::new(table, 1, gva), gva)
+    }
+
+    /// The word that the leaf entry `slot` maps at `gva`. Under its page-table lock.
+    fn word_behind(&self, slot: Slot, gva: u64) -> Option<u64> {
+        let entry = self.read_pte(slot);
+        let is_leaf = entry.is_present() && entry.is_leaf(slot.level);
+        let offset = gva % level_size(slot.level);
+        is_leaf.then(|| {
+            self.memory_word(entry.leaf_address(slot.level) + offset)
+                .get()
+        })
     }
 }

@@ -1,15 +1,16 @@
-//! The reverse mapping of anonymous folios: anon_vmas and their chains.
+//! The reverse mapping: anon_vmas and their chains, for anonymous folios; for pages of files see `i_mmap`.
 //!
 //! A folio points to the anon_vma of the VMA that it was first mapped in; every VMA that may map it is
 //! on that anon_vma's list, at the address that the folio's index gives. A VMA is on the lists of its
 //! own anon_vma and of those its ancestors had at fork. The lock of the family's root protects all
 //! lists and `degree`/`active` of the family (Linux's mm/rmap.c).
 
-use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use core::ops::Range;
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
 use abi::channel::Walker;
 use abi::layout::PAGE_SHIFT;
-use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Vma};
+use abi::objects::{AnonVma, AnonVmaChain, File, FrameKind, Mm, Pa, Vma};
 use abi::pte::Pte;
 use abi::syscall::Errno;
 
@@ -47,7 +48,7 @@ impl<A: Arch> Kernel<A> {
         let upper = self.lock_upper(self.obj(mm));
         let first = area.anon_vma.get().is_null();
         if first {
-            self.chain_link(chain, vma, anon);
+            self.chain_link(chain, vma, anon, None);
             self.anon_vma_activate(vma, anon);
         }
         drop(upper);
@@ -55,7 +56,9 @@ impl<A: Arch> Kernel<A> {
         if !first {
             self.slab_free(chain);
             if neighbour.is_none() {
-                self.anon_vma_free(anon);
+                // Who has read a stale owner may hold a reference (`anon_vma_try_get`).
+                self.obj(anon).refcount.fetch_add(1, Relaxed);
+                self.anon_vma_put(anon);
             }
         }
         Ok(())
@@ -88,7 +91,7 @@ impl<A: Arch> Kernel<A> {
                 }
             };
             let anon = self.obj(chain).anon_vma.get();
-            self.chain_link(copy, to, anon);
+            self.chain_link(copy, to, anon, Some(chain));
             let object = self.obj(anon);
             // The root is never reused: it is its own parent.
             if reuse == Reuse::Allowed
@@ -138,7 +141,7 @@ impl<A: Arch> Kernel<A> {
                 let parent = self.obj(parent_anon);
                 parent.degree.set(parent.degree.get() + 1);
                 parent.refcount.fetch_add(1, Relaxed);
-                self.chain_link(chain, child, anon);
+                self.chain_link(chain, child, anon, None);
                 self.anon_vma_activate(child, anon);
                 Ok(())
             }
@@ -181,39 +184,190 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// Calls `f(mm, vma, gva, entry)` for every present entry that maps the anonymous folio at `gpa`,
-    /// under the family's lock and the entry's page-table lock.
+    /// Calls `f(mm, vma, gva, entry)` for every present entry that maps the folio at `gpa`, anonymous or a file's,
+    /// under the lock of the family or of the file's i_mmap, and the entry's page-table lock. Something must keep
+    /// the owner of the folio alive ([`Kernel::rmap_owner_get`]).
     pub fn rmap_walk(&self, gpa: u64, mut f: impl FnMut(Pa<Mm>, Pa<Vma>, u64, Pte)) {
         let folio = self.folio(gpa);
-        if folio.kind.get() != FrameKind::Anon as u8 {
-            return;
-        }
-        let Some(anon) = Pa::<AnonVma>::new(folio.owner.get()).some() else {
-            return;
+        let owner = match (folio.owner.get(), FrameKind::from_u8(folio.kind.get())) {
+            (0, _) => return,
+            (owner, Some(FrameKind::Anon)) => RmapOwner::Anon(Pa::new(owner)),
+            (owner, Some(FrameKind::File)) => RmapOwner::File(Pa::new(owner)),
+            _ => return,
         };
         let index = folio.index.get();
+        if let RmapOwner::Anon(anon) = owner
+            && folio.order.get() > 0
+        {
+            let last = index + (1 << folio.order.get());
+            return self.rmap_walk_large(anon, gpa, index..last, &mut f);
+        }
+        let maps = |entry: Pte| entry.is_present() && entry.address() == gpa;
+        self.rmap_walk_places(owner, index, |at| {
+            if maps(at.entry) {
+                f(at.mm, at.vma, at.gva, at.entry);
+            }
+        });
+    }
+
+    /// [`Kernel::rmap_walk`] of a folio of 2 MiB, whose pages are `indices`: what maps one of them or all.
+    fn rmap_walk_large(
+        &self,
+        anon: Pa<AnonVma>,
+        gpa: u64,
+        indices: Range<u64>,
+        f: &mut impl FnMut(Pa<Mm>, Pa<Vma>, u64, Pte),
+    ) {
         let _family = self.lock_family(anon);
+        self.for_each_vma_of(anon, indices.clone(), |vma, part, gva| {
+            let mut index = part.start;
+            while index < part.end {
+                let gva = gva + ((index - part.start) << PAGE_SHIFT);
+                let page = gpa + ((index - indices.start) << PAGE_SHIFT);
+                index += self.rmap_page_of_large(vma, gva, page, f);
+            }
+        });
+    }
+
+    /// Calls `f` where the entry of `vma` for `gva` maps the frame at `gpa`, or 2 MiB around it. Returns the pages that are
+    /// done with.
+    fn rmap_page_of_large(
+        &self,
+        vma: Pa<Vma>,
+        gva: u64,
+        gpa: u64,
+        f: &mut impl FnMut(Pa<Mm>, Pa<Vma>, u64, Pte),
+    ) -> u64 {
+        let mm = self.obj(vma).mm.get();
+        if self.leaf_table(self.obj(mm), gva) == Err(2) && self.obj(mm).huge.get() > 0 {
+            self.walk_begins(self.obj(mm), gva, Walker::Rmap);
+            let done = self.rmap_huge_entry(mm, vma, gva, gpa, f);
+            self.walk_ends(self.obj(mm), gva, Walker::Rmap);
+            return done;
+        }
+        self.rmap_place(vma, gva, &mut |at| {
+            if at.entry.is_present() && at.entry.address() == gpa {
+                f(at.mm, at.vma, at.gva, at.entry);
+            }
+        });
+        1
+    }
+
+    /// Calls `f` for every place at which page `index` of `owner` may be mapped, whatever is there, under the same locks.
+    /// A place that two VMAs cover for a moment comes twice.
+    pub(super) fn rmap_walk_places(
+        &self,
+        owner: RmapOwner,
+        index: u64,
+        mut f: impl FnMut(MappedAt),
+    ) {
+        match owner {
+            RmapOwner::Anon(anon) => self.rmap_walk_anon(anon, index, &mut f),
+            RmapOwner::File(file) => {
+                let _i_mmap = self.lock_i_mmap(file);
+                self.for_each_mapping(file, &(index..index + 1), |vma, gva, _| {
+                    self.rmap_place(vma, gva, &mut f);
+                });
+            }
+        }
+    }
+
+    /// What leads from the mapped folio at `gpa`, which the caller has locked and holds a reference to, to its entries;
+    /// it stays until [`Kernel::rmap_owner_put`]. None where the folio has just lost it.
+    pub(super) fn rmap_owner_get(&self, gpa: u64) -> Option<RmapOwner> {
+        let folio = self.folio(gpa);
+        let owner = folio.owner.load(Acquire);
+        match FrameKind::from_u8(folio.kind.get()) {
+            // As long as the folio is locked, it is the file's, and the file cannot go without it (`remove_pages`).
+            Some(FrameKind::File) => Pa::new(owner).some().map(RmapOwner::File),
+            Some(FrameKind::Anon) => {
+                let anon = Pa::<AnonVma>::new(owner).some()?;
+                self.anon_vma_try_get(gpa, anon)
+                    .then_some(RmapOwner::Anon(anon))
+            }
+            _ => None,
+        }
+    }
+
+    /// See [`Kernel::rmap_owner_get`].
+    pub(super) fn rmap_owner_put(&self, owner: RmapOwner) {
+        if let RmapOwner::Anon(anon) = owner {
+            self.anon_vma_put(anon);
+        }
+    }
+
+    /// Takes a reference to `anon`, the owner of the folio at `gpa`, unless nothing maps the folio any more (Linux's
+    /// `folio_get_anon_vma`). What maps it keeps its anon_vma; so where the folio is mapped after the reference was
+    /// taken, the anon_vma is the one that was read, and otherwise it may be another one by now, which the slab's
+    /// type-stable memory permits.
+    fn anon_vma_try_get(&self, gpa: u64, anon: Pa<AnonVma>) -> bool {
+        let folio = self.folio(gpa);
+        if folio.mapcount.load(Acquire) == 0 {
+            return false;
+        }
+        let more = |count: u32| (count > 0).then_some(count + 1);
+        let taken = self.obj(anon).refcount.fetch_update(SeqCst, Acquire, more);
+        if taken.is_err() {
+            return false;
+        }
+        let is_owner = folio.mapcount.load(SeqCst) > 0 && folio.owner.load(SeqCst) == anon.0;
+        if !is_owner {
+            self.anon_vma_put(anon);
+        }
+        is_owner
+    }
+
+    fn rmap_walk_anon(&self, anon: Pa<AnonVma>, index: u64, f: &mut impl FnMut(MappedAt)) {
+        let _family = self.lock_family(anon);
+        self.walk_chains(anon, index, f);
+    }
+
+    /// As [`Kernel::rmap_walk_places`], under the lock of the family of `anon`.
+    pub(super) fn walk_chains(&self, anon: Pa<AnonVma>, index: u64, f: &mut impl FnMut(MappedAt)) {
+        self.for_each_vma_of(anon, index..index + 1, |vma, _, gva| {
+            self.rmap_place(vma, gva, f);
+        });
+    }
+
+    /// Calls `f(vma, part, gva)` for every VMA in the chains of `anon` that has pages of `indices`: which ones, and the address
+    /// of the first. Under the family's lock.
+    fn for_each_vma_of(
+        &self,
+        anon: Pa<AnonVma>,
+        indices: Range<u64>,
+        mut f: impl FnMut(Pa<Vma>, Range<u64>, u64),
+    ) {
         let mut next = self.obj(anon).chains.get();
         while let Some(chain) = next.some() {
             next = self.obj(chain).next_of_anon.get();
             let vma = self.obj(chain).vma.get();
             let area = self.obj(vma);
             let (start, pgoff) = (area.start.get(), area.pgoff.get());
-            if index < pgoff || index - pgoff >= pages(area.end.get() - start) {
-                continue;
+            let first = indices.start.max(pgoff);
+            let end = indices.end.min(pgoff + pages(area.end.get() - start));
+            if first < end {
+                f(vma, first..end, start + ((first - pgoff) << PAGE_SHIFT));
             }
-            let gva = start + ((index - pgoff) << PAGE_SHIFT);
-            let mm = area.mm.get();
-            self.walk_begins(self.obj(mm), gva, Walker::Rmap);
-            if let Ok(table) = self.leaf_table(self.obj(mm), gva) {
-                let _guard = self.lock_table(table);
-                let entry = self.read_pte(Slot::new(table, 1, gva));
-                if entry.is_present() && entry.address() == gpa {
-                    f(mm, vma, gva, entry);
-                }
-            }
-            self.walk_ends(self.obj(mm), gva, Walker::Rmap);
         }
+    }
+
+    /// Calls `f` with the entry of `vma` for `gva`, where there is a table for it.
+    fn rmap_place(&self, vma: Pa<Vma>, gva: u64, f: &mut impl FnMut(MappedAt)) {
+        let mm = self.obj(vma).mm.get();
+        self.walk_begins(self.obj(mm), gva, Walker::Rmap);
+        if let Ok(table) = self.leaf_table(self.obj(mm), gva) {
+            let _guard = self.lock_table(table);
+            let slot = Slot::new(table, 1, gva);
+            let entry = self.read_pte(slot);
+            f(MappedAt {
+                mm,
+                vma,
+                gva,
+                slot,
+                entry,
+            });
+        }
+        self.walk_ends(self.obj(mm), gva, Walker::Rmap);
     }
 
     /// Takes the lock of the family of `anon`.
@@ -221,6 +375,25 @@ impl<A: Arch> Kernel<A> {
         let root = self.obj(anon).root.get();
         self.lock(&self.obj(root).lock, LockClass::AnonVma)
     }
+}
+
+/// What leads from a folio to the VMAs that may map it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RmapOwner {
+    /// Of an anonymous folio.
+    Anon(Pa<AnonVma>),
+    /// Of a page of a file.
+    File(Pa<File>),
+}
+
+/// A place that a walk back from a folio comes to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MappedAt {
+    pub(super) mm: Pa<Mm>,
+    pub(super) vma: Pa<Vma>,
+    pub(super) gva: u64,
+    pub(super) slot: Slot,
+    pub(super) entry: Pte,
 }
 
 /// Whether a clone may take an existing anon_vma over.
@@ -245,7 +418,8 @@ impl<A: Arch> Kernel<A> {
             None => {
                 object.parent.set(anon);
                 object.root.set(anon);
-                object.refcount.set(1);
+                // Release: who takes a reference through a stale owner sees the object as it is.
+                object.refcount.store(1, Release);
             }
         }
         Ok(anon)
@@ -255,6 +429,11 @@ impl<A: Arch> Kernel<A> {
     fn anon_vma_free(&self, anon: Pa<AnonVma>) {
         let object = self.obj(anon);
         assert!(object.chains.get().is_null() && object.degree.get() == 0);
+        // Reclaim may have found it through a folio that was mapped a moment ago; it looks again when it has the lock, and
+        // is gone soon (Linux's anon_vma_free).
+        if object.lock.load(Acquire) != 0 {
+            drop(self.lock(&object.lock, LockClass::AnonVma));
+        }
         self.slab_free(anon);
     }
 
@@ -264,9 +443,12 @@ impl<A: Arch> Kernel<A> {
         loop {
             let object = self.obj(anon);
             let (parent, is_root) = (object.parent.get(), object.root.get() == anon);
+            // A root's own link goes with the last reference of others, in one step: from 0 on nobody takes one.
+            let own = u32::from(is_root);
+            let less = |count: u32| Some(if count - 1 == own { 0 } else { count - 1 });
             // AcqRel: whoever frees it sees it as the other holders left it.
-            let left = object.refcount.fetch_sub(1, AcqRel) - 1;
-            if left > u32::from(is_root) {
+            let before = object.refcount.fetch_update(AcqRel, Acquire, less);
+            if before.is_ok_and(|before| before - 1 > own) {
                 return;
             }
             if is_root {
@@ -313,21 +495,31 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// Puts `vma` on the list of `anon` through `chain`. Under the family's lock.
-    fn chain_link(&self, chain: Pa<AnonVmaChain>, vma: Pa<Vma>, anon: Pa<AnonVma>) {
+    /// Puts `vma` on the list of `anon` through `chain`: first, or right behind the chain of the VMA that it is a copy of.
+    /// So a walk comes to a parent before its children, and finds in a child what fork has copied meanwhile
+    /// (Linux's anon_vma_interval_tree_insert, which has the same order). Under the family's lock.
+    fn chain_link(
+        &self,
+        chain: Pa<AnonVmaChain>,
+        vma: Pa<Vma>,
+        anon: Pa<AnonVma>,
+        behind: Option<Pa<AnonVmaChain>>,
+    ) {
         let (link, area, object) = (self.obj(chain), self.obj(vma), self.obj(anon));
         link.vma.set(vma);
         link.anon_vma.set(anon);
         link.next_of_vma.set(area.chains.get());
         area.chains.set(chain);
-        let next = object.chains.get();
+        let place = behind.map_or(&object.chains, |prev| &self.obj(prev).next_of_anon);
+        let next = place.get();
         link.next_of_anon.set(next);
-        link.prev_of_anon.set(Pa::NULL);
+        link.prev_of_anon.set(behind.unwrap_or(Pa::NULL));
         if !next.is_null() {
             self.obj(next).prev_of_anon.set(chain);
         }
-        object.chains.set(chain);
-        object.refcount.fetch_add(1, Relaxed);
+        place.set(chain);
+        // Release: as for a root.
+        object.refcount.fetch_add(1, Release);
     }
 
     /// Takes `chain` off its anon_vma's list. Under the family's lock.

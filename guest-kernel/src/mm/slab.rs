@@ -10,7 +10,10 @@ use core::sync::atomic::{AtomicU32, AtomicU64};
 use abi::channel::EventKind;
 use abi::failpoint::Failpoint;
 use abi::layout::PAGE_SIZE;
-use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Slab, SlabId, Task, Vma, VmaNode};
+use abi::objects::{
+    AnonVma, AnonVmaChain, CacheNode, File, FileTable, FrameKind, Mm, OpenFile, Pa, Slab, SlabId,
+    Task, Vma, VmaNode,
+};
 use abi::syscall::Errno;
 
 use super::Field;
@@ -54,16 +57,42 @@ slabbed!(AnonVma, chains, |o| Some(&o.generation));
 slabbed!(AnonVmaChain, next_of_vma, |o| Some(&o.generation));
 slabbed!(Task, next, |_| None);
 
-impl Slabbed for VmaNode {
-    const ID: SlabId = SlabId::VmaNode;
+slabbed!(File, pages, |o| Some(&o.generation));
+
+/// Objects whose link to the next free one is a plain word.
+macro_rules! slabbed_by_word {
+    ($type:ident, $word:expr, $generation:expr) => {
+        impl Slabbed for $type {
+            const ID: SlabId = SlabId::$type;
+            fn next_free(&self) -> u64 {
+                let word: fn(&Self) -> &AtomicU64 = $word;
+                word(self).get()
+            }
+            fn set_next_free(&self, gpa: u64) {
+                let word: fn(&Self) -> &AtomicU64 = $word;
+                word(self).set(gpa);
+            }
+            fn generation(&self) -> Option<&AtomicU32> {
+                let generation: fn(&Self) -> Option<&AtomicU32> = $generation;
+                generation(self)
+            }
+        }
+    };
+}
+slabbed_by_word!(VmaNode, |o| &o.slots[0].child, |_| None);
+slabbed_by_word!(CacheNode, |o| &o.slots[0], |_| None);
+slabbed_by_word!(OpenFile, |o| &o.position, |o| Some(&o.generation));
+
+impl Slabbed for FileTable {
+    const ID: SlabId = SlabId::FileTable;
     fn next_free(&self) -> u64 {
-        self.slots[0].child.get()
+        self.open[0].get().0
     }
     fn set_next_free(&self, gpa: u64) {
-        self.slots[0].child.set(gpa);
+        self.open[0].set(Pa::new(gpa));
     }
     fn generation(&self) -> Option<&AtomicU32> {
-        None
+        Some(&self.generation)
     }
 }
 
@@ -150,9 +179,9 @@ impl<A: Arch> Kernel<A> {
                 event!(self, kind, [object.0, generation.get().into(), 0, 0, 0]);
             }
         }
-        let add = |count: &AtomicU64| count.set(count.get().wrapping_add_signed(delta));
-        add(&self.slab::<T>().used);
-        add(&self.folio(object.0).used);
+        let (all, page) = (&self.slab::<T>().used, &self.folio(object.0).used);
+        all.set(all.get().wrapping_add_signed(delta));
+        page.set(page.get().wrapping_add_signed(delta as i32));
     }
 
     fn words<T: Slabbed>(&self, object: Pa<T>) -> &[AtomicU64] {

@@ -1,16 +1,26 @@
 //! Address spaces on CPUs: loading them, lazy TLB mode, and shootdown.
 //!
-//! Every flush of an mm has a number: `mm.tlb_gen` counts them, `cpu.tlb_gen` says up to which one this
-//! CPU has flushed (Linux's arch/x86/mm/tlb.c). The pairs that make a flush miss nobody:
+//! Every flush of an mm has a number: `mm.tlb_gen` counts them, the slot of what a CPU has loaded says up to
+//! which one it has flushed (Linux's arch/x86/mm/tlb.c). The pairs that make a flush miss nobody:
 //!
 //! - *flusher* changes entries, then raises `tlb_gen`, then reads `cpumask`;
 //!   *switcher* sets its bit in `cpumask`, then reads `tlb_gen`, then loads CR3. Both middles are full
 //!   barriers (locked instructions, SeqCst), so either the flusher sees the bit and sends an IPI, which
 //!   the switcher takes after it has finished because interrupts are off meanwhile, or the switcher
-//!   loads CR3 after the entries changed (CVE-2016-2069; Linux 71b3c126e611). The flusher never asks
-//!   which mm a CPU has loaded: that field is the switcher's own (Linux fea4e317f9e7, 83b0177a6c48).
+//!   reads the new `tlb_gen` and loads CR3 after the entries changed (CVE-2016-2069; Linux 71b3c126e611).
+//!   A load that flushes would need no more than that it comes after the change. With PCIDs one that is to
+//!   keep what the CPU has cached of the mm (`asid`) needs the number: it keeps only what is flushed up to
+//!   what was read, so the bit has to come before the read and not just before the load.
+//!   The flusher never asks which mm a CPU has loaded: that field is the switcher's own (Linux
+//!   fea4e317f9e7, 83b0177a6c48).
+//! - *leaver* loads another CR3, then clears its bit; *flusher* as above. A flusher that sees no bit may free what
+//!   the CPU has used. What the CPU keeps under the mm's PCID is out of reach until it comes back as a
+//!   *switcher*: it then sets the bit after the flusher has read the mask, and so reads a `tlb_gen` that the
+//!   flusher has raised before. A processor follows no pointer of a PCID that is not loaded either (SDM
+//!   vol. 3A, 5.10.1), so tables may be freed as leaves are.
 //! - *flusher* raises `tlb_gen`, then reads `lazy`; a CPU that *leaves lazy mode* clears `lazy`, full
-//!   barrier, then reads `tlb_gen`: it gets the IPI or sees that it is behind.
+//!   barrier, then reads `tlb_gen`: it gets the IPI or sees that it is behind. One that goes from lazy mode to
+//!   another mm leaves its slot behind, and flushes it when it comes back.
 //!
 //! A flush that frees tables reaches lazy CPUs too: they run no user code, but they may walk the
 //! tables speculatively (Linux 2ff6ddf19c0e, CVE-2025-22045).
@@ -27,6 +37,7 @@ use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::objects::{Mm, Pa};
 use abi::point::Point;
 
+use super::asid::Choice;
 use super::{Field, pages};
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi};
@@ -205,9 +216,12 @@ impl<A: Arch> Kernel<A> {
     fn flush_here(&self, flush: Flush) {
         let cpu = self.this_cpu();
         if cpu.loaded_mm.get() != flush.mm {
-            return; // It has left that mm since, and the CR3 load flushed.
+            // It has left that mm since: CR3 was loaded with a flush, or the mm's slot is behind until it is
+            // loaded again.
+            return;
         }
-        let (have, mm) = (cpu.tlb_gen.get(), self.obj(flush.mm));
+        let (loaded, mm) = (cpu.loaded_asid(), self.obj(flush.mm));
+        let have = loaded.tlb_gen.get();
         // Read before flushing: a flush covers the changes that were numbered before it began.
         let latest = mm.tlb_gen.load(Acquire);
         if have >= flush.tlb_gen {
@@ -225,10 +239,10 @@ impl<A: Arch> Kernel<A> {
             } else {
                 self.flush_pages_here(mm, flush.start, flush.end);
             }
-            cpu.tlb_gen.set(flush.tlb_gen);
+            loaded.tlb_gen.set(flush.tlb_gen);
         } else {
             self.flush_everything_here(mm);
-            cpu.tlb_gen.set(latest);
+            loaded.tlb_gen.set(latest);
         }
     }
 
@@ -241,13 +255,13 @@ impl<A: Arch> Kernel<A> {
         #[cfg(feature = "testbed")]
         self.soft_flush_range(start, end);
         // After the fact: the host's TLB model forgets what the event covers.
-        event!(self, EventKind::FlushLocal, [mm.id.get(), start, end, 0, 0],);
+        event!(self, EventKind::FlushLocal, [mm.id.get(), start, end, 0, 0]);
     }
 
     fn flush_everything_here(&self, mm: &Mm) {
         self.arch.flush_all();
         #[cfg(feature = "testbed")]
-        self.soft_flush_all();
+        self.soft_flush_all(self.this_cpu().pcid.get());
         event!(self, EventKind::FlushAll, [mm.id.get(), 0, 0, 0, 0]);
     }
 }
@@ -273,14 +287,15 @@ impl<A: Arch> Kernel<A> {
         if !late {
             self.join_cpumask(space, bit);
         }
-        let tlb_gen = space.tlb_gen.load(SeqCst);
-        self.load_pgd(space.pgd.get(), told(|| space.id.get()));
-        point!(self, Point::SwitchMm, [space.id.get(), tlb_gen]);
+        let (id, tlb_gen) = (space.id.get(), space.tlb_gen.load(SeqCst));
+        let choice = self.choose_asid(id, tlb_gen);
+        self.load_pgd(space.pgd.get(), id, choice);
+        point!(self, Point::SwitchMm, [id, tlb_gen]);
         if late {
             self.join_cpumask(space, bit);
         }
         cpu.loaded_mm.set(next);
-        cpu.tlb_gen.set(tlb_gen);
+        self.take_asid(choice, id, tlb_gen);
         if lazy_late {
             cpu.lazy.store(0, SeqCst);
         }
@@ -307,9 +322,9 @@ impl<A: Arch> Kernel<A> {
         if prev.is_null() {
             return;
         }
-        self.load_pgd(self.root().pgd.get(), 0);
+        self.load_pgd(self.root().pgd.get(), 0, Choice::NONE);
         cpu.loaded_mm.set(Pa::NULL);
-        cpu.tlb_gen.set(0);
+        cpu.pcid.set(0);
         cpu.lazy.store(0, SeqCst);
         self.forget_mm(prev, 1 << self.arch.cpu());
     }
@@ -320,14 +335,19 @@ impl<A: Arch> Kernel<A> {
         if cpu.lazy.get() == 0 {
             return;
         }
-        point!(self, Point::LazyLeave, [space.id.get(), cpu.tlb_gen.get()]);
+        let loaded = cpu.loaded_asid();
+        point!(
+            self,
+            Point::LazyLeave,
+            [space.id.get(), loaded.tlb_gen.get()]
+        );
         cpu.lazy.store(0, SeqCst);
         // The full barrier of the module's second pair.
         fence(SeqCst);
         let latest = space.tlb_gen.load(SeqCst);
-        if cpu.tlb_gen.get() < latest && !self.config.bugs.has(Bug::LazyReuseNoFlush) {
+        if loaded.tlb_gen.get() < latest && !self.config.bugs.has(Bug::LazyReuseNoFlush) {
             self.flush_everything_here(space);
-            cpu.tlb_gen.set(latest);
+            loaded.tlb_gen.set(latest);
         }
         event!(
             self,
@@ -342,15 +362,19 @@ impl<A: Arch> Kernel<A> {
         event!(self, EventKind::CpumaskSet, [space.id.get(), 0, 0, 0, 0]);
     }
 
-    fn load_pgd(&self, pgd: u64, mm: u64) {
+    fn load_pgd(&self, pgd: u64, mm: u64, choice: Choice) {
         point!(self, Point::Cr3Load, [mm, pgd]);
-        self.arch.load_root(pgd);
+        let operand = choice.operand(pgd);
+        self.arch
+            .load_root(if self.cpu_uses_pcids() { operand } else { pgd });
         #[cfg(feature = "testbed")]
-        self.soft_flush_all();
-        event!(self, EventKind::Cr3Load, [pgd, mm, 0, 0, 0]);
+        if choice.flushes() {
+            self.soft_flush_all(choice.pcid);
+        }
+        event!(self, EventKind::Cr3Load, [operand, mm, 0, 0, 0]);
     }
 
-    /// CR3 is elsewhere: nothing of `prev` can be cached here any more.
+    /// CR3 is elsewhere: nothing of `prev` that is cached here can be used before it is loaded again.
     fn forget_mm(&self, prev: Pa<Mm>, bit: CpuMask) {
         if !prev.is_null() {
             // Release: a flusher that sees the bit gone relies on the CR3 load before it.

@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering::{Acquire, Release};
 
 use abi::channel::EventKind;
 use abi::layout::PAGE_SHIFT;
-use abi::objects::{Mm, Pa, Vma, vma_flags};
+use abi::objects::{File, Mm, Pa, Vma, vma_flags};
 use abi::point::Point;
 use abi::pte::{PteFlags, fault};
 use abi::syscall::{Errno, prot};
@@ -30,6 +30,8 @@ pub(super) struct Area {
     pub(super) end: u64,
     pub(super) flags: u64,
     pub(super) pgoff: u64,
+    /// What it maps from page `pgoff` on; none for private anonymous memory.
+    pub(super) file: Pa<File>,
 }
 
 impl Area {
@@ -40,6 +42,7 @@ impl Area {
             end,
             flags,
             pgoff: start >> PAGE_SHIFT,
+            file: Pa::NULL,
         }
     }
 }
@@ -48,6 +51,13 @@ impl Area {
 pub(super) struct Spare {
     vma: Pa<Vma>,
     nodes: Reserve,
+}
+
+/// The locks of all walks back that may find a VMA: dropped in the reverse order.
+#[must_use = "the locks are released at once"]
+pub(super) struct RmapLocks<'k, A: Arch> {
+    _family: Option<Guard<'k, A>>,
+    _i_mmap: Option<Guard<'k, A>>,
 }
 
 /// The `vma_flags` of `PROT_*` bits, which have the same values.
@@ -66,6 +76,16 @@ pub(super) fn leaf_flags(flags: u64) -> PteFlags {
         leaf |= PteFlags::NO_EXECUTE;
     }
     leaf
+}
+
+/// What an entry of a shared mapping with `flags` has besides: a write needs neither a copy nor a fault, unless somebody
+/// waits for the page to be dirty (Linux's vma_wants_writenotify, false for shmem).
+pub(super) fn shared_rights(flags: u64) -> PteFlags {
+    if flags & (vma_flags::WRITE | vma_flags::NOTIFY) != vma_flags::WRITE {
+        PteFlags::empty()
+    } else {
+        PteFlags::WRITE | PteFlags::DIRTY
+    }
 }
 
 /// True where a VMA with `flags` permits the access of page-fault `error` (Linux's access_error:
@@ -125,13 +145,31 @@ impl<A: Arch> Kernel<A> {
             Some(spare) => spare,
             None => self.spare_at(self.obj(mm), area.start)?,
         };
-        let vma = self.obj(spare.vma);
-        vma.start.set(area.start);
-        vma.end.set(area.end);
-        vma.flags.set(area.flags);
-        vma.pgoff.set(area.pgoff);
-        vma.mm.set(mm);
-        Ok(self.vma_attach(mm, spare))
+        self.vma_fill(mm, spare.vma, area);
+        let vma = self.vma_attach(mm, spare);
+        if let Some(file) = area.file.some() {
+            self.file_link(vma, file, None);
+        }
+        Ok(vma)
+    }
+
+    /// Maps `area` in a forked child, as its copy of `parent`.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub(super) fn vma_inherit(
+        &self,
+        child: Pa<Mm>,
+        area: Area,
+        parent: Pa<Vma>,
+    ) -> Result<Pa<Vma>, Errno> {
+        let spare = self.spare_at(self.obj(child), area.start)?;
+        self.vma_fill(child, spare.vma, area);
+        let vma = self.vma_attach(child, spare);
+        if let Some(file) = area.file.some() {
+            self.file_link(vma, file, Some(parent));
+        }
+        Ok(vma)
     }
 
     fn vma_attach(&self, mm: Pa<Mm>, mut spare: Spare) -> Pa<Vma> {
@@ -140,6 +178,8 @@ impl<A: Arch> Kernel<A> {
         self.unreserve(spare.nodes);
         space.map_count.set(space.map_count.get() + 1);
         let area = self.obj(vma);
+        let bytes = area.end.get() - area.start.get();
+        self.account(space, area.flags.get(), bytes.cast_signed());
         // Release: pairs with readers that find it without the mmap_lock; it is complete.
         area.attached.store(1, Release);
         event!(
@@ -162,6 +202,8 @@ impl<A: Arch> Kernel<A> {
         let area = self.obj(vma);
         self.tree_erase(mm, vma);
         mm.map_count.set(mm.map_count.get() - 1);
+        let bytes = area.end.get() - area.start.get();
+        self.account(mm, area.flags.get(), -bytes.cast_signed());
         area.attached.store(0, Release);
         let (start, end) = told(|| (area.start.get(), area.end.get()));
         event!(
@@ -187,26 +229,56 @@ impl<A: Arch> Kernel<A> {
     /// ENOMEM; nothing changed.
     pub(super) fn vma_split(&self, mm: Pa<Mm>, vma: Pa<Vma>, at: u64) -> Result<Pa<Vma>, Errno> {
         let (space, lower) = (self.obj(mm), self.obj(vma));
-        let spare = self.spare_at(space, at)?;
-        let upper = self.obj(spare.vma);
-        upper.start.set(at);
-        upper.end.set(lower.end.get());
-        upper.flags.set(lower.flags.get());
-        upper
-            .pgoff
-            .set(lower.pgoff.get() + pages(at - lower.start.get()));
-        upper.mm.set(mm);
-        if let Err(error) = self.anon_vma_copy(spare.vma, vma) {
-            self.free_spare(spare);
-            return Err(error);
-        }
+        let upper = Area {
+            start: at,
+            end: lower.end.get(),
+            flags: lower.flags.get(),
+            pgoff: lower.pgoff.get() + pages(at - lower.start.get()),
+            file: lower.file.get(),
+        };
+        let spare = self.vma_dup(mm, vma, upper)?;
+        self.split_huge_at(mm, at);
+        self.account(space, upper.flags, -(upper.end - at).cast_signed());
         {
             // A walk that still finds the whole VMA and the upper part sees one entry twice, never none.
             let _family = self.lock_vma_family(vma);
-            lower.end.set(at);
+            self.vma_resize(vma, lower.start.get(), at);
         }
         self.tree_update(space, vma, lower.start.get());
         Ok(self.vma_attach(mm, spare))
+    }
+
+    /// Maps `area`, which overlaps nothing, as a VMA of its own for pages of `from` (the second half of Linux's copy_vma).
+    ///
+    /// # Errors
+    /// ENOMEM; nothing changed.
+    pub(super) fn vma_copy(&self, mm: Pa<Mm>, from: Pa<Vma>, area: Area) -> Result<Pa<Vma>, Errno> {
+        let spare = self.vma_dup(mm, from, area)?;
+        Ok(self.vma_attach(mm, spare))
+    }
+
+    /// A VMA for `area` that is on all lists that `from` is on, and all that it takes to link it in.
+    fn vma_dup(&self, mm: Pa<Mm>, from: Pa<Vma>, area: Area) -> Result<Spare, Errno> {
+        let spare = self.spare_at(self.obj(mm), area.start)?;
+        self.vma_fill(mm, spare.vma, area);
+        if let Err(error) = self.anon_vma_copy(spare.vma, from) {
+            self.free_spare(spare);
+            return Err(error);
+        }
+        if let Some(file) = area.file.some() {
+            self.file_link(spare.vma, file, None);
+        }
+        Ok(spare)
+    }
+
+    /// All but the file, in whose tree it is not yet.
+    fn vma_fill(&self, mm: Pa<Mm>, vma: Pa<Vma>, area: Area) {
+        let vma = self.obj(vma);
+        vma.start.set(area.start);
+        vma.end.set(area.end);
+        vma.flags.set(area.flags);
+        vma.pgoff.set(area.pgoff);
+        vma.mm.set(mm);
     }
 
     /// Gives `to` the anon_vma of `from`, and all its chains.
@@ -226,8 +298,14 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// The lock under which the bounds of a VMA that walks may find change.
-    pub(super) fn lock_vma_family(&self, vma: Pa<Vma>) -> Option<Guard<'_, A>> {
-        let anon = self.obj(vma).anon_vma.load(Acquire).some()?;
-        Some(self.lock_family(anon))
+    pub(super) fn lock_vma_family(&self, vma: Pa<Vma>) -> RmapLocks<'_, A> {
+        let area = self.obj(vma);
+        let file = area.file.get().some();
+        let i_mmap = file.map(|file| self.lock_i_mmap(file));
+        let anon = area.anon_vma.load(Acquire).some();
+        RmapLocks {
+            _family: anon.map(|anon| self.lock_family(anon)),
+            _i_mmap: i_mmap,
+        }
     }
 }

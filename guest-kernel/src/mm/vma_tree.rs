@@ -87,27 +87,34 @@ impl<A: Arch> Kernel<A> {
             .filter(|&vma| self.obj(vma).start.get() < end)
     }
 
-    /// The highest address of a hole of `bytes` in `low..high`, away from the guards below stacks.
+    /// The highest address of a hole of `bytes` in `low..high`, away from the guards below stacks. As in Linux's
+    /// unmapped_area_topdown, a hole that would do but for such a guard ends the search above the guard, smaller holes there
+    /// included.
     pub(super) fn find_hole(&self, mm: &Mm, bytes: u64, low: u64, high: u64) -> Option<u64> {
-        let fits = |from: u64, to: u64| {
-            let (from, to) = (from.max(low), to.min(high));
-            (to > from && to - from >= bytes).then(|| to - bytes)
-        };
         let above = self
             .vma_before(mm, u64::MAX)
             .map_or(0, |last| self.obj(last).end.get());
-        if let Some(found) = fits(above, high) {
-            return Some(found);
+        if above.max(low) < high && high - above.max(low) >= bytes {
+            return Some(high - bytes);
         }
-        self.hole_below(mm.vmas.get().some()?, bytes, &fits)
+        let root = mm.vmas.get().some()?;
+        let mut high = high;
+        loop {
+            let (end, guarded) = self.hole_below(root, bytes, (low, high))?;
+            if guarded >= end {
+                return Some(end - bytes);
+            }
+            high = guarded;
+        }
     }
 
+    /// Where the highest hole of `bytes` in `low..high` ends, and where the guard of the VMA above it begins, or that VMA.
     fn hole_below(
         &self,
         node: Pa<VmaNode>,
         bytes: u64,
-        fits: &impl Fn(u64, u64) -> Option<u64>,
-    ) -> Option<u64> {
+        (low, high): (u64, u64),
+    ) -> Option<(u64, u64)> {
         let object = self.obj(node);
         let slots = &object.slots[..object.count.get() as usize];
         slots
@@ -116,16 +123,17 @@ impl<A: Arch> Kernel<A> {
             .filter(|slot| slot.gap.get() >= bytes)
             .find_map(|slot| {
                 if object.level.get() > 0 {
-                    return self.hole_below(Pa::new(slot.child.get()), bytes, fits);
+                    return self.hole_below(Pa::new(slot.child.get()), bytes, (low, high));
                 }
                 let vma = self.obj(Pa::<Vma>::new(slot.child.get()));
                 let start = vma.start.get();
+                let (from, to) = ((start - slot.gap.get()).max(low), start.min(high));
                 let guard = if vma.flags.get() & vma_flags::GROWSDOWN != 0 {
                     STACK_GUARD
                 } else {
                     0
                 };
-                fits(start - slot.gap.get(), start.saturating_sub(guard))
+                (from < to && to - from >= bytes).then(|| (to, start.saturating_sub(guard)))
             })
     }
 

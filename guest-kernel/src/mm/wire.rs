@@ -21,7 +21,8 @@ impl<A: Arch> Kernel<A> {
     /// Populates `start..start + len` and marks it [`vma_flags::WIRED`]. Nothing without a soft TLB.
     ///
     /// # Errors
-    /// EINVAL for a bad range; ENOMEM for a hole in it, or where memory runs out.
+    /// EINVAL for a bad range, and for shared mappings of files on the disk, which write-back makes read-only; ENOMEM for a
+    /// hole in it, or where memory runs out.
     pub(crate) fn wire(&self, mm: Pa<Mm>, start: u64, len: u64) -> Result<(), Errno> {
         if !is_page_aligned(start) || start.checked_add(page_align(len)).is_none() {
             return Err(Errno::EINVAL);
@@ -42,7 +43,12 @@ impl<A: Arch> Kernel<A> {
             let area = self.obj(vma);
             let to = area.end.get().min(end);
             let flags = area.flags.get();
+            if flags & vma_flags::NOTIFY != 0 {
+                return Err(Errno::EINVAL);
+            }
             let vma = self.vma_modify(mm, vma, (at, to), flags | vma_flags::WIRED)?;
+            // Fork copies wired pages one by one.
+            self.split_huge_range(mm, at, to);
             let access = match flags & vma_flags::WRITE {
                 0 => fault::USER,
                 _ => fault::USER | fault::WRITE,
@@ -58,7 +64,8 @@ impl<A: Arch> Kernel<A> {
 
     /// True where fork copies the pages of a VMA with `flags`.
     pub(super) fn copies_at_fork(flags: u64) -> bool {
-        flags & vma_flags::WIRED != 0 && flags & vma_flags::WRITE != 0
+        flags & (vma_flags::WIRED | vma_flags::WRITE | vma_flags::SHARED)
+            == vma_flags::WIRED | vma_flags::WRITE
     }
 
     /// Gives the child's `vma` copies of the parent's pages in it. Both mmap_locks are held for writing.
@@ -82,7 +89,7 @@ impl<A: Arch> Kernel<A> {
                 .map_err(|_| Errno::ENOMEM)?;
             let entry = self.read_pte(Slot::new(table, 1, gva));
             if entry.is_present() {
-                let copy = self.alloc_frames(0, FrameKind::Anon)?;
+                let copy = self.alloc_charged(child, 0, FrameKind::Anon)?;
                 self.arch.copy_frame(entry.address(), copy);
                 let table = self
                     .leaf_table_alloc(child, gva)

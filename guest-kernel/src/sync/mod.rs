@@ -9,8 +9,10 @@
 //! Lock words live in `abi` objects so that the host can see who holds what.
 //!
 //! Lock order (Linux's `Documentation/mm/process_addrs.rst`, the part that exists here):
-//! `mmap_lock` -> anon_vma root -> page-table lock -> buddy/slab/mms/sched locks. Two mmap_locks:
-//! parent before child (fork; nobody else can know the child).
+//! file position -> inode -> `mmap_lock` -> folio -> i_mmap -> anon_vma root -> page-table lock -> one of page
+//! cache, descriptor table, swap, LRU, buddy, slab, mms, sched (Linux's mm/filemap.c and mm/rmap.c, the lists at their tops).
+//! Two mmap_locks: parent before child (fork; nobody else can know the child). Two folio locks: that of a folio that
+//! moves before that of its new frame, which nobody else can know (`mm::migrate`).
 
 pub mod grace;
 pub mod rcu;
@@ -55,6 +57,18 @@ impl<A: Arch> Kernel<A> {
         self.acquired(word, class)
     }
 
+    /// Takes the spin lock `word` if nobody holds it, this CPU included.
+    pub(crate) fn try_lock<'k>(
+        &'k self,
+        word: &'k AtomicU64,
+        class: LockClass,
+    ) -> Option<Guard<'k, A>> {
+        let me = self.arch.cpu() as u64 + 1;
+        // It may fail where the lock is free: whoever only tries it takes that for held.
+        spin::try_acquire(word, me).ok()?;
+        Some(self.acquired(word, class))
+    }
+
     /// The guard of a spin lock that this CPU took on another stack: the scheduler's lock is held
     /// across a context switch and released by whoever runs next.
     ///
@@ -97,7 +111,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     #[cold]
-    fn wait(&self, word: &AtomicU64, class: LockClass) {
+    pub(crate) fn wait(&self, word: &AtomicU64, class: LockClass) {
         event!(
             self,
             EventKind::LockWait,

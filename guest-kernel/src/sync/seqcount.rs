@@ -42,6 +42,12 @@ impl<W: Word> SeqCount<W> {
         }
     }
 
+    /// The count before a read, unless a writer is at work.
+    pub fn try_begin(&self) -> Option<u64> {
+        let count = self.0.load(Acquire);
+        count.is_multiple_of(2).then_some(count)
+    }
+
     /// True where what was read since [`SeqCount::begin`] gave `count` may be torn: read again.
     pub fn changed(&self, count: u64) -> bool {
         W::fence(Acquire);

@@ -33,6 +33,44 @@ pub trait Word {
     fn fence(order: Ordering);
 }
 
+/// A word that lies elsewhere: in an object of the kernel's.
+impl<W: Word> Word for &W {
+    #[inline]
+    fn load(&self, order: Ordering) -> u64 {
+        W::load(self, order)
+    }
+    #[inline]
+    fn store(&self, value: u64, order: Ordering) {
+        W::store(self, value, order);
+    }
+    #[inline]
+    fn fetch_sub(&self, value: u64, order: Ordering) -> u64 {
+        W::fetch_sub(self, value, order)
+    }
+    #[inline]
+    fn fetch_or(&self, bits: u64, order: Ordering) -> u64 {
+        W::fetch_or(self, bits, order)
+    }
+    #[inline]
+    fn fetch_and(&self, bits: u64, order: Ordering) -> u64 {
+        W::fetch_and(self, bits, order)
+    }
+    #[inline]
+    fn compare_exchange_weak(
+        &self,
+        current: u64,
+        new: u64,
+        success: Ordering,
+        failure: Ordering,
+    ) -> Result<u64, u64> {
+        W::compare_exchange_weak(self, current, new, success, failure)
+    }
+    #[inline]
+    fn fence(order: Ordering) {
+        W::fence(order);
+    }
+}
+
 impl Word for AtomicU64 {
     #[inline]
     fn load(&self, order: Ordering) -> u64 {

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::Ordering::Release;
 
-use abi::objects::{Pa, Task, TaskState};
+use abi::objects::{Pa, Task, TaskState, task_flags};
 use abi::syscall::Errno;
 
 use crate::Kernel;
@@ -71,15 +71,17 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// The live task with number `tid`, the caller for 0. Under the lock.
-    fn find_task(&self, tid: u64) -> Result<Pa<Task>, Errno> {
+    /// The live task with number `tid`, the caller for 0; those of the kernel are not for programs. Under the lock.
+    pub(super) fn find_task(&self, tid: u64) -> Result<Pa<Task>, Errno> {
         if tid as u32 == 0 {
             return Ok(self.this_cpu().current.get());
         }
         self.tasks()
             .find(|task| {
                 let task = self.obj(*task);
-                task.id.get() == tid as u32 && task.state.get() != TaskState::Zombie as u32
+                task.id.get() == tid as u32
+                    && task.state.get() != TaskState::Zombie as u32
+                    && task.flags.get() & task_flags::KERNEL == 0
             })
             .ok_or(Errno::ESRCH)
     }

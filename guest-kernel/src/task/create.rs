@@ -13,7 +13,7 @@ use abi::layout::{
     BOOT_INFO_GPA, PAGE_SIZE, USER_ARGS_GVA, USER_DATA_GVA, USER_END, USER_STACK_BYTES,
     USER_STACK_TOP,
 };
-use abi::objects::{FrameKind, Mm, Pa, Task, UserFrame, task_flags};
+use abi::objects::{FileTable, FrameKind, Mm, Pa, Task, UserFrame, task_flags};
 use abi::syscall::{Errno, clone, signal};
 
 use crate::Kernel;
@@ -42,8 +42,8 @@ pub(super) enum CloneForm {
 }
 
 impl CloneForm {
-    /// Decodes clone's flags. Of the state that Linux can share only memory exists here, so `FS`,
-    /// `FILES` and `SYSVSEM` are accepted with every form and mean nothing. A memory-sharing process
+    /// Decodes clone's flags. Of the state that Linux can share only memory and descriptors (`FILES`) exist here, so
+    /// `FS` and `SYSVSEM` are accepted with every form and mean nothing. A memory-sharing process
     /// (vfork), thread-local storage and namespaces do not exist: EINVAL.
     pub(super) fn decode(flags: u64) -> Result<Self, Errno> {
         const EXIT_SIGNAL: u64 = 0xff;
@@ -90,6 +90,7 @@ struct Kin {
     affinity: u64,
     set_tid: u64,
     clear_tid: u64,
+    files: Pa<FileTable>,
 }
 
 impl<A: Arch> Kernel<A> {
@@ -137,8 +138,10 @@ impl<A: Arch> Kernel<A> {
                 affinity: self.possible_cpus(),
                 set_tid: 0,
                 clear_tid: 0,
+                files: self.files_create().expect(short),
             },
         );
+        self.start_kswapd();
     }
 
     /// Tells the host where the kernel's objects are and that CPL 3 comes next. Once.
@@ -161,7 +164,10 @@ impl<A: Arch> Kernel<A> {
         if args.stack != 0 {
             child_frame.rsp = args.stack;
         }
-        let task = self.new_task(&child_frame)?;
+        let files = self.clone_files(me.files.get(), args.flags)?;
+        let task = self
+            .new_task(&child_frame)
+            .inspect_err(|_| self.files_put(files))?;
         let mm = me.mm.get();
         let mm = match form {
             CloneForm::Thread => {
@@ -171,6 +177,7 @@ impl<A: Arch> Kernel<A> {
             CloneForm::Fork => self.mm_fork(mm).inspect_err(|_| {
                 self.free_stack(self.obj(task).stack.get());
                 self.free_slot(task);
+                self.files_put(files);
             })?,
         };
         let id = self.obj(task).id.get();
@@ -197,9 +204,19 @@ impl<A: Arch> Kernel<A> {
                 affinity: me.affinity.get(),
                 set_tid: when(clone::CHILD_SETTID),
                 clear_tid: when(clone::CHILD_CLEARTID),
+                files,
             },
         );
         Ok(id.into())
+    }
+
+    /// The descriptors of a new task: its creator's, or a copy.
+    fn clone_files(&self, files: Pa<FileTable>, flags: u64) -> Result<Pa<FileTable>, Errno> {
+        if flags & clone::FILES == 0 {
+            return self.files_copy(files);
+        }
+        self.files_share(files);
+        Ok(files)
     }
 
     /// CPUs that the machine has.
@@ -218,7 +235,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// A numbered task with a stack from which it enters CPL 3 with `frame`. Nobody else knows it.
-    fn new_task(&self, frame: &UserFrame) -> Result<Pa<Task>, Errno> {
+    pub(super) fn new_task(&self, frame: &UserFrame) -> Result<Pa<Task>, Errno> {
         let stack = self.alloc_frames(STACK_ORDER, FrameKind::Stack)?;
         let task = self
             .slab_alloc::<Task>()
@@ -242,6 +259,7 @@ impl<A: Arch> Kernel<A> {
         object.affinity.set(kin.affinity);
         object.set_tid.set(kin.set_tid);
         object.clear_tid.set(kin.clear_tid);
+        object.files.set(kin.files);
         object.leader.set(kin.leader.unwrap_or(task));
         let leader = self.obj(object.leader.get());
 

@@ -20,6 +20,10 @@ impl<A: Arch> Kernel<A> {
     /// Ends the running task; `status` is the process's where it is the leader.
     pub(super) fn exit_task(&self, status: u32) -> ! {
         self.leave_address_space();
+        // After the mappings, as in Linux's do_exit.
+        let files = self.current().files.get();
+        self.current().files.set(Pa::NULL);
+        self.files_put(files);
         let lock = self.sched_lock();
         let task = self.this_cpu().current.get();
         self.bury(task, status);

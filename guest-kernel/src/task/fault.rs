@@ -11,7 +11,7 @@ use abi::syscall::{Errno, encode, signal, wait};
 
 use crate::Kernel;
 use crate::arch::{Arch, Ipi};
-use crate::mm::{FaultError, Field};
+use crate::mm::{FaultError, Field, MAY_SLEEP};
 
 impl<A: Arch> Kernel<A> {
     /// A page fault at CPL 3, at `gva`, with the architecture's error code.
@@ -22,7 +22,8 @@ impl<A: Arch> Kernel<A> {
             Err(FaultError::NoMapping | FaultError::Access) => {
                 self.fatal(frame, signal::SIGSEGV, Cause::Address(gva));
             }
-            Err(FaultError::NoMemory) => self.kill(frame, signal::SIGKILL, Cause::NoMemory(gva)),
+            Err(FaultError::Bus) => self.fatal(frame, signal::SIGBUS, Cause::Address(gva)),
+            Err(FaultError::NoMemory) => self.kill(frame, signal::SIGKILL, self.no_memory(gva)),
         }
     }
 
@@ -30,7 +31,7 @@ impl<A: Arch> Kernel<A> {
     fn user_fault(&self, gva: u64, error: u64, rip: u64) -> Result<(), FaultError> {
         event!(self, EventKind::FaultEnter, [gva, error, rip, 0, 0]);
         point!(self, Point::FaultEnter, [gva, error]);
-        let result = self.handle_fault(self.current().mm.get(), gva, error);
+        let result = self.handle_fault(self.current().mm.get(), gva, error | MAY_SLEEP);
         event!(self, EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
         point!(self, Point::FaultExit, [gva, outcome(result)]);
         result
@@ -38,7 +39,8 @@ impl<A: Arch> Kernel<A> {
 
     /// A load or a store of the 8 aligned bytes at `gva` through the soft TLB. The loaded value goes to
     /// `rdx`; 1: the translation was stale, else 0. EAGAIN: a fault was handled and the access is to be made again, after interrupts that are
-    /// pending were taken, as after a fault of the processor. EFAULT: it may not be made.
+    /// pending were taken, as after a fault of the processor. EFAULT: it may not be made; EIO: it lies
+    /// behind the end of a file.
     #[cfg(feature = "testbed")]
     pub(super) fn testbed_access(
         &self,
@@ -61,11 +63,15 @@ impl<A: Arch> Kernel<A> {
         };
         match self.user_fault(gva, error, frame.rip) {
             Ok(()) => Err(Errno::EAGAIN),
-            Err(FaultError::NoMemory) => self.kill(frame, signal::SIGKILL, Cause::NoMemory(gva)),
-            Err(FaultError::NoMapping | FaultError::Access) => {
+            Err(FaultError::NoMemory) => self.kill(frame, signal::SIGKILL, self.no_memory(gva)),
+            Err(error) => {
                 let how = abi::channel::access::FAULT | u64::from(write);
                 event!(self, EventKind::Access, [gva, 0, 0, how, 0]);
-                Err(Errno::EFAULT)
+                Err(if error == FaultError::Bus {
+                    Errno::EIO
+                } else {
+                    Errno::EFAULT
+                })
             }
         }
     }
@@ -82,9 +88,20 @@ impl<A: Arch> Kernel<A> {
         // Not by CPL 3, but on its behalf: no instruction of it to name.
         event!(self, EventKind::FaultEnter, [gva, error, 0, 0, 0]);
         let mm = self.obj(current).mm.get();
+        // A call that copies may hold the locks of a file (`files`): no MAY_SLEEP.
         let result = self.handle_fault(mm, gva, error | fault::USER);
         event!(self, EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
         result.is_ok()
+    }
+
+    /// Makes an access possible that a device is to make for the running task.
+    pub(super) fn fault_for_pin(&self, gva: u64, error: u64) -> Result<(), FaultError> {
+        progress!(self);
+        // As in `kernel_user_fault`: no instruction of CPL 3 to name.
+        event!(self, EventKind::FaultEnter, [gva, error, 0, 0, 0]);
+        let result = self.handle_fault(self.current().mm.get(), gva, error | MAY_SLEEP);
+        event!(self, EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
+        result
     }
 
     /// An exception at CPL 3 other than a page fault; `frame.vector` says which.
@@ -108,6 +125,9 @@ impl<A: Arch> Kernel<A> {
         // `return_to_user` at what the task was asked to do.
         event!(self, EventKind::IpiReceive, [vector.into(), 0, 0, 0, 0]);
         point!(self, Point::IpiReceive, [vector.into(), 0]);
+        if vector == abi::disk::VECTOR {
+            self.disk_interrupt();
+        }
     }
 
     /// Last thing before every return to CPL 3, with interrupts off from here to there: a request
@@ -123,9 +143,25 @@ impl<A: Arch> Kernel<A> {
         match fixup_target(fixup_words(mm), frame.rip) {
             Some(target) => {
                 frame.rip = target;
-                frame.rax = encode(Err(Errno::EFAULT));
+                frame.rax = encode(Err(match signal {
+                    signal::SIGBUS => Errno::EIO,
+                    _ => Errno::EFAULT,
+                }));
             }
             None => self.kill(frame, signal, cause),
+        }
+    }
+
+    /// Which limit it was that the process has come up against.
+    fn no_memory(&self, gva: u64) -> Cause {
+        match self.group_at_limit(self.current().mm.get()) {
+            Some((group, pages, max)) => Cause::Group {
+                gva,
+                group,
+                pages,
+                max,
+            },
+            None => Cause::NoMemory(gva),
         }
     }
 
@@ -147,6 +183,13 @@ impl<A: Arch> Kernel<A> {
 enum Cause {
     Address(u64),
     NoMemory(u64),
+    /// A memory group has all the pages that it may have.
+    Group {
+        gva: u64,
+        group: u64,
+        pages: u64,
+        max: u64,
+    },
     Exception(u64),
 }
 
@@ -155,6 +198,15 @@ impl fmt::Display for Cause {
         match self {
             Self::Address(gva) => write!(f, "address {gva:#x}"),
             Self::NoMemory(gva) => write!(f, "out of memory for address {gva:#x}"),
+            Self::Group {
+                gva,
+                group,
+                pages,
+                max,
+            } => write!(
+                f,
+                "out of memory for address {gva:#x}: memory group {group} has {pages} of {max} pages"
+            ),
             Self::Exception(vector) => write!(f, "exception {vector}"),
         }
     }
@@ -167,6 +219,7 @@ fn outcome(result: Result<(), FaultError>) -> u64 {
         Err(FaultError::NoMapping) => 1,
         Err(FaultError::Access) => 2,
         Err(FaultError::NoMemory) => 3,
+        Err(FaultError::Bus) => 4,
     }
 }
 
@@ -196,6 +249,7 @@ fn signal_name(signal: u64) -> &'static str {
         signal::SIGTRAP => "SIGTRAP",
         signal::SIGFPE => "SIGFPE",
         signal::SIGKILL => "SIGKILL",
+        signal::SIGBUS => "SIGBUS",
         _ => "SIGSEGV",
     }
 }

@@ -6,7 +6,8 @@
 //!
 //! - `create`: the first process, fork and threads. `exit`, `wait`: how they end.
 //! - `sched`: who runs where; `queue` and `placement` are its parts without side effects on CPUs.
-//! - `syscall`: the table and the decoding of arguments; `affinity`, `futex`, `testbed`: calls.
+//! - `syscall`: the table and the decoding of arguments; `affinity`, `futex`, `memory`, `testbed`: calls. `disk`: the
+//!   disk's driver and direct I/O. `kswapd`: the reclaim thread.
 //! - `fault`: page faults, exceptions and interrupts. `user`: user memory and the console.
 //!
 //! Tasks, run queues and the futex queue are protected by [`KernelRoot::sched_lock`]; where a comment
@@ -17,9 +18,14 @@
 
 mod affinity;
 mod create;
+mod disk;
+mod disk_files;
 mod exit;
 mod fault;
+mod files;
 mod futex;
+mod kswapd;
+mod memory;
 mod placement;
 mod queue;
 mod sched;

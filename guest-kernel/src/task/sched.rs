@@ -75,6 +75,9 @@ impl<A: Arch> Kernel<A> {
     pub fn task_started(&self) {
         self.finish_switch();
         let task = self.current();
+        if task.flags.load(Relaxed) & task_flags::KERNEL != 0 {
+            self.kswapd();
+        }
         let id = task.id.get();
         if id == FIRST_TASK {
             self.announce_first_user();
@@ -103,6 +106,12 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn yield_now(&self) {
         #[cfg(feature = "testbed")]
         self.note_yield();
+        self.give_way();
+    }
+
+    /// Lets the other tasks of this CPU's queue run first, and others take this one where it may no longer run (Linux's
+    /// `cond_resched`).
+    pub(crate) fn give_way(&self) {
         let me = self.arch.cpu();
         let lock = self.sched_lock();
         let task = self.this_cpu().current.get();
@@ -148,11 +157,12 @@ impl<A: Arch> Kernel<A> {
         task.waits_for.set(waits_for);
         task.state.set(TaskState::Blocked as u32);
         self.schedule(lock);
+        // Not when it is woken: until it runs it holds what it held.
+        task.waits_for.set(0);
     }
 
     /// Makes a blocked task ready. Under the lock.
     pub(super) fn wake(&self, task: Pa<Task>) {
-        self.obj(task).waits_for.set(0);
         self.make_ready(task);
     }
 
@@ -283,8 +293,10 @@ impl<A: Arch> Kernel<A> {
             (stack, (!leader).then_some(task))
         });
         drop(lock);
-        match cpu.current.get().some() {
-            Some(task) => self.switch_mm(self.obj(task).mm.get()),
+        let task = cpu.current.get().some();
+        match task.and_then(|task| self.obj(task).mm.get().some()) {
+            Some(mm) => self.switch_mm(mm),
+            // The idle loop, or a thread of the kernel.
             None => self.enter_lazy(),
         }
         if let Some((stack, slot)) = remains {
@@ -295,11 +307,18 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// True once the last process has exited. (The first process's leader is never waited for, so
-    /// there are tasks from the first process on.) Under the lock.
+    /// True once the last process has exited, and the threads of the kernel have come to an end with what they did. (The
+    /// first process's leader is never waited for, so there are tasks from the first process on.) Under the lock.
     pub(super) fn nothing_lives(&self) -> bool {
-        !self.root().tasks.get().is_null()
-            && self.tasks().all(|task| self.obj(task).threads.get() == 0)
+        let is_busy = |task: Pa<Task>| {
+            self.obj(task).flags.get() & task_flags::KERNEL != 0 && !self.has_no_work(task)
+        };
+        !self.root().tasks.get().is_null() && !self.any_process() && !self.tasks().any(is_busy)
+    }
+
+    /// True while some process has not exited. Under the lock.
+    pub(super) fn any_process(&self) -> bool {
+        self.tasks().any(|task| self.obj(task).threads.get() > 0)
     }
 
     /// Ends this CPU's part of the run: it lets go of the last address space, and the last CPU to do

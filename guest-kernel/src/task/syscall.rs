@@ -2,12 +2,13 @@
 //! arguments in `rdi rsi rdx r10 r8 r9`, result in `rax`).
 
 use abi::channel::EventKind;
-use abi::layout::PAGE_SIZE;
+use abi::disk::DiskOp;
 use abi::objects::UserFrame;
 use abi::point::Point;
-use abi::syscall::{Errno, encode, map, nr, wait};
+use abi::syscall::{Errno, encode, nr, wait};
 
 use super::create::CloneArgs;
+use super::files::Place;
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::mm::Field;
@@ -58,15 +59,41 @@ impl<A: Arch> Kernel<A> {
         let me = self.current();
         let mm = me.mm.get();
         match frame.rax {
-            nr::MMAP => {
-                check_mmap(a3, a4, a5)?;
-                self.mmap(mm, a0, a1, a2, a3)
-            }
+            nr::MMAP => self.mmap_call(mm, [a0, a1, a2, a3, a4, a5]),
             nr::MUNMAP => self.munmap(mm, a0, a1).map(|()| 0),
             nr::MPROTECT => self.mprotect(mm, a0, a1, a2).map(|()| 0),
-            nr::MADVISE => self.madvise(mm, a0, a1, a2).map(|()| 0),
+            nr::MADVISE => self.madvise(mm, a0, a1, int(a2)).map(|()| 0),
+            nr::MREMAP => self.mremap(mm, a0, (a1, a2), a3, a4),
+            nr::MSYNC => self.msync(mm, a0, a1, int(a2)).map(|()| 0),
+            nr::MINCORE => self.mincore_call(a0, a1, a2),
+            nr::MLOCK => self.mlock(mm, a0, a1, 0).map(|()| 0),
+            nr::MLOCK2 => self.mlock(mm, a0, a1, int(a2)).map(|()| 0),
+            nr::MUNLOCK => self.munlock(mm, a0, a1).map(|()| 0),
+            nr::MLOCKALL => self.mlockall(mm, int(a0)).map(|()| 0),
+            nr::MUNLOCKALL => {
+                self.munlockall(mm);
+                Ok(0)
+            }
+            nr::MOVE_PAGES => self.move_pages(a0, a1, (a2, a3, a4), int(a5)),
+            nr::MEMBARRIER => self.membarrier(mm, int(a0), int(a1)),
+            nr::PRLIMIT64 => self.prlimit(a0, a1, (a2, a3)),
+            nr::GETRLIMIT if a1 == 0 => Err(Errno::EFAULT),
+            nr::GETRLIMIT => self.prlimit(0, a0, (0, a1)),
+            nr::SETRLIMIT if a1 == 0 => Err(Errno::EFAULT),
+            nr::SETRLIMIT => self.prlimit(0, a0, (a1, 0)),
             nr::BRK => Ok(self.brk(mm, a0)),
-            nr::WRITE => self.write(a0, a1, a2),
+            nr::READ => self.read(a0, a1, a2, Place::Position),
+            nr::WRITE => self.write(a0, a1, a2, Place::Position),
+            nr::PREAD64 => self.read(a0, a1, a2, Place::At(a3)),
+            nr::PWRITE64 => self.write(a0, a1, a2, Place::At(a3)),
+            nr::LSEEK => self.lseek(a0, a1, a2),
+            nr::CLOSE => self.close(a0).map(|()| 0),
+            nr::DUP => self.dup(a0),
+            nr::MEMFD_CREATE => self.memfd_create(a0, a1),
+            nr::FSYNC | nr::FDATASYNC => self.fsync(a0).map(|()| 0),
+            nr::FADVISE64 => self.fadvise(a0, (a1, a2), int(a3)).map(|()| 0),
+            nr::FTRUNCATE => self.ftruncate(a0, a1).map(|()| 0),
+            nr::FALLOCATE => self.fallocate(a0, a1, a2, a3).map(|()| 0),
             nr::GETPID => Ok(me.process.get().into()),
             nr::GETTID => Ok(me.id.get().into()),
             nr::GETCPU => self.getcpu(a0, a1),
@@ -94,47 +121,32 @@ impl<A: Arch> Kernel<A> {
             nr::TESTBED_FAULT_FIXUP => self.testbed_fault_fixup(a0, a1, a2),
             nr::TESTBED_TLB => Ok(self.testbed_tlb()),
             nr::TESTBED_WIRE => self.wire(mm, a0, a1).map(|()| 0),
+            nr::TESTBED_COLLAPSE_SCAN => Ok(self.scan_for_collapse(mm)),
+            nr::TESTBED_SPLIT_FOLIOS => self.split_folios(mm, a0, a1),
             nr::TESTBED_NR_CPUS => Ok(self.arch.nr_cpus() as u64),
+            nr::TESTBED_DIRECT_READ => self.direct_io(DiskOp::Read, a0, a1, a2),
+            nr::TESTBED_DIRECT_WRITE => self.direct_io(DiskOp::Write, a0, a1, a2),
+            nr::TESTBED_DISK_FILE => self.disk_file(a0, a1),
+            nr::TESTBED_RECLAIM => Ok(self.reclaim(a0)),
+            nr::TESTBED_WATERMARKS => self.change_watermarks([a0, a1, a2]),
+            nr::TESTBED_GROUP_CREATE => self.group_create(a0, a1),
+            nr::TESTBED_GROUP_SET_MAX => self.group_set_max(a0, a1).map(|()| 0),
+            nr::TESTBED_GROUP_MOVE => self.group_move(mm, a0, a1),
+            nr::TESTBED_GROUP_STAT => self.group_stat(mm, a0, a1),
+            nr::TESTBED_MIGRATE => self.migrate_range(mm, a0, a1),
+            nr::TESTBED_COMPACT => Ok(self.compact(mm)),
             #[cfg(feature = "testbed")]
             nr::TESTBED_CRASH => self.testbed_crash(a0),
             #[cfg(feature = "testbed")]
             nr::TESTBED_PEEK => self.testbed_peek(a0, a1),
+            #[cfg(feature = "testbed")]
+            nr::TESTBED_MAPS => self.testbed_maps(a0, a1, a2, a3),
             _ => Err(Errno::ENOSYS),
         }
     }
 }
 
-/// What mmap checks before it looks at the address space: there are no files to map. Descriptors 0 to
-/// 2 are the console, which cannot be mapped.
-fn check_mmap(flags: u64, fd: u64, offset: u64) -> Result<(), Errno> {
-    if !offset.is_multiple_of(PAGE_SIZE) {
-        return Err(Errno::EINVAL);
-    }
-    if flags & map::ANONYMOUS != 0 {
-        return Ok(());
-    }
-    Err(match fd as u32 {
-        0..=2 => Errno::ENODEV,
-        _ => Errno::EBADF,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mmap_of_a_file_is_refused_as_linux_refuses_a_bad_descriptor() {
-        let private = map::PRIVATE;
-        assert_eq!(check_mmap(private | map::ANONYMOUS, u64::MAX, 0), Ok(()));
-        assert_eq!(check_mmap(private | map::ANONYMOUS, 0, 0), Ok(()));
-        assert_eq!(check_mmap(private, u64::MAX, 0), Err(Errno::EBADF));
-        assert_eq!(check_mmap(private, 0xffff_ffff, 0), Err(Errno::EBADF));
-        assert_eq!(check_mmap(private, 9, 0), Err(Errno::EBADF));
-        assert_eq!(check_mmap(private, 1, 0), Err(Errno::ENODEV));
-        assert_eq!(
-            check_mmap(private | map::ANONYMOUS, u64::MAX, 0x800),
-            Err(Errno::EINVAL)
-        );
-    }
+/// An argument that is an int: the upper half of the register means nothing.
+fn int(argument: u64) -> u64 {
+    argument & 0xffff_ffff
 }

@@ -5,6 +5,8 @@ use abi::channel::{Doorbell, ReportKind};
 use abi::layout::USER_END;
 #[cfg(feature = "testbed")]
 use abi::objects::UserFrame;
+#[cfg(feature = "testbed")]
+use abi::oracle::Area;
 use abi::param::TlbBackEnd;
 #[cfg(feature = "testbed")]
 use abi::point::Point;
@@ -57,6 +59,32 @@ impl<A: Arch> Kernel<A> {
         };
         // Nothing holds the mm from here on but RCU.
         self.peek(id, gva)
+    }
+
+    /// `maps(start, end, buffer, count)`: in pieces, because the copy out of each may fault.
+    #[cfg(feature = "testbed")]
+    pub(super) fn testbed_maps(
+        &self,
+        start: u64,
+        end: u64,
+        buffer: u64,
+        count: u64,
+    ) -> Result<u64, Errno> {
+        let mm = self.current().mm.get();
+        let (mut told, mut at) = (0, start);
+        while told < count {
+            let mut areas = [Area::default(); 4];
+            let room = (count - told).min(areas.len() as u64) as usize;
+            let found = self.areas(mm, at, end, &mut areas[..room]);
+            let to = buffer.wrapping_add(told * size_of::<Area>() as u64);
+            self.copy_out(to, Area::bytes(&areas[..found]))?;
+            told += found as u64;
+            if found < room {
+                break;
+            }
+            at = areas[found - 1].end;
+        }
+        Ok(told)
     }
 
     /// `tlb()`; without the testbed there is only the processor's.

@@ -31,33 +31,45 @@ impl<A: Arch> Kernel<A> {
     /// Copies from the running task's memory.
     pub(super) fn copy_in(&self, dst: &mut [u8], gva: u64) -> Result<(), Errno> {
         self.check_user(gva, dst.len() as u64)?;
+        whole(self.copy_in_part(dst, gva), dst.len())
+    }
+
+    /// Copies from the running task's memory up to the first byte that it may not read. Returns how many bytes.
+    pub(super) fn copy_in_part(&self, dst: &mut [u8], gva: u64) -> usize {
         let mut done = 0;
         while done < dst.len() {
             let from = gva + done as u64;
             let part = dst.len().min(done + rest_of_page(from));
-            self.ensure_access(from, 0)?;
-            self.arch
-                .copy_from_user(&mut dst[done..part], from)
-                .map_err(|_| Errno::EFAULT)?;
+            let copied = self.ensure_access(from, 0).is_ok()
+                && self.arch.copy_from_user(&mut dst[done..part], from).is_ok();
+            if !copied {
+                break;
+            }
             done = part;
         }
-        Ok(())
+        done
     }
 
     /// Copies to the running task's memory.
     pub(super) fn copy_out(&self, gva: u64, src: &[u8]) -> Result<(), Errno> {
         self.check_user(gva, src.len() as u64)?;
+        whole(self.copy_out_part(gva, src), src.len())
+    }
+
+    /// Copies to the running task's memory up to the first byte that it may not write. Returns how many bytes.
+    pub(super) fn copy_out_part(&self, gva: u64, src: &[u8]) -> usize {
         let mut done = 0;
         while done < src.len() {
             let to = gva + done as u64;
             let part = src.len().min(done + rest_of_page(to));
-            self.ensure_access(to, fault::WRITE)?;
-            self.arch
-                .copy_to_user(to, &src[done..part])
-                .map_err(|_| Errno::EFAULT)?;
+            let copied = self.ensure_access(to, fault::WRITE).is_ok()
+                && self.arch.copy_to_user(to, &src[done..part]).is_ok();
+            if !copied {
+                break;
+            }
             done = part;
         }
-        Ok(())
+        done
     }
 
     /// Makes sure that the running task may make the access of page-fault `error` at `gva` itself.
@@ -87,11 +99,8 @@ impl<A: Arch> Kernel<A> {
         self.copy_out(gva, &value.to_le_bytes())
     }
 
-    /// write: descriptors 1 and 2 are the console, there are no others to write to.
-    pub(super) fn write(&self, fd: u64, gva: u64, len: u64) -> Result<u64, Errno> {
-        if !matches!(fd as u32, 1 | 2) {
-            return Err(Errno::EBADF);
-        }
+    /// write to the console.
+    pub(super) fn write_console(&self, gva: u64, len: u64) -> Result<u64, Errno> {
         let len = len.min(MAX_WRITE);
         self.check_user(gva, len)?;
         let mut written = 0;
@@ -119,6 +128,15 @@ impl<A: Arch> Kernel<A> {
         let _ = line.write_fmt(text);
         let _ = line.write_str("\n");
         line.flush();
+    }
+}
+
+/// EFAULT unless all `bytes` were copied.
+fn whole(copied: usize, bytes: usize) -> Result<(), Errno> {
+    if copied == bytes {
+        Ok(())
+    } else {
+        Err(Errno::EFAULT)
     }
 }
 

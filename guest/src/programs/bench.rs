@@ -8,7 +8,7 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::PAGE_SIZE;
-use abi::syscall::{Errno, advice, map, prot};
+use abi::syscall::{Errno, advice, map, mremap, prot};
 
 use super::{Data, Program, SUBJECT_GVA};
 use crate::args::{Arg, Args};
@@ -20,7 +20,7 @@ pub(super) const PROGRAM: Program = Program {
     args: &[
         Arg {
             name: "op",
-            default: "getpid|fault|map|map-512|protect|fork|cow|dontneed|lookup",
+            default: "getpid|fault|map|map-512|protect|fork|cow|move|dontneed|lookup",
             range: 0..=Op::ALL.len() as u64 - 1,
             help: "what is timed",
         },
@@ -28,7 +28,13 @@ pub(super) const PROGRAM: Program = Program {
             name: "rounds",
             default: "200",
             range: 0..=MAX_ROUNDS,
-            help: "how often; with 0 only the preparations are made",
+            help: "how often",
+        },
+        Arg {
+            name: "prepared",
+            default: "0",
+            range: 0..=MAX_ROUNDS,
+            help: "for how many rounds memory is prepared at least",
         },
     ],
     data: Data::Ignored,
@@ -37,6 +43,8 @@ pub(super) const PROGRAM: Program = Program {
 
 /// Most rounds: each may need a page of its own.
 const MAX_ROUNDS: u64 = 4096;
+/// Pages that one table maps.
+const TABLE_PAGES: u64 = 512;
 /// Pages of the process that is forked.
 const FORKED_PAGES: u64 = 1000;
 /// VMAs among which one is looked up; every other one is written.
@@ -61,6 +69,8 @@ pub enum Op {
     Fork,
     /// The first write to a page after fork.
     Cow,
+    /// mremap of 512 pages, a whole table, to another place.
+    Move,
     /// madvise(MADV_DONTNEED) of one page.
     DontNeed,
     /// As `fault`, in one of 1,000 VMAs.
@@ -77,6 +87,7 @@ impl Op {
         Self::Protect,
         Self::Fork,
         Self::Cow,
+        Self::Move,
         Self::DontNeed,
         Self::Lookup,
     ];
@@ -99,6 +110,7 @@ impl Op {
             Self::Protect => "mprotect: split + merge",
             Self::Fork => "fork with 1,000 pages",
             Self::Cow => "copy on write",
+            Self::Move => "mremap of 512 pages",
             Self::DontNeed => "MADV_DONTNEED of 1 page",
             Self::Lookup => "first write, among 1,000 VMAs",
         }
@@ -117,7 +129,8 @@ impl Op {
 pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let op = Op::ALL[args.number("op") as usize];
     let rounds = args.number("rounds").min(op.most_rounds());
-    match measure(sys, op, rounds) {
+    let prepared = args.number("prepared").max(rounds);
+    match measure(sys, op, rounds, prepared) {
         Ok(status) => status,
         Err(errno) => {
             print_line(sys, format_args!("bench {}: {errno}", op.name()));
@@ -127,7 +140,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
 }
 
 /// The exit status: 0 where the line was printed, by a child too.
-fn measure<S: Sys>(sys: &S, op: Op, rounds: u64) -> Result<i32, Errno> {
+fn measure<S: Sys>(sys: &S, op: Op, rounds: u64, prepared: u64) -> Result<i32, Errno> {
     let bench = Bench {
         sys,
         op,
@@ -137,12 +150,12 @@ fn measure<S: Sys>(sys: &S, op: Op, rounds: u64) -> Result<i32, Errno> {
     match op {
         Op::Getpid => bench.each(|_| sys.getpid()),
         Op::Fault => {
-            bench.warm(rounds)?;
-            bench.map(rounds, 0)?;
+            bench.warm(prepared)?;
+            bench.map(prepared, 0)?;
             bench.each(|round| bench.touch(round))
         }
         Op::Map | Op::Map512 => {
-            let pages = if op == Op::Map { 1 } else { 512 };
+            let pages = if op == Op::Map { 1 } else { TABLE_PAGES };
             bench.each(|_| {
                 bench.map(pages, map::POPULATE)?;
                 sys.munmap(SUBJECT_GVA, pages * PAGE_SIZE)
@@ -161,12 +174,21 @@ fn measure<S: Sys>(sys: &S, op: Op, rounds: u64) -> Result<i32, Errno> {
             bench.between(|| Ok(()), |_| sys.fork(|_| 0), reap)
         }
         Op::Cow => {
-            bench.warm(2 * rounds)?;
-            bench.map(rounds, map::POPULATE)?;
+            bench.warm(2 * prepared)?;
+            bench.map(prepared, map::POPULATE)?;
             // The parent waits, and keeps its pages meanwhile.
             let child = sys.fork(|_| bench.each(|round| bench.touch(round)).unwrap_or(1))?;
             let status = sys.wait(child)?;
             Ok(status.exited().map_or(1, u32::cast_signed))
+        }
+        Op::Move => {
+            bench.map(TABLE_PAGES, map::POPULATE)?;
+            let bytes = TABLE_PAGES * PAGE_SIZE;
+            let place = |round: u64| page(round % 2 * 2 * TABLE_PAGES);
+            bench.each(|round| {
+                let (flags, to) = (mremap::MAYMOVE | mremap::FIXED, place(round + 1));
+                sys.mremap(place(round), (bytes, bytes), flags, to)
+            })
         }
         Op::DontNeed => {
             bench.map(1, 0)?;

@@ -16,20 +16,33 @@
 //! | `lazy` | munmaps A while the other's CPU idles, maps B, wakes it | sleeps, then reads A | as `unmap` |
 //! | `lazy-tables` | the same, and A's page tables go too | the same | the same, or a walk of a freed table |
 //! | `switch` | munmaps A, maps B | reads A, yields to another process on its CPU, reads A | as `unmap` |
+//! | `pcid` | munmaps A, maps B | reads A, yields to another process on its CPU, which has an A of its own at the same address and reads that, reads A | as `unmap`; a value of the other process's A |
 //! | `cow` | writes A, which a child shares that exits meanwhile | reads A | a value nobody wrote to A, the old value after the new one or once the write is done |
 //! | `fork` | forks a child that reads A twice | writes A | a value that changes in the child |
 //! | `peek` | munmaps A, and its page tables go too | nothing; a child on its CPU peeks at its parent's A | a value that was never in A, a walk of a freed table |
+//! | `direct` | forks, then writes the end of A | has the disk written to the start of A | what the disk holds is not in A, or what was written is not |
+//! | `punch` | A maps a file: punches a hole there, maps B, which takes A's frames, stamps and checks B | reads and writes A | the old value in A once the call has returned, a foreign value in A, a change in B |
+//! | `truncate` | A maps a file: truncates it to nothing, maps B, likewise | reads and writes A | an access to A that works once the call has returned, or fails otherwise than behind the end of a file; as `punch` |
 //! | `remap` | munmaps A | maps A anew and reads it | the old value |
+//! | `mremap` | mremaps A to B, then maps C, which takes A's frames where B is gone, stamps and checks C | reads and writes A, maps it anew, munmaps B | an access to A that works once mremap has returned, its old value after that, a foreign value in B, a change in C |
+//! | `mremap-table` | the same with a whole page table | the same | the same |
+//! | `migrate` | has A moved to other frames, maps B, which takes A's frames, stamps and checks B | writes A and reads it back | a value that was written to A and is not there, a foreign value in A, a change in B |
+//! | `migrate-mremap` | mremaps the second half of A, which lies apart, back behind the first | nothing; a child on its CPU has its own half, of the same pages, moved to other frames | the half is not where it was moved to, or holds a foreign value |
+//! | `free` | madvise(FREE) of A, then reads it | writes A | a value nobody wrote to A |
+//! | `reclaim` | has A reclaimed, maps B, which takes A's frames, stamps and checks B | writes A and reads it back | another value than was written last, a change in B |
+//! | `reclaim-protect` | has A reclaimed | mprotects A to read-only, then writes it | a write that works once mprotect has returned |
+//! | `kswapd` | makes memory look short, and yields to kswapd, which reclaims A, maps B, which may take A's frames, stamps and checks B | as `reclaim` | as `reclaim` |
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use abi::channel::ReportKind::{ChangedUnderneath, ForeignFrame, WrongPermission};
-use abi::layout::PAGE_SIZE;
-use abi::syscall::{advice, map, prot};
+use abi::channel::ReportKind::{ChangedUnderneath, DiskData, ForeignFrame, WrongPermission};
+use abi::disk::SECTOR_BYTES;
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
+use abi::syscall::{Errno, advice, map, mremap, prot};
 
 use super::{Data, Program, SUBJECT_GVA};
 use crate::args::{Arg, Args};
-use crate::sys::{ANONYMOUS, Sys, print_line};
+use crate::sys::{ANONYMOUS, Signal, Sys, print_line};
 use crate::tag::{Region, Tag, address};
 use crate::team::{Findings, must, team};
 
@@ -39,8 +52,8 @@ pub(super) const PROGRAM: Program = Program {
     args: &[
         Arg {
             name: "test",
-            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart|wake|peek",
-            range: 0..=11,
+            default: "unmap|protect|dontneed|lazy|lazy-tables|switch|cow|fork|remap|apart|wake|peek|pcid|direct|punch|truncate|mremap|mremap-table|free|migrate|migrate-mremap|reclaim|reclaim-protect|kswapd",
+            range: 0..=23,
             help: "which race",
         },
         Arg {
@@ -74,9 +87,21 @@ enum Test {
     Apart,
     Wake,
     Peek,
+    Pcid,
+    Direct,
+    Punch,
+    Truncate,
+    Mremap,
+    MremapTable,
+    Free,
+    Migrate,
+    MigrateMremap,
+    Reclaim,
+    ReclaimProtect,
+    Kswapd,
 }
 
-const TESTS: [Test; 12] = [
+const TESTS: [Test; 24] = [
     Test::Unmap,
     Test::Protect,
     Test::Dontneed,
@@ -89,6 +114,18 @@ const TESTS: [Test; 12] = [
     Test::Apart,
     Test::Wake,
     Test::Peek,
+    Test::Pcid,
+    Test::Direct,
+    Test::Punch,
+    Test::Truncate,
+    Test::Mremap,
+    Test::MremapTable,
+    Test::Free,
+    Test::Migrate,
+    Test::MigrateMremap,
+    Test::Reclaim,
+    Test::ReclaimProtect,
+    Test::Kswapd,
 ];
 
 impl Test {
@@ -96,9 +133,21 @@ impl Test {
     fn sleeps(self) -> bool {
         matches!(self, Self::Lazy | Self::LazyTables | Self::Wake)
     }
+    /// A is a shared mapping of a file.
+    fn maps_file(self) -> bool {
+        matches!(self, Self::Punch | Self::Truncate)
+    }
     /// Pages behind the raced ones, which stay: they keep the page tables.
     fn spare_pages(self) -> u64 {
         u64::from(!matches!(self, Self::LazyTables | Self::Peek))
+    }
+    /// A is what is reclaimed.
+    fn reclaims(self) -> bool {
+        matches!(self, Self::Reclaim | Self::ReclaimProtect | Self::Kswapd)
+    }
+    /// A is what the leader moves away.
+    fn moves(self) -> bool {
+        matches!(self, Self::Mremap | Self::MremapTable | Self::MigrateMremap)
     }
 }
 
@@ -109,15 +158,39 @@ struct Shared {
     test: Test,
     pages: u64,
     passes: u64,
+    /// Descriptor of the file that A maps, in `punch` and `truncate`.
+    fd: u64,
     /// The other thread is pinned and warm.
     ready: AtomicU64,
     /// The race may begin.
     go: AtomicU64,
     /// The leader's call has returned.
     done: AtomicU64,
+    /// In `direct`: pages of A that the disk was read to.
+    moved: AtomicU64,
     /// In `apart`: the call of the leader, and that of the other thread, has returned.
     dropped: [AtomicU64; 2],
     findings: Findings,
+}
+
+impl Shared {
+    /// Bytes of A: more than its pages where a whole page table is to move.
+    fn bytes(&self) -> u64 {
+        match self.test {
+            Test::MremapTable => HUGE_PAGE_SIZE,
+            Test::MigrateMremap => 2 * self.pages * PAGE_SIZE,
+            _ => self.pages * PAGE_SIZE,
+        }
+    }
+
+    /// Where A moves to: where it shares page tables with what stays, so that they do not go with it, or where its
+    /// own can go whole.
+    fn moved(&self) -> u64 {
+        match self.test {
+            Test::MremapTable => SUBJECT_GVA + (1 << 30),
+            _ => SUBJECT_GVA + self.bytes() + self.test.spare_pages() * PAGE_SIZE,
+        }
+    }
 }
 
 /// What A holds before the race, and what the leader writes in `cow`.
@@ -137,42 +210,66 @@ fn subject(page: u64) -> u64 {
 pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let test = TESTS[args.number("test") as usize];
     let least = if test == Test::Apart { 2 } else { 1 };
+    let pages = args.number("pages").max(least);
+    let mapped = (pages + test.spare_pages()) * PAGE_SIZE;
+    let fd = match test.maps_file() {
+        true => open_file(sys, mapped),
+        false => Ok(0),
+    };
     let shared = Shared {
         test,
-        pages: args.number("pages").max(least),
+        pages,
         passes: args.number("passes"),
+        fd: fd.unwrap_or(0),
         ready: AtomicU64::new(0),
         go: AtomicU64::new(0),
         done: AtomicU64::new(0),
+        moved: AtomicU64::new(0),
         dropped: [AtomicU64::new(0), AtomicU64::new(0)],
         findings: Findings::default(),
     };
     let findings = &shared.findings;
+    must(sys, findings, 0, 0, fd.map(|_| 0));
     pin(sys, findings, 0);
-    let flags = ANONYMOUS | map::FIXED_NOREPLACE;
-    let bytes = shared.pages * PAGE_SIZE;
     let writable = prot::READ | prot::WRITE;
-    let mapped = bytes + shared.test.spare_pages() * PAGE_SIZE;
-    let base = sys.mmap(SUBJECT_GVA, mapped, writable, flags);
+    let mapped = shared.bytes() + test.spare_pages() * PAGE_SIZE;
+    let base = if test.maps_file() {
+        let flags = map::SHARED | map::FIXED_NOREPLACE;
+        sys.mmap_file(SUBJECT_GVA, mapped, writable, flags, (shared.fd, 0))
+    } else {
+        let flags = ANONYMOUS | map::FIXED_NOREPLACE;
+        sys.mmap(SUBJECT_GVA, mapped, writable, flags)
+    };
     must(sys, findings, SUBJECT_GVA, SUBJECT_GVA, base);
+    if test.reclaims() {
+        // What the program keeps in memory is found once, and not looked at again.
+        sys.reclaim(1);
+    }
     for page in 0..shared.pages {
         write(sys, findings, subject(page), tag(Region::Subject, 0, page));
+    }
+    match shared.test {
+        Test::Direct => fill_disk(sys, &shared),
+        Test::MigrateMremap => part_halves(sys, &shared),
+        _ => {}
     }
     let result = team(sys, &shared, 1, other, || {
         while shared.ready.load(Ordering::Acquire) == 0 {
             sys.yield_now();
         }
-        let child = match shared.test {
-            Test::Switch => Some(bystander(sys, findings, 1, 4 * shared.passes)),
-            Test::Cow => Some(bystander(sys, findings, 2, 1)),
-            Test::Wake => {
-                // Its end leaves the other thread's CPU lazy in an mm that is no longer the team's.
-                if let Some(pid) = bystander(sys, findings, 1, 0) {
-                    findings.reap(sys, pid);
-                }
-                None
+        if matches!(shared.test, Test::Wake | Test::Pcid) {
+            // In `wake` its end leaves the other thread's CPU lazy in an mm that is no longer the team's. In
+            // `pcid` that mm has a slot of the CPU, so that the next one takes the team's where there are two.
+            if let Some(pid) = bystander(sys, findings, 1, 0) {
+                findings.reap(sys, pid);
             }
-            Test::Peek => Some(peeper(sys, &shared)),
+        }
+        let child = match shared.test {
+            Test::Switch => bystander(sys, findings, 1, 4 * shared.passes),
+            Test::Cow => bystander(sys, findings, 2, 1),
+            Test::Pcid => twin(sys, &shared, 4 * shared.passes),
+            Test::Peek => peeper(sys, &shared),
+            Test::MigrateMremap => migrator(sys, &shared),
             _ => None,
         };
         if shared.test == Test::Cow {
@@ -190,15 +287,35 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
             after(sys, &shared);
         }
         wake(sys, &shared);
-        if let Some(pid) = child.flatten() {
+        if let Some(pid) = child {
             findings.reap(sys, pid);
         }
     });
     must(sys, findings, 0, 0, result.map(|()| 0));
+    match shared.test {
+        Test::Migrate => look_at_last(sys, &shared),
+        Test::MigrateMremap => look_at_half(sys, &shared),
+        _ => {}
+    }
     sys.end();
+    if test == Test::Kswapd {
+        sys.watermarks([0; 3]);
+    }
     let _ = sys.munmap(SUBJECT_GVA, mapped);
+    if test.maps_file() {
+        let _ = sys.close(shared.fd);
+    }
+    if shared.test.moves() {
+        let _ = sys.munmap(shared.moved(), shared.bytes());
+    }
     print_line(sys, format_args!("litmus: over"));
     findings.status()
+}
+
+/// A file of `bytes`, which are holes.
+fn open_file<S: Sys>(sys: &S, bytes: u64) -> Result<u64, Errno> {
+    let fd = sys.memfd()?;
+    sys.ftruncate(fd, bytes).map(|_| fd)
 }
 
 /// A process that shares all memory until it exits, and yields `turns` times before.
@@ -210,6 +327,36 @@ fn bystander<S: Sys>(sys: &S, findings: &Findings, cpu: usize, turns: u64) -> Op
             sys.yield_now();
         }
         0
+    });
+    pin(sys, findings, 0);
+    must(sys, findings, 0, 0, child.map(|_| 0));
+    child.ok()
+}
+
+/// A process on the other CPU with values of its own in its A, which nobody else may change or see; it gives the
+/// CPU away `turns` times.
+fn twin<S: Sys>(sys: &S, shared: &Shared, turns: u64) -> Option<u64> {
+    let findings = &shared.findings;
+    let pages = shared.pages;
+    pin(sys, findings, 1);
+    let child = sys.fork(move |sys| {
+        let findings = Findings::default();
+        let own = |page| tag(Region::Subject, 1, page);
+        for page in 0..pages {
+            write(sys, &findings, subject(page), own(page));
+        }
+        for _ in 0..turns {
+            for page in 0..pages {
+                let (gva, expected) = (subject(page), own(page).encode());
+                match sys.read(gva) {
+                    Ok(found) if found == expected => {}
+                    Ok(found) => findings.report(sys, ForeignFrame, gva, expected, found),
+                    Err(_) => findings.report(sys, WrongPermission, gva, expected, 0),
+                }
+            }
+            sys.yield_now();
+        }
+        findings.status()
     });
     pin(sys, findings, 0);
     must(sys, findings, 0, 0, child.map(|_| 0));
@@ -258,15 +405,48 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
     let findings = &shared.findings;
     let bytes = shared.pages * PAGE_SIZE;
     let result = match shared.test {
-        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Remap | Test::Peek => {
-            sys.munmap(SUBJECT_GVA, bytes)
-        }
+        Test::Unmap
+        | Test::Switch
+        | Test::Pcid
+        | Test::Lazy
+        | Test::LazyTables
+        | Test::Remap
+        | Test::Peek => sys.munmap(SUBJECT_GVA, bytes),
         Test::Wake => {
             shared.ready.store(2, Ordering::Release);
             sys.futex_wake(&shared.ready);
             sys.munmap(SUBJECT_GVA, bytes)
         }
         Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
+        Test::Punch => sys.punch_hole(shared.fd, 0, bytes),
+        Test::Truncate => sys.ftruncate(shared.fd, 0),
+        Test::Mremap | Test::MremapTable => {
+            let (bytes, flags) = (shared.bytes(), mremap::MAYMOVE | mremap::FIXED);
+            let moved = sys.mremap(SUBJECT_GVA, (bytes, bytes), flags, shared.moved());
+            return must(sys, findings, SUBJECT_GVA, shared.moved(), moved);
+        }
+        Test::Free => sys.madvise(SUBJECT_GVA, bytes, advice::FREE),
+        Test::Migrate => {
+            // Where nobody can, nothing moves; where a frame is missing, that was asked for.
+            let _ = sys.migrate(SUBJECT_GVA, bytes);
+            return true;
+        }
+        Test::MigrateMremap => {
+            let flags = mremap::MAYMOVE | mremap::FIXED;
+            let behind = SUBJECT_GVA + bytes;
+            let moved = sys.mremap(shared.moved(), (bytes, bytes), flags, behind);
+            return must(sys, findings, shared.moved(), behind, moved);
+        }
+        Test::Reclaim | Test::ReclaimProtect => {
+            sys.reclaim(shared.pages);
+            return true;
+        }
+        Test::Kswapd => {
+            sys.watermarks([0, ALL, ALL]);
+            // It runs here, and lazily keeps this thread's address space loaded.
+            sys.yield_now();
+            return true;
+        }
         Test::Dontneed => return drop_and_look(sys, shared),
         Test::Apart => {
             drop_one_look_at_both(sys, shared, 0);
@@ -275,6 +455,32 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
         Test::Cow => {
             for page in 0..shared.pages {
                 write(sys, findings, subject(page), tag(Region::Subject, 1, page));
+            }
+            return true;
+        }
+        Test::Direct => {
+            // The other thread may go first without being preferred.
+            sys.relax();
+            let child = sys.fork(|_| 0);
+            for page in 0..shared.pages {
+                write(sys, findings, end_of(page), tag(Region::Subject, 1, page));
+            }
+            // The child lives until all is over: it need not run for that.
+            let mut turns = 0u64;
+            while shared.ready.load(Ordering::Acquire) != READ_OVER {
+                turns += 1;
+                if turns.is_multiple_of(64) {
+                    sys.yield_now();
+                }
+                sys.relax();
+            }
+            look_for_both(sys, shared);
+            sys.end();
+            match child {
+                Ok(pid) => findings.reap(sys, pid),
+                Err(errno) => {
+                    must(sys, findings, 0, 0, Err(errno));
+                }
             }
             return true;
         }
@@ -292,6 +498,75 @@ fn lead<S: Sys>(sys: &S, shared: &Shared) -> bool {
     must(sys, findings, SUBJECT_GVA, 0, result)
 }
 
+/// More frames than there are: kswapd reclaims all that it can.
+const ALL: u64 = 1 << 40;
+
+/// [`Shared::ready`]: the disk was read as far as it went.
+const READ_OVER: u64 = 4;
+
+/// A word of A that the disk is not read to.
+fn end_of(page: u64) -> u64 {
+    address(SUBJECT_GVA, page, SECTOR_BYTES / 64)
+}
+
+/// What the disk holds for each page of A.
+fn on_disk(page: u64) -> Tag {
+    tag(Region::Subject, 2, page)
+}
+
+/// Sector `page` gets what A is to be read into later.
+fn fill_disk<S: Sys>(sys: &S, shared: &Shared) {
+    for page in 0..shared.pages {
+        write(sys, &shared.findings, subject(page), on_disk(page));
+        let written = sys.direct_write(subject(page), SECTOR_BYTES, page);
+        if written != Err(Errno::ENOSYS) {
+            must(sys, &shared.findings, subject(page), SECTOR_BYTES, written);
+        }
+        write(
+            sys,
+            &shared.findings,
+            subject(page),
+            tag(Region::Subject, 0, page),
+        );
+    }
+}
+
+/// The device writes the first sector of each page.
+fn read_disk<S: Sys>(sys: &S, shared: &Shared) {
+    for page in 0..shared.pages {
+        // Where there is no disk, or no memory, nothing was read.
+        if sys.direct_read(subject(page), SECTOR_BYTES, page) == Ok(SECTOR_BYTES) {
+            shared.moved.fetch_or(1 << page, Ordering::Release);
+        }
+    }
+    shared.ready.store(READ_OVER, Ordering::Release);
+}
+
+/// What the device wrote and what the leader wrote is in A, whoever came first.
+fn look_for_both<S: Sys>(sys: &S, shared: &Shared) {
+    let moved = shared.moved.load(Ordering::Acquire);
+    for page in 0..shared.pages {
+        let first = match moved >> page & 1 {
+            0 => tag(Region::Subject, 0, page),
+            _ => on_disk(page),
+        };
+        let both = [
+            (subject(page), first),
+            (end_of(page), tag(Region::Subject, 1, page)),
+        ];
+        for (gva, expected) in both {
+            let expected = expected.encode();
+            match sys.read(gva) {
+                Ok(found) if found == expected => {}
+                Ok(found) => shared.findings.report(sys, DiskData, gva, expected, found),
+                Err(_) => shared
+                    .findings
+                    .report(sys, WrongPermission, gva, expected, 0),
+            }
+        }
+    }
+}
+
 /// Wakes the other thread where it sleeps until the leader is done.
 fn wake<S: Sys>(sys: &S, shared: &Shared) {
     if shared.test.sleeps() && shared.ready.load(Ordering::Acquire) != 2 {
@@ -303,9 +578,26 @@ fn wake<S: Sys>(sys: &S, shared: &Shared) {
 /// What the leader does once its call has returned: memory that takes the frames of A shows a write
 /// through an old translation.
 fn after<S: Sys>(sys: &S, shared: &Shared) {
-    if !matches!(
+    if shared.test == Test::MigrateMremap {
+        return;
+    } else if shared.test.moves() {
+        look_at_moved(sys, shared);
+    } else if shared.test == Test::Free {
+        return look_at_freed(sys, shared);
+    } else if !matches!(
         shared.test,
-        Test::Unmap | Test::Switch | Test::Lazy | Test::LazyTables | Test::Wake | Test::Peek
+        Test::Unmap
+            | Test::Switch
+            | Test::Pcid
+            | Test::Lazy
+            | Test::LazyTables
+            | Test::Wake
+            | Test::Peek
+            | Test::Punch
+            | Test::Truncate
+            | Test::Migrate
+            | Test::Reclaim
+            | Test::Kswapd
     ) {
         return;
     }
@@ -326,6 +618,35 @@ fn after<S: Sys>(sys: &S, shared: &Shared) {
             Ok(found) if found == expected => {}
             Ok(found) => findings.report(sys, ForeignFrame, gva, expected, found),
             Err(_) => findings.report(sys, WrongPermission, gva, expected, 0),
+        }
+    }
+}
+
+/// What has moved is as it was, as long as it is there.
+fn look_at_moved<S: Sys>(sys: &S, shared: &Shared) {
+    for page in 0..shared.pages {
+        let gva = address(shared.moved(), page, 0);
+        let expected = tag(Region::Subject, 0, page).encode();
+        if let Ok(found) = sys.read(gva)
+            && found != expected
+        {
+            let findings = &shared.findings;
+            findings.report(sys, ForeignFrame, gva, expected, found);
+        }
+    }
+}
+
+/// What was given up may be gone, and reads as zeroes then; else it is what somebody wrote.
+fn look_at_freed<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    for page in 0..shared.pages {
+        let gva = subject(page);
+        let written = |pass| tag(Region::Subject, pass, page).encode();
+        match sys.read(gva) {
+            Ok(0) => {}
+            Ok(found) if (0..=shared.passes).any(|pass| found == written(pass)) => {}
+            Ok(found) => findings.report(sys, ForeignFrame, gva, written(0), found),
+            Err(_) => findings.report(sys, WrongPermission, gva, written(0), 0),
         }
     }
 }
@@ -419,7 +740,18 @@ fn other<S: Sys>(sys: &S, shared: &Shared, _index: usize) {
         Test::Apart => drop_one_look_at_both(sys, shared, 1),
         Test::Remap => remap(sys, shared),
         Test::Cow => watch(sys, shared),
-        Test::Peek => {}
+        Test::Peek | Test::MigrateMremap => {}
+        Test::Reclaim | Test::Kswapd => keep(sys, shared),
+        Test::ReclaimProtect => protect_and_write(sys, shared),
+        Test::Direct => read_disk(sys, shared),
+        Test::Punch | Test::Truncate => use_file(sys, shared),
+        Test::Migrate => keep_writing(sys, shared),
+        Test::Mremap | Test::MremapTable => {
+            access(sys, shared);
+            remap(sys, shared);
+            // Nothing is there yet, or what has moved.
+            let _ = sys.munmap(shared.moved(), shared.bytes());
+        }
         _ => access(sys, shared),
     }
 }
@@ -431,7 +763,7 @@ fn access<S: Sys>(sys: &S, shared: &Shared) {
         for page in 0..shared.pages {
             let (gva, expected) = (subject(page), tag(Region::Subject, 0, page).encode());
             let gone = shared.done.load(Ordering::Acquire) != 0;
-            if shared.test == Test::Protect || shared.test == Test::Fork {
+            if matches!(shared.test, Test::Protect | Test::Fork | Test::Free) {
                 // The leader's call takes the right to write away only in `protect`.
                 let value = tag(Region::Subject, pass + 1, page).encode();
                 let written = sys.write(gva, value).is_ok();
@@ -454,11 +786,145 @@ fn access<S: Sys>(sys: &S, shared: &Shared) {
                 Err(_) => {}
             }
         }
-        if shared.test == Test::Switch {
+        if matches!(shared.test, Test::Switch | Test::Pcid) {
             for _ in 0..3 {
                 sys.yield_now();
             }
         }
+    }
+}
+
+/// Nobody but this thread writes A: it always finds what it wrote last, wherever A is meanwhile.
+fn keep<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    for pass in 0..=shared.passes {
+        for page in 0..shared.pages {
+            let (gva, value) = (subject(page), tag(Region::Subject, pass + 1, page));
+            write(sys, findings, gva, value);
+            match sys.read(gva) {
+                Ok(found) if found == value.encode() => {}
+                Ok(found) => findings.report(sys, ForeignFrame, gva, value.encode(), found),
+                Err(_) => findings.report(sys, WrongPermission, gva, value.encode(), 0),
+            }
+        }
+    }
+}
+
+/// After its own mprotect this thread must not be able to write, whoever has cleared the entries.
+fn protect_and_write<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    let bytes = shared.pages * PAGE_SIZE;
+    let result = sys.mprotect(SUBJECT_GVA, bytes, prot::READ);
+    if !must(sys, findings, SUBJECT_GVA, 0, result) {
+        return;
+    }
+    for page in 0..shared.pages {
+        let (gva, expected) = (subject(page), tag(Region::Subject, 0, page).encode());
+        if sys.write(gva, !expected).is_ok() {
+            findings.report(sys, WrongPermission, gva, 0, !expected);
+        }
+        match sys.read(gva) {
+            Ok(found) if found == expected => {}
+            Ok(found) => findings.report(sys, ForeignFrame, gva, expected, found),
+            Err(_) => findings.report(sys, WrongPermission, gva, expected, 0),
+        }
+    }
+}
+
+/// Reads the file through A, and writes another value there: before the leader's call the old value or one's own,
+/// after it never the old one, and from a file of no pages nothing at all.
+fn use_file<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    for _ in 0..shared.passes {
+        for page in 0..shared.pages {
+            let gva = subject(page);
+            let [old, own] = [0, 1].map(|era| tag(Region::Subject, era, page).encode());
+            let gone = shared.done.load(Ordering::Acquire) != 0;
+            let truncated = gone && shared.test == Test::Truncate;
+            match sys.read(gva) {
+                Ok(found) if truncated => findings.report(sys, WrongPermission, gva, 0, found),
+                Ok(found) if found == own || found == 0 || found == old && !gone => {}
+                Ok(found) => findings.report(sys, ForeignFrame, gva, own, found),
+                Err(fault) if fault.signal == Signal::Bus && shared.test == Test::Truncate => {}
+                Err(_) => findings.report(sys, WrongPermission, gva, own, 0),
+            }
+            // Into the frame of A, or of whoever has it now: B shows it.
+            let written = sys.write(gva, own);
+            if truncated && written.is_ok() {
+                findings.report(sys, WrongPermission, gva, 0, own);
+            }
+        }
+    }
+}
+
+/// What one writes to A is there when one reads it: nobody else writes it, wherever its frame is.
+fn keep_writing<S: Sys>(sys: &S, shared: &Shared) {
+    let findings = &shared.findings;
+    for pass in 0..shared.passes {
+        for page in 0..shared.pages {
+            let value = tag(Region::Subject, pass + 1, page);
+            write(sys, findings, subject(page), value);
+            read_back(sys, findings, subject(page), value);
+        }
+    }
+}
+
+fn read_back<S: Sys>(sys: &S, findings: &Findings, gva: u64, tag: Tag) {
+    match sys.read(gva) {
+        Ok(found) if found == tag.encode() => {}
+        Ok(found) => findings.report(sys, ChangedUnderneath, gva, tag.encode(), found),
+        Err(_) => findings.report(sys, WrongPermission, gva, tag.encode(), 0),
+    }
+}
+
+/// What the other thread has written last is there when it is over.
+fn look_at_last<S: Sys>(sys: &S, shared: &Shared) {
+    for page in 0..shared.pages {
+        let last = tag(Region::Subject, shared.passes, page);
+        read_back(sys, &shared.findings, subject(page), last);
+    }
+}
+
+/// The second half of A goes far away, with a VMA of its own behind the first half's on the lists of their anon_vma.
+fn part_halves<S: Sys>(sys: &S, shared: &Shared) {
+    let (findings, bytes) = (&shared.findings, shared.pages * PAGE_SIZE);
+    let half = SUBJECT_GVA + bytes;
+    for page in 0..shared.pages {
+        write(
+            sys,
+            findings,
+            address(half, page, 0),
+            tag(Region::Subject, 0, page),
+        );
+    }
+    let flags = mremap::MAYMOVE | mremap::FIXED;
+    let moved = sys.mremap(half, (bytes, bytes), flags, shared.moved());
+    must(sys, findings, half, shared.moved(), moved);
+}
+
+/// A process on the other CPU with the same pages, which it has moved to other frames `passes` times.
+fn migrator<S: Sys>(sys: &S, shared: &Shared) -> Option<u64> {
+    let (findings, passes) = (&shared.findings, shared.passes);
+    let (gva, bytes) = (shared.moved(), shared.pages * PAGE_SIZE);
+    pin(sys, findings, 1);
+    let child = sys.fork(move |sys| {
+        for _ in 0..passes {
+            // Where nobody can, nothing moves.
+            let _ = sys.migrate(gva, bytes);
+        }
+        0
+    });
+    pin(sys, findings, 0);
+    must(sys, findings, 0, 0, child.map(|_| 0));
+    child.ok()
+}
+
+/// It is back, with all that it held.
+fn look_at_half<S: Sys>(sys: &S, shared: &Shared) {
+    let half = SUBJECT_GVA + shared.pages * PAGE_SIZE;
+    for page in 0..shared.pages {
+        let value = tag(Region::Subject, 0, page);
+        read_back(sys, &shared.findings, address(half, page, 0), value);
     }
 }
 
@@ -514,7 +980,7 @@ mod tests {
     use crate::native;
     use abi::channel::ReportKind::{ForeignFrame, WrongPermission};
 
-    const TESTS: [&str; 12] = [
+    const TESTS: [&str; 19] = [
         "unmap",
         "protect",
         "dontneed",
@@ -527,6 +993,13 @@ mod tests {
         "fork",
         "remap",
         "peek",
+        "pcid",
+        "direct",
+        "punch",
+        "truncate",
+        "mremap",
+        "mremap-table",
+        "free",
     ];
 
     #[test]
@@ -549,5 +1022,13 @@ mod tests {
         assert_caught(Fault::MprotectIgnored, "litmus", protect, WrongPermission);
         let lazy = "test=lazy";
         assert_caught(Fault::MunmapIgnored, "litmus", lazy, ForeignFrame);
+        let punch = "test=punch\0passes=1000";
+        assert_caught(Fault::FallocateIgnored, "litmus", punch, ForeignFrame);
+        let truncate = "test=truncate\0passes=1000";
+        assert_caught(Fault::FtruncateIgnored, "litmus", truncate, WrongPermission);
+        for mremap in ["test=mremap", "test=mremap-table"] {
+            let fault = Fault::MremapLeavesItThere;
+            assert_caught(fault, "litmus", mremap, ForeignFrame);
+        }
     }
 }

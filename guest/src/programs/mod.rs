@@ -3,12 +3,19 @@
 pub mod bench;
 mod cow_fork;
 mod crash;
+mod direct;
 mod exit;
+mod groups;
+mod huge;
 mod litmus;
 mod mprotect_race;
+pub mod oracle;
+mod pressure;
 mod replay;
 mod smoke;
+mod stress;
 mod unmap_race;
+mod writeback;
 
 use crate::args::{Arg, Args, UsageError};
 use crate::sys::Sys;
@@ -39,6 +46,8 @@ pub enum Data {
     Ignored,
     /// A compiled trace ([`abi::trace`]).
     Trace,
+    /// Cases that Linux has executed ([`abi::oracle`]).
+    Oracle,
 }
 
 /// Every program.
@@ -47,8 +56,15 @@ pub const PROGRAMS: &[Program] = &[
     unmap_race::PROGRAM,
     cow_fork::PROGRAM,
     mprotect_race::PROGRAM,
+    stress::PROGRAM,
     litmus::PROGRAM,
+    huge::PROGRAM,
+    groups::PROGRAM,
+    direct::PROGRAM,
+    pressure::PROGRAM,
+    writeback::PROGRAM,
     replay::PROGRAM,
+    oracle::PROGRAM,
     crash::PROGRAM,
     exit::PROGRAM,
     bench::PROGRAM,
@@ -82,8 +98,18 @@ pub fn run<'a, S: Sys>(
         "unmap-race" => Ok(unmap_race::run(sys, &args)),
         "cow-fork" => Ok(cow_fork::run(sys, &args)),
         "mprotect-race" => Ok(mprotect_race::run(sys, &args)),
+        "stress" => Ok(stress::run(sys, &args)),
         "litmus" => Ok(litmus::run(sys, &args)),
+        "huge" => Ok(huge::run(sys, &args)),
+        "groups" => Ok(groups::run(sys, &args)),
+        "direct" => Ok(direct::run(sys, &args)),
+        "pressure" => Ok(pressure::run(sys, &args)),
+        "writeback" => Ok(writeback::run(sys, &args)),
         "replay" => replay::run(sys, &args, data).map_err(|reason| UsageError::BadData {
+            program: program.name,
+            reason,
+        }),
+        "oracle" => oracle::run(sys, data).map_err(|reason| UsageError::BadData {
             program: program.name,
             reason,
         }),

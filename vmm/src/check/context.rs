@@ -36,6 +36,8 @@ pub struct Context<'a> {
     pub spaces: Vec<Space<'a>>,
     /// By frame: present user PTEs that map it, over all mms.
     mapped: Vec<u32>,
+    /// By the first frame of a folio: those that map any of its pages.
+    folded: Vec<u32>,
 }
 
 /// One mm and what its tables say.
@@ -83,9 +85,13 @@ impl<'a> Context<'a> {
         let in_flight = InFlight::read(snapshot, vcpus);
         let spaces: Vec<_> = snapshot.mms.iter().map(|mm| Space::read(mem, mm)).collect();
         let mut mapped = vec![0; snapshot.folios.len()];
+        let mut folded = vec![0; snapshot.folios.len()];
         for leaf in spaces.iter().flat_map(|space| space.user.leaves.iter()) {
             for frame in frames_of(leaf, mapped.len()) {
                 mapped[frame] += 1;
+            }
+            if let Some(head) = snapshot.head_of(leaf.target()) {
+                folded[head.frame as usize] += 1;
             }
         }
         Self {
@@ -97,6 +103,7 @@ impl<'a> Context<'a> {
             kernel: AddressSpace::read(mem, snapshot.root.pgd, KERNEL_HALF),
             spaces,
             mapped,
+            folded,
         }
     }
 
@@ -124,6 +131,14 @@ impl<'a> Context<'a> {
             .unwrap_or(0)
     }
 
+    /// Present user PTEs that map a page of the folio whose first frame is `frame`.
+    pub fn folio_mappings(&self, frame: u64) -> u32 {
+        let count = usize::try_from(frame)
+            .ok()
+            .and_then(|at| self.folded.get(at));
+        count.copied().unwrap_or(0)
+    }
+
     /// Who maps `frame`, for a person; at most eight.
     pub(super) fn describe_mappings(&self, frame: u64) -> Vec<String> {
         let entries = self.spaces.iter().flat_map(|space| {
@@ -137,7 +152,7 @@ impl<'a> Context<'a> {
 
     /// The folio that a leaf maps, where it maps memory.
     pub(super) fn folio_of(&self, leaf: Leaf) -> Option<&'a FolioView> {
-        self.snapshot.folio(leaf.target())
+        self.snapshot.head_of(leaf.target())
     }
 
     /// The mms for which `busy` names nothing in flight; the others are counted as skipped.
@@ -154,6 +169,27 @@ impl<'a> Context<'a> {
             }
         }
         quiet
+    }
+
+    /// Present entries of folios of this kind that lie in a VMA, in mms whose VMAs nobody changes.
+    pub(super) fn entries_of<'c>(
+        &'c self,
+        kind: FrameKind,
+        findings: &mut Findings,
+    ) -> impl Iterator<Item = (&'c Space<'a>, Leaf, &'a VmaView, &'a FolioView)> + use<'a, 'c> {
+        let spaces = self.spaces_without(InFlight::vmas, findings).into_iter();
+        spaces.flat_map(move |space| {
+            space.user.leaves.iter().filter_map(move |leaf| {
+                let folio = self.folio_of(leaf).filter(|folio| folio.is(kind))?;
+                Some((space, leaf, space.vma_at(leaf.gva)?, folio))
+            })
+        })
+    }
+
+    /// The folios whose mappings are counted: anonymous ones and pages of files.
+    pub(super) fn counted_folios(&self) -> impl Iterator<Item = &'a FolioView> + use<'a> {
+        let folios = self.snapshot.folios.iter();
+        folios.filter(|folio| folio.is_counted())
     }
 
     /// The anonymous folios.

@@ -6,7 +6,8 @@ use std::mem::offset_of;
 
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{
-    AnonVma, AnonVmaChain, FrameKind, Mm, ORDERS, SLABS, Task, Vma, VmaNode, VmaSlot,
+    AnonVma, AnonVmaChain, CacheNode, File, FileTable, FrameKind, Mm, ORDERS, OpenFile, SLABS,
+    Task, Vma, VmaNode, VmaSlot,
 };
 
 use super::{Applies, Context, Family, Finding, Findings, Invariant};
@@ -305,7 +306,18 @@ fn slabs_add_up(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn in_slab(index: usize, what: &str) -> Finding {
-    let name = ["Mm", "Vma", "VmaNode", "AnonVma", "AnonVmaChain", "Task"][index];
+    let name = [
+        "Mm",
+        "Vma",
+        "VmaNode",
+        "AnonVma",
+        "AnonVmaChain",
+        "Task",
+        "File",
+        "CacheNode",
+        "OpenFile",
+        "FileTable",
+    ][index];
     Finding::new(format!("the {name} slab's {what} do not add up"))
 }
 
@@ -317,6 +329,10 @@ const FREE_LINK: [usize; SLABS] = [
     offset_of!(AnonVma, chains),
     offset_of!(AnonVmaChain, next_of_vma),
     offset_of!(Task, next),
+    offset_of!(File, pages),
+    offset_of!(CacheNode, slots),
+    offset_of!(OpenFile, position),
+    offset_of!(FileTable, open),
 ];
 
 /// Objects on a slab's free list.

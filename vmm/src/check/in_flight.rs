@@ -1,7 +1,7 @@
 //! Which operations are in flight, so that no check cries wolf over a count that is rightly off.
 //!
 //! The evidence: where each vCPU stands, and the lock words. The kernel is not preemptible and its
-//! locks spin, so a task that is not on a CPU holds none of them; outside the kernel (CPL 3), at the
+//! locks spin, so a task that is not on a CPU holds none of them (one that waits for the swap area has folios in hand); outside the kernel (CPL 3), at the
 //! points that enclose a system call or fault, and while idle, nothing is half done. What a lock
 //! protects is whole while its word is free, wherever the vCPUs stand: so most invariants ask for one
 //! lock and no more.
@@ -9,7 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
 
-use abi::objects::FrameKind;
+use abi::layout::PAGE_SHIFT;
+use abi::objects::{FrameKind, Task};
 use abi::point::Point;
 
 use crate::inspect::{AnonVmaView, FolioView, MmView, Snapshot, Stop, VcpuFacts};
@@ -49,6 +50,8 @@ pub struct InFlight {
     holders: BTreeSet<u64>,
     /// Every lock that is held, and every shootdown that waits.
     held: Vec<Busy>,
+    /// Tasks that sleep in the middle of something.
+    asleep: Vec<Busy>,
 }
 
 impl InFlight {
@@ -128,7 +131,8 @@ impl InFlight {
     /// Why anything may be in flight at all.
     #[must_use]
     pub fn kernel(&self) -> Option<&Busy> {
-        self.any_vcpu().or(self.held.first())
+        let held = self.held.first().or(self.asleep.first());
+        self.any_vcpu().or(held)
     }
 
     fn read_tables(&mut self, snapshot: &Snapshot) {
@@ -171,6 +175,9 @@ impl InFlight {
             (root.buddy_lock, "buddy"),
             (root.mms_lock, "mm list"),
             (root.sched_lock, "scheduler"),
+            (snapshot.swap.lock, "swap"),
+            (snapshot.swap.lru_lock, "LRU"),
+            (snapshot.groups.lock, "memory groups"),
         ];
         let slabs = root.slabs.iter().map(|slab| (slab.lock, "slab"));
         for (lock, name) in kernel.into_iter().chain(slabs) {
@@ -182,6 +189,33 @@ impl InFlight {
         }
         self.held
             .extend(snapshot.anon_vmas.values().filter_map(family_lock));
+        let sleepers = snapshot.tasks.iter();
+        let sleepers = sleepers.filter(|task| task.is_in_wait_for(Task::WAITS_FOR_SWAP));
+        for task in sleepers {
+            self.asleep.push(Busy::new(format!(
+                "task {} waits for the swap area",
+                task.id
+            )));
+        }
+        // Who sleeps lets go of it afterwards; and else a vCPU is in the kernel for it.
+        let moving = match self.asleep.is_empty() {
+            true => &mut self.held,
+            false => &mut self.asleep,
+        };
+        // Nobody need wait for a page of a file, and nothing else of it changes meanwhile.
+        let of_file = |gpa: u64| snapshot.folio(gpa).is_some_and(|it| it.is(FrameKind::File));
+        for folio in snapshot.swap.moving.iter().filter(|gpa| !of_file(**gpa)) {
+            moving.push(Busy::new(format!(
+                "frame {:#x} is being moved from or to its swap slot",
+                folio >> PAGE_SHIFT
+            )));
+        }
+        if root.kswapd.reclaiming != 0 {
+            let cpus = root.kswapd.reclaiming;
+            self.held
+                .push(Busy::new(format!("{cpus} CPUs have folios to reclaim")));
+        }
+        self.read_files(snapshot);
         for cpu in &snapshot.cpus {
             if let Some(flush) = cpu.flush {
                 let mm = snapshot.mm_name(flush.mm);
@@ -189,6 +223,39 @@ impl InFlight {
                 self.held
                     .push(Busy::new(format!("{mm}: CPU {cpu} waits for a shootdown")));
             }
+        }
+    }
+}
+
+impl InFlight {
+    fn read_files(&mut self, snapshot: &Snapshot) {
+        let mut hold = |word: u64, what: String| {
+            if word != 0 {
+                self.held
+                    .push(Busy::new(format!("the {what} is held (word {word:#x})")));
+            }
+        };
+        for file in snapshot.files.values() {
+            let gpa = file.gpa;
+            hold(file.inode_lock, format!("inode lock of file {gpa:#x}"));
+            hold(file.lock, format!("page cache lock of file {gpa:#x}"));
+            hold(file.i_mmap_lock, format!("i_mmap lock of file {gpa:#x}"));
+        }
+        for open in snapshot.open_files.values() {
+            hold(open.lock, format!("position lock of {:#x}", open.gpa));
+        }
+        for table in snapshot.file_tables.values() {
+            hold(
+                table.lock,
+                format!("descriptor table lock of {:#x}", table.gpa),
+            );
+        }
+        let pages = snapshot.folios.iter().filter(|folio| folio.is_counted());
+        for folio in pages {
+            hold(
+                folio.lock,
+                format!("folio lock of frame {:#x}", folio.frame),
+            );
         }
     }
 }

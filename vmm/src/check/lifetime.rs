@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use abi::channel::cr3;
 use abi::layout::PAGE_SHIFT;
 use abi::objects::{FrameKind, SlabId, TaskState};
 use abi::pte::Pte;
@@ -125,6 +126,22 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         source: "guest-kernel/src/sync; Linux kernel/locking/lockdep.c, lockdep_sys_exit",
         run: nothing_is_held,
     },
+    Invariant {
+        id: "L-15",
+        family: Family::Lifetime,
+        predicate: "a CPU's PCID is the one of a slot that names its loaded mm, and no other is in its CR3",
+        applies: Applies::VcpuAtPoint,
+        source: "Linux arch/x86/mm/tlb.c, switch_mm_irqs_off; SDM vol. 3A, 5.10.1",
+        run: pcid_is_of_loaded_mm,
+    },
+    Invariant {
+        id: "L-16",
+        family: Family::Lifetime,
+        predicate: "no two slots of a CPU name one mm, and none names one that never was or is ahead of its tlb_gen",
+        applies: Applies::VcpuAtPoint,
+        source: "Linux arch/x86/mm/tlb.c, choose_new_asid",
+        run: slots_are_sound,
+    },
 ];
 
 fn cr3_is_live(context: &Context<'_>, findings: &mut Findings) {
@@ -228,6 +245,66 @@ fn tlb_gen_not_ahead(context: &Context<'_>, findings: &mut Findings) {
                 .vcpu(cpu.index)
                 .mm(mm.id)
         });
+    }
+}
+
+fn pcid_is_of_loaded_mm(context: &Context<'_>, findings: &mut Findings) {
+    for (cpu, facts) in settled_cpus(context, findings) {
+        // With the soft TLB's PCIDs the processor has none.
+        let in_cr3 = facts.cr3 & cr3::PCID;
+        findings.require(in_cr3 == 0 || in_cr3 == cpu.pcid, || {
+            Finding::new("CR3 has another PCID than the kernel believes")
+                .expected(format!("PCID {}", cpu.pcid))
+                .found(format!("CR3 = {:#x}", facts.cr3))
+                .vcpu(cpu.index)
+        });
+        let Some(mm) = context.snapshot.mm_at(cpu.loaded_mm) else {
+            continue;
+        };
+        let slot = cpu.pcid.saturating_sub(1);
+        let asid = cpu.asids.get(slot as usize);
+        findings.require(asid.is_some_and(|asid| asid.mm == mm.id), || {
+            Finding::new("an mm is loaded with a PCID whose slot is not its own")
+                .expected(format!("slot {slot} names mm {}", mm.id))
+                .found(asid.map_or("no such slot".into(), |asid| format!("mm {}", asid.mm)))
+                .vcpu(cpu.index)
+                .mm(mm.id)
+        });
+    }
+}
+
+fn slots_are_sound(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    for (cpu, _) in settled_cpus(context, findings) {
+        let used = cpu
+            .asids
+            .iter()
+            .enumerate()
+            .filter(|(_, asid)| asid.mm != 0);
+        for (slot, asid) in used {
+            // A dead mm may be named: nobody asks for its number again.
+            let mm = snapshot.mms.iter().find(|mm| mm.id == asid.mm);
+            let twin = cpu.asids[..slot]
+                .iter()
+                .position(|other| other.mm == asid.mm);
+            let is_ahead = mm.is_some_and(|mm| asid.tlb_gen > mm.tlb_gen);
+            let is_sound = twin.is_none() && asid.mm < snapshot.root.next_mm && !is_ahead;
+            findings.require(is_sound, || {
+                let found = match (twin, mm) {
+                    (Some(twin), _) => format!("slot {twin} does too"),
+                    (_, Some(mm)) => format!("tlb_gen {} of {}", asid.tlb_gen, mm.tlb_gen),
+                    (..) => format!(
+                        "mms were made up to number {}",
+                        snapshot.root.next_mm.saturating_sub(1)
+                    ),
+                };
+                Finding::new(format!("slot {slot} of a CPU names mm {}", asid.mm))
+                    .expected("one slot of an mm that was made, no further than its tlb_gen")
+                    .found(found)
+                    .vcpu(cpu.index)
+                    .mm(asid.mm)
+            });
+        }
     }
 }
 
@@ -439,6 +516,13 @@ fn no_leaked_objects(context: &Context<'_>, findings: &mut Findings) {
         (SlabId::AnonVma, snapshot.anon_vmas.len()),
         (SlabId::AnonVmaChain, chains.len()),
         (SlabId::Task, snapshot.tasks.len()),
+        (SlabId::File, snapshot.files.len()),
+        (
+            SlabId::CacheNode,
+            snapshot.files.values().map(|file| file.nodes).sum(),
+        ),
+        (SlabId::OpenFile, snapshot.open_files.len()),
+        (SlabId::FileTable, snapshot.file_tables.len()),
     ];
     for (slab, reached) in reached {
         let used = snapshot.root.slabs[slab as usize].used;
@@ -458,7 +542,7 @@ fn nothing_left(context: &Context<'_>, findings: &mut Findings) {
     // A CPU may keep the last mm loaded: then its level-4 table is rightly alive, and nothing else.
     let kept = |mm: &u64| snapshot.cpus.iter().any(|cpu| cpu.loaded_mm == *mm);
     let left = snapshot.folios.iter().filter(|folio| match folio.kind() {
-        Some(FrameKind::Anon | FrameKind::Retired) => true,
+        Some(FrameKind::Anon | FrameKind::File | FrameKind::Retired) => true,
         Some(FrameKind::Table) => folio.index != 4 || !kept(&folio.owner),
         _ => false,
     });

@@ -9,16 +9,23 @@
 
 pub mod render;
 pub mod stream;
+mod swap;
 
 mod context;
+mod files;
 mod finding;
 mod frames;
+mod groups;
+mod huge;
 mod in_flight;
+mod kswapd;
 mod lifetime;
+mod non_present;
 mod pagetable;
 mod rmap;
 mod tables;
 mod vma;
+mod writeback;
 
 #[cfg(test)]
 mod tests;
@@ -43,6 +50,10 @@ pub enum Family {
     Vma,
     /// L: lifetime of mms and tasks, lazy TLB.
     Lifetime,
+    /// S: swap and migration entries.
+    NonPresent,
+    /// G: memory groups.
+    Groups,
 }
 
 /// When an invariant holds, for what it is about.
@@ -116,9 +127,16 @@ pub fn all() -> impl Iterator<Item = &'static Invariant> {
 pub const ALL: &[&[Invariant]] = &[
     pagetable::INVARIANTS,
     frames::INVARIANTS,
+    huge::INVARIANTS,
     rmap::INVARIANTS,
     vma::INVARIANTS,
     lifetime::INVARIANTS,
+    files::INVARIANTS,
+    non_present::INVARIANTS,
+    swap::INVARIANTS,
+    kswapd::INVARIANTS,
+    groups::INVARIANTS,
+    writeback::INVARIANTS,
 ];
 
 /// Any invariant, of a state or of the stream, for a person.

@@ -1,7 +1,8 @@
 //! P: what the page tables map, and the pages that they are made of.
 
-use abi::layout::{LAPIC_GPA, PAGE_SHIFT};
+use abi::layout::{LAPIC_GPA, PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{FrameKind, ORDERS, vma_flags};
+use abi::pte::PteFlags;
 
 use super::context::Space;
 use super::render::flags_of;
@@ -31,10 +32,10 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "P-03",
         family: Family::PageTables,
-        predicate: "a user entry maps a frame of an anonymous folio, or a free one (P-04)",
+        predicate: "a user entry maps a frame of user memory, or a free one (P-04)",
         applies: Applies::Always,
         source: "Linux mm/page_table_check.c; abi::objects::FrameKind",
-        run: maps_anonymous_memory,
+        run: maps_user_memory,
     },
     Invariant {
         id: "P-04",
@@ -87,7 +88,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "P-10",
         family: Family::PageTables,
-        predicate: "every page-table page of an mm is reached by its walk",
+        predicate: "every page-table page of an mm is reached by its walk, or set aside (P-31)",
         applies: Applies::UnlockedMm,
         source: "Linux mm/memory.c, free_pgtables",
         run: tables::no_lost_tables,
@@ -95,7 +96,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "P-11",
         family: Family::PageTables,
-        predicate: "a table's count of present entries is right",
+        predicate: "a table's count of entries that are not none is right",
         applies: Applies::UnlockedTables,
         source: "abi::objects::Folio::used",
         run: tables::used_is_right,
@@ -103,7 +104,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "P-12",
         family: Family::PageTables,
-        predicate: "mm.tables is the number of page-table pages that the walk finds",
+        predicate: "mm.tables is the number of page-table pages that the walk finds, and of those set aside",
         applies: Applies::UnlockedTables,
         source: "Linux mm_pgtables_bytes; abi::objects::Mm::tables",
         run: tables::tables_counted,
@@ -111,7 +112,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "P-13",
         family: Family::PageTables,
-        predicate: "mm.rss is the number of present user entries that the walk finds",
+        predicate: "mm.rss is the number of pages that present user entries and migration entries have, as the walk finds",
         applies: Applies::UnlockedTables,
         source: "Linux kernel/fork.c, check_mm; abi::objects::Mm::rss",
         run: tables::rss_is_right,
@@ -132,15 +133,34 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         source: "abi::layout",
         run: kernel_maps_memory,
     },
+    Invariant {
+        id: "P-16",
+        family: Family::PageTables,
+        predicate: "entries of the zero page, and no others, are special, and none is writable",
+        applies: Applies::Always,
+        source: "Linux mm/memory.c, vm_normal_page and do_anonymous_page",
+        run: zero_page_is_special,
+    },
+    Invariant {
+        id: "P-17",
+        family: Family::PageTables,
+        predicate: "the zero page is one frame, of zeroes, with one reference and no mapcount",
+        applies: Applies::Always,
+        source: "Linux mm/mm_init.c, ZERO_PAGE; abi::objects::KernelRoot::zero_frame",
+        run: zero_page_is_zero,
+    },
 ];
 
 fn in_a_vma(context: &Context<'_>, findings: &mut Findings) {
     for space in context.spaces_without(InFlight::vmas, findings) {
         for leaf in space.user.leaves.iter() {
-            findings.require(space.vma_at(leaf.gva).is_some(), || {
-                let mapped = &format!("{} maps {:#x}", flags_of(leaf.entry, 1), leaf.target());
+            let end = leaf.gva.saturating_add(leaf.bytes());
+            let inside = space.vma_at(leaf.gva).is_some_and(|vma| end <= vma.end);
+            findings.require(inside, || {
+                let flags = flags_of(leaf.entry, leaf.level);
+                let mapped = &format!("{flags} maps {:#x}", leaf.target());
                 at_leaf(context, space, leaf, "a present entry outside every VMA")
-                    .expected("no present entry, or an attached VMA around it")
+                    .expected("no present entry, or an attached VMA around all that it maps")
                     .found(mapped)
                     .details(neighbours(space, leaf.gva))
             });
@@ -177,10 +197,10 @@ fn within_vma_permissions(context: &Context<'_>, findings: &mut Findings) {
     }
 }
 
-fn maps_anonymous_memory(context: &Context<'_>, findings: &mut Findings) {
+fn maps_user_memory(context: &Context<'_>, findings: &mut Findings) {
     for (space, leaf) in user_leaves(context) {
         let folio = context.folio_of(leaf);
-        let right = folio.is_some_and(|folio| folio.is(FrameKind::Anon) || folio.is_free());
+        let right = folio.is_some_and(|folio| folio.is_user() || folio.is_free());
         findings.require(right, || {
             let kind = folio.map_or("no frame: outside memory".into(), |folio| {
                 format!("{} (owner {:#x})", folio.kind_name(), folio.owner)
@@ -191,7 +211,7 @@ fn maps_anonymous_memory(context: &Context<'_>, findings: &mut Findings) {
                 leaf,
                 "a user entry maps what is not user memory",
             )
-            .expected("an anonymous folio")
+            .expected("an anonymous folio, or the zero page")
             .found(kind)
         });
     }
@@ -261,6 +281,60 @@ fn kernel_maps_memory(context: &Context<'_>, findings: &mut Findings) {
             in_kernel(context, leaf, "a kernel mapping leads outside guest memory")
                 .expected(format!("an address below {:#x}", context.mem.bytes()))
                 .found(format!("{:#x}..{end:#x}", leaf.target()))
+        });
+    }
+}
+
+fn zero_page_is_special(context: &Context<'_>, findings: &mut Findings) {
+    let zero = context.snapshot.root.zero_frame;
+    for (space, leaf) in user_leaves(context) {
+        let flags = leaf.entry.flags();
+        let special = flags.contains(PteFlags::SPECIAL);
+        let of_zero = leaf.target() == zero;
+        let excess = of_zero && leaf.rights().write;
+        findings.require(special == of_zero && !excess, || {
+            let summary = match of_zero {
+                true => "an entry of the zero page is writable or counted",
+                false => "an entry of counted memory says that it is not counted",
+            };
+            at_leaf(context, space, leaf, summary)
+                .expected("SPECIAL and no W for the zero page, no SPECIAL for other frames")
+                .found(flags_of(leaf.entry, leaf.level))
+        });
+    }
+}
+
+fn zero_page_is_zero(context: &Context<'_>, findings: &mut Findings) {
+    let gpa = context.snapshot.root.zero_frame;
+    let mut bytes = vec![0xff; PAGE_SIZE as usize];
+    let read = context.mem.read(gpa, &mut bytes);
+    let nonzero = bytes.iter().position(|byte| *byte != 0);
+    findings.require(read.is_ok() && nonzero.is_none(), || {
+        Finding::new("the zero page is not zero")
+            .expected("4096 bytes of 0")
+            .found(match nonzero {
+                Some(at) if read.is_ok() => format!("{:#x} at byte {at:#x}", bytes[at]),
+                _ => format!("no memory at {gpa:#x}"),
+            })
+            .frame(gpa >> PAGE_SHIFT)
+    });
+    let folios = context.snapshot.folios.iter();
+    let zero = folios.filter(|folio| folio.is(FrameKind::Zero) || folio.gpa() == gpa);
+    for folio in zero {
+        let right = folio.gpa() == gpa
+            && folio.is(FrameKind::Zero)
+            && (folio.refcount, folio.mapcount) == (1, 0);
+        findings.require(right, || {
+            Finding::new("a zero page that is not the one, or that is counted")
+                .expected(format!("Zero at {gpa:#x} only, refcount 1, mapcount 0"))
+                .found(format!(
+                    "{} at {:#x}, refcount {}, mapcount {}",
+                    folio.kind_name(),
+                    folio.gpa(),
+                    folio.refcount,
+                    folio.mapcount
+                ))
+                .frame(folio.frame)
         });
     }
 }

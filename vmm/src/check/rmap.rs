@@ -2,16 +2,15 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use abi::objects::FrameKind;
+use abi::layout::PAGE_SHIFT;
+use abi::objects::{FrameKind, Task};
 use abi::pte::PteFlags;
 
-use super::context::Space;
 use super::in_flight::family_lock;
 use super::pagetable::at_leaf;
 use super::render::flags_of;
-use super::{Applies, Context, Family, Finding, Findings, InFlight, Invariant};
-use crate::inspect::walk::Leaf;
-use crate::inspect::{FolioView, VmaView};
+use super::{Applies, Context, Family, Finding, Findings, Invariant};
+use crate::inspect::FolioView;
 
 const LINUX_RMAP: &str = "Linux mm/rmap.c; include/linux/rmap.h, struct anon_vma";
 
@@ -43,7 +42,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "R-04",
         family: Family::Rmap,
-        predicate: "no anonymous folio is left that nothing maps",
+        predicate: "no anonymous folio is left that nothing maps and no swap slot has cached",
         applies: Applies::QuiescentKernel,
         source: "Linux mm/rmap.c, folio_remove_rmap_ptes",
         run: no_leaked_folios,
@@ -136,24 +135,59 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         source: "Linux include/linux/rmap.h, num_active_vmas (2555283eb40d)",
         run: anon_vma_active,
     },
+    Invariant {
+        id: "R-20",
+        family: Family::Rmap,
+        predicate: "a folio has a reference for each pin and each mapping",
+        applies: Applies::AllAtPoints,
+        source: "Linux mm/gup.c, try_grab_folio; abi::objects::Folio::pins",
+        run: pins_have_references,
+    },
+    Invariant {
+        id: "R-21",
+        family: Family::Rmap,
+        predicate: "a pinned folio that is mapped is exclusive",
+        applies: Applies::AllAtPoints,
+        source: "Linux include/linux/page-flags.h, PG_anon_exclusive; mm/gup.c, gup_must_unshare",
+        run: pinned_is_exclusive,
+    },
+    Invariant {
+        id: "R-22",
+        family: Family::Rmap,
+        predicate: "a folio is pinned only while a task waits for the disk",
+        applies: Applies::QuiescentKernel,
+        source: "Linux Documentation/core-api/pin_user_pages.rst, unpin_user_pages",
+        run: pins_have_users,
+    },
 ];
 
 /// An entry and the count of its folio change under one page-table lock, one after the other: whoever
 /// holds such a lock may have done half of it, once. Two of them may work on one folio.
 fn mapcount_is_right(context: &Context<'_>, findings: &mut Findings) {
-    let off = |folio: &FolioView| folio.mapcount.abs_diff(context.mappings(folio.frame));
+    let off = |folio: &FolioView| folio.mapcount.abs_diff(context.folio_mappings(folio.frame));
     let excused = context.in_flight.any_tables().filter(|_| {
-        let halfway: u64 = context.anonymous_folios().map(|f| u64::from(off(f))).sum();
+        let halfway: u64 = context.counted_folios().map(|f| u64::from(off(f))).sum();
         halfway <= context.in_flight.table_lock_holders() as u64
     });
-    for folio in context.anonymous_folios() {
+    for folio in context.counted_folios() {
         if let Some(busy) = excused
             && off(folio) != 0
         {
             findings.skip(busy);
             continue;
         }
-        let walked = context.mappings(folio.frame);
+        let walked = context.folio_mappings(folio.frame);
+        // A collapse has unlinked the table that maps it (`huge::collapsing`).
+        let known = &context.snapshot.anon_vmas;
+        let family = known
+            .get(&folio.owner)
+            .and_then(|anon| known.get(&anon.root));
+        if folio.mapcount != walked
+            && let Some(busy) = family.and_then(family_lock)
+        {
+            findings.skip(&busy);
+            continue;
+        }
         findings.require(folio.mapcount == walked, || {
             about(folio, "a folio's mapcount is wrong")
                 .expected(format!(
@@ -188,7 +222,7 @@ fn refcount_zero_iff_free(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn refcount_covers_mapcount(context: &Context<'_>, findings: &mut Findings) {
-    for folio in context.anonymous_folios() {
+    for folio in context.counted_folios() {
         findings.require(folio.refcount >= folio.mapcount, || {
             about(folio, "a folio has fewer references than mappings")
                 .expected(format!("refcount >= {}, its mapcount", folio.mapcount))
@@ -201,7 +235,10 @@ fn refcount_covers_mapcount(context: &Context<'_>, findings: &mut Findings) {
 fn no_leaked_folios(context: &Context<'_>, findings: &mut Findings) {
     for folio in context.anonymous_folios() {
         findings.require(
-            folio.mapcount != 0 || context.mappings(folio.frame) != 0,
+            folio.mapcount != 0
+                || folio.pins != 0
+                || folio.swap_slot().is_some()
+                || context.folio_mappings(folio.frame) != 0,
             || {
                 about(folio, "an anonymous folio that nothing maps: a leak")
                     .expected("mapcount > 0, or a free frame")
@@ -211,9 +248,55 @@ fn no_leaked_folios(context: &Context<'_>, findings: &mut Findings) {
     }
 }
 
+fn pins_have_references(context: &Context<'_>, findings: &mut Findings) {
+    for folio in context.anonymous_folios() {
+        let least = u64::from(folio.mapcount) + u64::from(folio.pins);
+        findings.require(
+            folio.pins == 0 || u64::from(folio.refcount) >= least,
+            || {
+                about(folio, "a pinned folio has too few references")
+                    .expected(format!("refcount >= {least}, its mapcount and its pins"))
+                    .found(format!("refcount = {}", folio.refcount))
+                    .details(context.describe_mappings(folio.frame))
+            },
+        );
+    }
+}
+
+fn pinned_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
+    for folio in context.anonymous_folios() {
+        // Of a large one any page may be the pinned one.
+        let first = folio.frame as usize;
+        let pages = &context.snapshot.folios[first..];
+        let mut pages = pages.iter().take(folio.frames() as usize);
+        let shared = folio.mapcount > 0 && !pages.any(FolioView::is_exclusive);
+        findings.require(folio.pins == 0 || !shared, || {
+            about(folio, "a page that a device uses is shared")
+                .expected("EXCLUSIVE: the process reads what the device writes")
+                .found(format!("not exclusive, {} pins", folio.pins))
+                .details(context.describe_mappings(folio.frame))
+        });
+    }
+}
+
+fn pins_have_users(context: &Context<'_>, findings: &mut Findings) {
+    let waits = (context.snapshot.tasks.iter()).any(|task| {
+        // In the middle of a transfer that pins, its task may wait for the swap area too.
+        let disk = [Task::WAITS_FOR_DISK, Task::WAITS_FOR_SWAP];
+        disk.into_iter().any(|what| task.is_in_wait_for(what))
+    });
+    for folio in context.anonymous_folios() {
+        findings.require(folio.pins == 0 || waits, || {
+            about(folio, "a folio that nobody uses is pinned")
+                .expected("no pin: no task waits for the disk")
+                .found(format!("{} pins", folio.pins))
+        });
+    }
+}
+
 fn anon_vma_is_live(context: &Context<'_>, findings: &mut Findings) {
     let known = &context.snapshot.anon_vmas;
-    for (space, leaf, _, folio) in anonymous_entries(context, findings) {
+    for (space, leaf, _, folio) in context.entries_of(FrameKind::Anon, findings) {
         let anon_vma = known.get(&folio.owner);
         findings.require(
             anon_vma.is_some_and(|anon_vma| anon_vma.generation % 2 == 1),
@@ -235,24 +318,8 @@ fn anon_vma_is_live(context: &Context<'_>, findings: &mut Findings) {
     }
 }
 
-/// Present entries of anonymous folios that lie in a VMA, in mms whose VMAs nobody changes.
-fn anonymous_entries<'c, 'a>(
-    context: &'c Context<'a>,
-    findings: &mut Findings,
-) -> impl Iterator<Item = (&'c Space<'a>, Leaf, &'a VmaView, &'a FolioView)> + use<'a, 'c> {
-    let spaces = context.spaces_without(InFlight::vmas, findings).into_iter();
-    spaces.flat_map(move |space| {
-        space.user.leaves.iter().filter_map(move |leaf| {
-            let folio = context
-                .folio_of(leaf)
-                .filter(|folio| folio.is(FrameKind::Anon))?;
-            Some((space, leaf, space.vma_at(leaf.gva)?, folio))
-        })
-    })
-}
-
 fn chain_leads_to_vma(context: &Context<'_>, findings: &mut Findings) {
-    for (space, leaf, vma, folio) in anonymous_entries(context, findings) {
+    for (space, leaf, vma, folio) in context.entries_of(FrameKind::Anon, findings) {
         // Without an anon_vma it is R-05's.
         let known = &context.snapshot.anon_vmas;
         let Some(anon_vma) = known.get(&folio.owner) else {
@@ -286,9 +353,10 @@ fn chain_leads_to_vma(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn index_is_right(context: &Context<'_>, findings: &mut Findings) {
-    for (space, leaf, vma, folio) in anonymous_entries(context, findings) {
+    for (space, leaf, vma, folio) in context.entries_of(FrameKind::Anon, findings) {
         let index = vma.index_of(leaf.gva);
-        findings.require(folio.index == index, || {
+        let offset = (leaf.target() >> PAGE_SHIFT) - folio.frame;
+        findings.require(folio.index.wrapping_add(offset) == index, || {
             at_leaf(
                 context,
                 space,
@@ -300,7 +368,7 @@ fn index_is_right(context: &Context<'_>, findings: &mut Findings) {
                 vma.label(),
                 vma.pgoff
             ))
-            .found(format!("index = {:#x}", folio.index))
+            .found(format!("index = {:#x}, page {offset} of it", folio.index))
         });
     }
 }
@@ -328,9 +396,13 @@ fn writable_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
             findings.skip(busy);
             continue;
         }
-        let mapped = context.mappings(folio.frame);
-        findings.require(folio.is_exclusive() && mapped == 1, || {
-            let exclusive = if folio.is_exclusive() {
+        // Each page of a large folio is exclusive or not.
+        let Some(page) = context.snapshot.folio(leaf.target()) else {
+            continue;
+        };
+        let mapped = context.mappings(page.frame);
+        findings.require(page.is_exclusive() && mapped == 1, || {
+            let exclusive = if page.is_exclusive() {
                 "exclusive"
             } else {
                 "not exclusive"
@@ -341,9 +413,9 @@ fn writable_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
                 leaf,
                 "a private page can be written while others share it",
             )
-            .expected("W clear, or an exclusive folio with one mapping")
+            .expected("W clear, or an exclusive page with one mapping")
             .found(format!(
-                "{}; the folio is {exclusive}, {mapped} entries map it",
+                "{}; it is {exclusive}, {mapped} entries map it",
                 flags_of(leaf.entry, leaf.level)
             ))
             .details(context.describe_mappings(folio.frame))
@@ -352,8 +424,11 @@ fn writable_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn exclusive_is_single(context: &Context<'_>, findings: &mut Findings) {
-    let exclusive = |folio: &&FolioView| folio.is_exclusive();
-    for folio in context.anonymous_folios().filter(exclusive) {
+    let is_page = |page: &&FolioView| {
+        let head = context.snapshot.head_of(page.gpa());
+        page.is_exclusive() && head.is_some_and(|head| head.is(FrameKind::Anon))
+    };
+    for folio in context.snapshot.folios.iter().filter(is_page) {
         let mapped = context.mappings(folio.frame);
         findings.require(mapped <= 1, || {
             about(folio, "an exclusive folio is shared")

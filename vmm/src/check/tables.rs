@@ -9,9 +9,9 @@ use abi::objects::FrameKind;
 use abi::pte::{Pte, PteFlags};
 
 use super::context::Space;
-use super::{Context, Finding, Findings, InFlight};
+use super::{Context, Finding, Findings, InFlight, huge};
 use crate::inspect::FolioView;
-use crate::inspect::walk::{AddressSpace, Table, WalkAnomaly, WalkProblem};
+use crate::inspect::walk::{AddressSpace, Leaf, Table, WalkAnomaly, WalkProblem};
 
 pub(super) fn same_kernel_half(context: &Context<'_>, findings: &mut Findings) {
     let kernel_pgd = context.snapshot.root.pgd;
@@ -153,6 +153,7 @@ pub(super) fn no_lost_tables(context: &Context<'_>, findings: &mut Findings) {
     let mut reached = HashSet::new();
     for space in context.spaces_without(InFlight::unlinked_tables, findings) {
         reached.extend(space.user.tables.iter().map(|table| table.gpa));
+        reached.extend(huge::all_set_aside(context, space));
     }
     let tables = context
         .snapshot
@@ -190,11 +191,11 @@ pub(super) fn used_is_right(context: &Context<'_>, findings: &mut Findings) {
             ) else {
                 continue;
             };
-            let present = |entry: &&AtomicU64| Pte(entry.load(Relaxed)).is_present();
-            let used = entries.iter().filter(present).count() as u64;
+            let some = |entry: &&AtomicU64| !Pte(entry.load(Relaxed)).is_none();
+            let used = entries.iter().filter(some).count() as u64;
             findings.require(folio.used == used, || {
                 Finding::new("a page-table page miscounts its entries")
-                    .expected(format!("used = {used}, the present entries"))
+                    .expected(format!("used = {used}, the entries that are not none"))
                     .found(format!("used = {}", folio.used))
                     .mm(space.mm.id)
                     .gva(table.gva)
@@ -211,20 +212,28 @@ pub(super) fn tables_counted(context: &Context<'_>, findings: &mut Findings) {
             space,
             "tables",
             space.mm.tables,
-            space.user.tables.len(),
+            space.user.tables.len() + huge::all_set_aside(context, space).len(),
         );
     }
 }
 
 pub(super) fn rss_is_right(context: &Context<'_>, findings: &mut Findings) {
     for space in context.spaces_without(InFlight::tables, findings) {
-        counted(
-            findings,
-            space,
-            "rss",
-            space.mm.rss,
-            space.user.leaves.len(),
-        );
+        let on_their_way = |leaf: &&Leaf| leaf.level == 1 && leaf.entry.is_resident();
+        let absent = space.user.absent.iter().filter(on_their_way).count();
+        let pages = space
+            .user
+            .leaves
+            .iter()
+            .map(|leaf| leaf.bytes() >> PAGE_SHIFT);
+        let resident = pages.sum::<u64>() as usize + absent;
+        if space.mm.rss != resident as u64
+            && let Some(busy) = huge::collapsing(context, space)
+        {
+            findings.skip(&busy);
+            continue;
+        }
+        counted(findings, space, "rss", space.mm.rss, resident);
     }
 }
 

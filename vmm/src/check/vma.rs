@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use abi::layout::{PAGE_SIZE, USER_END, USER_MIN};
-use abi::objects::VMA_NODE_SLOTS;
+use abi::objects::{VMA_NODE_SLOTS, vma_flags};
 
 use super::context::Space;
 use super::{Applies, Context, Family, Finding, Findings, InFlight, Invariant};
@@ -70,6 +70,14 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         source: "Linux include/linux/mmap_lock.h, vma_assert_attached",
         run: attached_and_owned,
     },
+    Invariant {
+        id: "V-08",
+        family: Family::Vma,
+        predicate: "mm.total_vm, data_vm and locked_vm are the pages of its VMAs, of those that are data, and of those that are locked",
+        applies: Applies::UnwrittenVmas,
+        source: "Linux mm/mmap.c, vm_stat_account; mm/mlock.c, mlock_fixup",
+        run: counters,
+    },
 ];
 
 fn sorted_and_disjoint(context: &Context<'_>, findings: &mut Findings) {
@@ -124,6 +132,34 @@ fn map_count(context: &Context<'_>, findings: &mut Findings) {
                 .found(map_count)
                 .mm(*id)
         });
+    }
+}
+
+fn counters(context: &Context<'_>, findings: &mut Findings) {
+    for space in context.spaces_without(InFlight::vmas, findings) {
+        let mm = space.mm;
+        let sum = |counts: fn(u64) -> bool| {
+            let counted = mm.vmas.iter().filter(|vma| counts(vma.flags));
+            // What a guest writes may have any range.
+            counted.fold(0u64, |pages, vma| {
+                pages.wrapping_add(vma.end.wrapping_sub(vma.start) / PAGE_SIZE)
+            })
+        };
+        for (name, found, counts) in [
+            ("total_vm", mm.total_vm, (|_| true) as fn(u64) -> bool),
+            ("data_vm", mm.data_vm, vma_flags::is_data),
+            ("locked_vm", mm.locked_vm, |flags| {
+                flags & vma_flags::LOCKED != 0
+            }),
+        ] {
+            let expected = sum(counts);
+            findings.require(found == expected, || {
+                Finding::new(format!("mm.{name} is wrong"))
+                    .expected(format!("{expected}, the pages of its VMAs"))
+                    .found(found)
+                    .mm(mm.id)
+            });
+        }
     }
 }
 

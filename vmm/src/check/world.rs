@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{
-    DIRECT_MAP_BASE, KERNEL_LOAD_GPA, KERNEL_VIRT_OFFSET, LAPIC_GPA, LAPIC_GVA, PAGE_SHIFT,
-    PAGE_SIZE,
+    DIRECT_MAP_BASE, HUGE_ORDER, HUGE_PAGE_SIZE, KERNEL_LOAD_GPA, KERNEL_VIRT_OFFSET, LAPIC_GPA,
+    LAPIC_GVA, PAGE_SHIFT, PAGE_SIZE,
 };
 use abi::objects::{
-    AnonVma, AnonVmaChain, Cpu, Folio, FrameKind, KernelRoot, Mm, ORDERS, Pa, SLABS, SlabId, Task,
-    TaskState, VMA_NODE_SLOTS, Vma, VmaNode, VmaSlot, folio_flags, vma_flags,
+    AnonVma, AnonVmaChain, CacheNode, Cpu, File, FileTable, Folio, FrameKind, KernelRoot, Mm,
+    ORDERS, OpenFile, Pa, SLABS, SlabId, Task, TaskState, VMA_NODE_SLOTS, Vma, VmaNode, VmaSlot,
+    folio_flags, vma_flags,
 };
 use abi::pte::{Pte, PteFlags, index};
 use zerocopy::{FromBytes, IntoBytes};
@@ -19,13 +20,19 @@ use super::{Context, Moment, Outcome, run};
 use crate::inspect::{MemoryImage, Snapshot, Stop, VcpuFacts};
 
 const ROOT: u64 = 0x2000;
-const KERNEL_PGD: u64 = 0x4000;
+const KERNEL_PGD: u64 = 0x6000;
 const FOLIOS: u64 = 0x1_0000;
 const BYTES: u64 = 4 << 20;
 const FRAMES: u64 = BYTES / PAGE_SIZE;
+const _: () = assert!(ROOT + size_of::<KernelRoot>() as u64 <= KERNEL_PGD);
+/// The folio of 2 MiB: the last frames.
+pub(crate) const LARGE_FRAME: u64 = FRAMES - HUGE_PAGE_SIZE / PAGE_SIZE;
 /// Frames below are reserved; the array of folios starts here.
 pub(crate) const FIRST_FRAME: u64 = FOLIOS >> PAGE_SHIFT;
 const CPUS: usize = 2;
+const MMS: u64 = 2;
+/// What both CPUs have loaded: of the second slot.
+const PCID: u64 = 2;
 const READ_WRITE: u64 = vma_flags::READ | vma_flags::WRITE;
 const TABLE: PteFlags = PteFlags::PRESENT
     .union(PteFlags::WRITE)
@@ -41,6 +48,12 @@ pub(crate) struct World {
     pub(crate) parent: u64,
     /// Second mm, forked from the first.
     pub(crate) child: u64,
+    /// A file that the first mm maps, privately and shared, and the second one shared.
+    pub(crate) file: u64,
+    /// What descriptor 3 of the first process refers to.
+    pub(crate) open_file: u64,
+    /// The descriptors of both tasks.
+    pub(crate) file_table: u64,
     /// By mm and start.
     pub(crate) vmas: HashMap<(u64, u64), u64>,
     next_frame: u64,
@@ -51,6 +64,14 @@ pub(crate) struct World {
 pub(crate) const TEXT: u64 = 0x40_0000;
 /// A read-write VMA of both mms; its first page is shared, its second private to each.
 pub(crate) const DATA: u64 = 0x60_0000;
+/// A page of [`DATA`] in the parent that maps the zero page.
+pub(crate) const UNTOUCHED: u64 = DATA + 2 * PAGE_SIZE;
+/// A VMA of 4 MiB of the parent, whose second half one entry maps.
+pub(crate) const LARGE: u64 = 0x8000_0000;
+/// A shared mapping of [`World::file`] in both mms.
+pub(crate) const SHARED_FILE: u64 = 0x30_0000;
+/// A private mapping of it in the parent.
+pub(crate) const PRIVATE_FILE: u64 = 0x38_0000;
 /// VMAs without pages, enough for a tree of two levels.
 pub(crate) const EMPTY: u64 = 0x7f00_0000_0000;
 
@@ -62,6 +83,9 @@ impl World {
         let (parent, child) = (world.mm(1), world.mm(2));
         (world.parent, world.child) = (parent, child);
         world.map_processes();
+        world.map_zero_page();
+        world.map_large();
+        world.map_file();
         world.run_tasks();
         world.finish();
         world
@@ -74,6 +98,9 @@ impl World {
             moment: Moment::Paused,
             parent: 0,
             child: 0,
+            file: 0,
+            open_file: 0,
+            file_table: 0,
             vmas: HashMap::new(),
             next_frame: FIRST_FRAME,
             slabs: [(0, 0); SLABS],
@@ -86,6 +113,7 @@ impl World {
             root.nr_frames.store(FRAMES, Relaxed);
             root.first_frame.store(FIRST_FRAME, Relaxed);
             root.nr_cpus.store(CPUS as u64, Relaxed);
+            root.next_mm.store(1 + MMS, Relaxed);
             root.online.store((1 << CPUS) - 1, Relaxed);
         });
         for _ in 0..FRAMES * size_of::<Folio>() as u64 / PAGE_SIZE {
@@ -104,6 +132,7 @@ impl World {
                 let entry = table + 8 * index(gva, above) as u64;
                 if self.pte(entry).is_none() {
                     next += PAGE_SIZE;
+                    assert!(next < FOLIOS, "the kernel's tables need more room");
                     self.set_pte(entry, Pte::new(next, TABLE.difference(PteFlags::USER)));
                 }
                 table = self.pte(entry).address();
@@ -154,22 +183,24 @@ impl World {
         self.task(2, self.child, TaskState::Blocked, 1);
         let running = self.root(|root| root.tasks.get());
         for (cpu, mm) in [(0u64, self.parent), (1, self.child)] {
-            let (pgd, tlb_gen) = self.update::<Mm, _>(mm, |mm| {
+            let (id, pgd, tlb_gen) = self.update::<Mm, _>(mm, |mm| {
                 mm.cpumask.store(1 << cpu, Relaxed);
                 mm.count.store(2, Relaxed);
                 mm.tlb_gen.store(5, Relaxed);
-                (mm.pgd.load(Relaxed), 5)
+                (mm.id.load(Relaxed), mm.pgd.load(Relaxed), 5)
             });
             self.cpu(cpu as usize, |state| {
                 state.loaded_mm.set(Pa::new(mm));
-                state.tlb_gen.store(tlb_gen, Relaxed);
+                state.pcid.store(PCID, Relaxed);
+                state.loaded_asid().mm.store(id, Relaxed);
+                state.loaded_asid().tlb_gen.store(tlb_gen, Relaxed);
                 state.lazy.store(cpu, Relaxed);
             });
             self.vcpus.push(VcpuFacts {
                 index: cpu as usize,
                 cpl: if cpu == 0 { 3 } else { 0 },
                 rip: if cpu == 0 { TEXT } else { KERNEL_VIRT_OFFSET },
-                cr3: pgd,
+                cr3: pgd | PCID,
                 stop: if cpu == 0 {
                     Stop::Anywhere
                 } else {
@@ -181,6 +212,140 @@ impl World {
         // Tasks are linked at the front: the first one is last.
         let first = self.object::<Task>(running.0).next_task.get();
         self.cpu(0, |state| state.current.set(first));
+    }
+
+    /// A page of the parent that was only read.
+    fn map_zero_page(&mut self) {
+        let zero = self.frame(FrameKind::Zero);
+        self.root(|root| root.zero_frame.store(zero, Relaxed));
+        let entry = self.leaf_entry(self.parent, UNTOUCHED);
+        let leaf = PteFlags::PRESENT | PteFlags::USER | PteFlags::ACCESSED;
+        let pte = Pte::new(zero, leaf | PteFlags::NO_EXECUTE | PteFlags::SPECIAL);
+        self.set_pte(entry, pte);
+        self.count_entry(entry & !(PAGE_SIZE - 1), pte);
+        self.update::<Mm, _>(self.parent, |mm| mm.rss.fetch_add(1, Relaxed));
+    }
+
+    /// A folio of 2 MiB, mapped by one entry, with a table set aside beside it.
+    fn map_large(&mut self) {
+        let pages = HUGE_PAGE_SIZE / PAGE_SIZE;
+        let vma = self.vma(self.parent, LARGE, 2 * pages, READ_WRITE);
+        let anon_vma = self.anon_vma(0);
+        self.activate(vma, anon_vma);
+        let gva = LARGE + HUGE_PAGE_SIZE;
+        self.folio(LARGE_FRAME, |folio| {
+            folio.kind.store(FrameKind::Anon as u8, Relaxed);
+            folio.order.store(HUGE_ORDER, Relaxed);
+            folio.owner.store(anon_vma, Relaxed);
+            folio.index.store(gva / PAGE_SIZE, Relaxed);
+            folio.flags.store(folio_flags::EXCLUSIVE, Relaxed);
+            folio.generation.store(1, Relaxed);
+            for count in [&folio.refcount, &folio.mapcount, &folio.used] {
+                count.store(1, Relaxed);
+            }
+        });
+        // Makes the tables on the way; the first half has an empty one.
+        self.leaf_entry(self.parent, LARGE);
+        let entry = self.entry(self.parent, gva, 2);
+        let leaf = PteFlags::PRESENT | PteFlags::USER | PteFlags::ACCESSED | PteFlags::WRITE;
+        let flags = leaf | PteFlags::DIRTY | PteFlags::HUGE | PteFlags::NO_EXECUTE;
+        let pte = Pte::new(LARGE_FRAME << PAGE_SHIFT, flags);
+        let upper = entry & !(PAGE_SIZE - 1);
+        self.set_pte(entry, pte);
+        self.count_entry(upper, pte);
+        let table = self.table(self.parent, 1) >> PAGE_SHIFT;
+        self.folio(upper >> PAGE_SHIFT, |folio| {
+            folio.prev.store(table, Relaxed);
+        });
+        self.update::<Mm, _>(self.parent, |mm| {
+            mm.rss.fetch_add(pages, Relaxed);
+            mm.huge.fetch_add(1, Relaxed);
+        });
+    }
+
+    /// A file of three pages, two of which are mapped, and one open description of it.
+    fn map_file(&mut self) {
+        let file = self.allocate(SlabId::File);
+        let node = self.allocate(SlabId::CacheNode);
+        let (open, table) = (
+            self.allocate(SlabId::OpenFile),
+            self.allocate(SlabId::FileTable),
+        );
+        (self.file, self.open_file, self.file_table) = (file, open, table);
+        self.update::<File, _>(file, |file| {
+            file.size.store(6 * PAGE_SIZE, Relaxed);
+            file.pages.set(Pa::new(node));
+            file.height.store(1, Relaxed);
+            file.refcount.store(1, Relaxed);
+            file.generation.store(1, Relaxed);
+        });
+        self.update::<OpenFile, _>(open, |open_file| {
+            open_file.file.set(Pa::new(file));
+            open_file.refcount.store(1, Relaxed);
+            open_file.generation.store(1, Relaxed);
+        });
+        self.update::<FileTable, _>(table, |table| {
+            table.open[3].set(Pa::new(open));
+            table.console.store(7, Relaxed);
+            table.generation.store(1, Relaxed);
+        });
+        let pages = [0, 1, 5].map(|index| self.file_page(node, index));
+        let shared = READ_WRITE | vma_flags::SHARED;
+        for (mm, start, flags) in [
+            (self.parent, SHARED_FILE, shared),
+            (self.child, SHARED_FILE, shared),
+            (self.parent, PRIVATE_FILE, READ_WRITE),
+        ] {
+            let vma = self.vma(mm, start, 2, flags);
+            self.map_of_file(vma);
+            let write = match flags {
+                READ_WRITE => PteFlags::empty(),
+                _ => PteFlags::WRITE,
+            };
+            for (gva, page) in [start, start + PAGE_SIZE].into_iter().zip(pages) {
+                self.map(vma, page, gva, write);
+            }
+        }
+    }
+
+    fn file_page(&mut self, node: u64, index: usize) -> u64 {
+        let (gpa, file) = (self.frame(FrameKind::File), self.file);
+        self.folio(gpa >> PAGE_SHIFT, |folio| {
+            folio.owner.store(file, Relaxed);
+            folio.index.store(index as u64, Relaxed);
+        });
+        self.update::<CacheNode, _>(node, |node| {
+            node.slots[index].store(gpa, Relaxed);
+            node.count.fetch_add(1, Relaxed);
+        });
+        self.update::<File, _>(file, |file| file.nr_pages.fetch_add(1, Relaxed));
+        gpa
+    }
+
+    /// Makes `vma` the first of those that map the file, from its first page on.
+    fn map_of_file(&mut self, vma: u64) {
+        let file = self.file;
+        let next = self.update::<File, _>(file, |file| {
+            let next = file.i_mmap.get();
+            file.i_mmap.set(Pa::new(vma));
+            file.refcount.fetch_add(1, Relaxed);
+            next
+        });
+        let end_behind = match next.some() {
+            Some(next) => self.update::<Vma, _>(next.0, |next| {
+                next.parent_of_file.set(Pa::new(vma));
+                next.subtree_end.load(Relaxed)
+            }),
+            None => 0,
+        };
+        self.update::<Vma, _>(vma, |vma| {
+            let bytes = vma.end.load(Relaxed) - vma.start.load(Relaxed);
+            vma.pgoff.store(0, Relaxed);
+            vma.file.set(Pa::new(file));
+            vma.right_of_file.set(next);
+            vma.subtree_end
+                .store(end_behind.max(bytes >> PAGE_SHIFT), Relaxed);
+        });
     }
 
     /// Trees, free lists and counts.
@@ -276,11 +441,11 @@ impl World {
                 folio.next.store(next, Relaxed);
             });
         }
-        let free = FRAMES - self.next_frame + 3;
+        let free = LARGE_FRAME - self.next_frame + 3;
         let mut frame = self.next_frame;
-        while frame < FRAMES {
+        while frame < LARGE_FRAME {
             let order = frame.trailing_zeros().min(ORDERS as u32 - 1);
-            let order = order.min((FRAMES - frame).ilog2());
+            let order = order.min((LARGE_FRAME - frame).ilog2());
             let next = self.root(|root| root.buddy[order as usize].swap(frame, Relaxed));
             self.folio(frame, |folio| {
                 folio.kind.store(FrameKind::Buddy as u8, Relaxed);
@@ -309,6 +474,10 @@ const FREE_LINK: [(SlabId, usize); SLABS] = [
         std::mem::offset_of!(AnonVmaChain, next_of_vma),
     ),
     (SlabId::Task, std::mem::offset_of!(Task, next)),
+    (SlabId::File, std::mem::offset_of!(File, pages)),
+    (SlabId::CacheNode, std::mem::offset_of!(CacheNode, slots)),
+    (SlabId::OpenFile, std::mem::offset_of!(OpenFile, position)),
+    (SlabId::FileTable, std::mem::offset_of!(FileTable, open)),
 ];
 
 fn object_bytes(id: SlabId) -> u64 {
@@ -319,6 +488,10 @@ fn object_bytes(id: SlabId) -> u64 {
         SlabId::AnonVma => size_of::<AnonVma>(),
         SlabId::AnonVmaChain => size_of::<AnonVmaChain>(),
         SlabId::Task => size_of::<Task>(),
+        SlabId::File => size_of::<File>(),
+        SlabId::CacheNode => size_of::<CacheNode>(),
+        SlabId::OpenFile => size_of::<OpenFile>(),
+        SlabId::FileTable => size_of::<FileTable>(),
     }) as u64
 }
 
@@ -391,7 +564,13 @@ impl World {
             vma.attached.store(1, Relaxed);
             vma.generation.store(1, Relaxed);
         });
-        self.update::<Mm, _>(mm, |mm| mm.map_count.fetch_add(1, Relaxed));
+        self.update::<Mm, _>(mm, |mm| {
+            mm.map_count.fetch_add(1, Relaxed);
+            mm.total_vm.fetch_add(pages, Relaxed);
+            if vma_flags::is_data(flags) {
+                mm.data_vm.fetch_add(pages, Relaxed);
+            }
+        });
         self.vmas.insert((mm, start), gpa);
         gpa
     }
@@ -507,10 +686,13 @@ impl World {
             task.next_task.set(next);
         });
         self.update::<Mm, _>(mm, |mm| mm.users.fetch_add(1, Relaxed));
+        let table = self.file_table;
+        self.update::<FileTable, _>(table, |table| table.users.fetch_add(1, Relaxed));
+        self.update::<Task, _>(gpa, |task| task.files.set(Pa::new(table)));
     }
 
     fn count_entry(&self, table: u64, entry: Pte) {
-        if entry.is_present() {
+        if !entry.is_none() {
             self.folio(table >> PAGE_SHIFT, |folio| {
                 folio.used.fetch_add(1, Relaxed)
             });

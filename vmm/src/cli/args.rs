@@ -3,6 +3,7 @@
 mod explore;
 mod help;
 mod idle;
+mod oracle;
 mod values;
 
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use values::{
 };
 
 pub use explore::{Engines, Explore, ExploreStrategy, Replay, Snapshot};
+pub use oracle::Oracle;
 pub use values::At;
 
 /// The whole command line.
@@ -59,6 +61,9 @@ pub enum Command {
     /// Time operations of the guest's kernel, and of the host's own Linux
     #[command(after_help = help::BENCH)]
     Bench(Bench),
+    /// Compare the guest kernel with this host's Linux: random memory calls, step by step
+    #[command(after_help = help::ORACLE)]
+    Oracle(Oracle),
     /// Record the memory calls of a real program (needs strace)
     #[command(after_help = help::RECORD)]
     Record(Record),
@@ -353,6 +358,7 @@ mod tests {
             help::EXPLORE,
             help::REPLAY,
             help::SNAPSHOT,
+            help::ORACLE,
         ];
         let lines = texts.iter().flat_map(|text| text.lines());
         // What is longer is broken where nobody looks.

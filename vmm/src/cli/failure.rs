@@ -12,6 +12,7 @@ use crate::boot::{BootError, ElfError};
 use crate::engine::EngineError;
 use crate::explore::DriverError;
 use crate::inspect::InspectError;
+use crate::oracle::OracleError;
 use crate::report::json::WriteError;
 use crate::report::verdict::Paint;
 use crate::reproducer::ReproducerError;
@@ -87,6 +88,9 @@ pub(super) enum Failure {
     /// The snapshot is refused, or not written.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// Linux and the guest could not be compared.
+    #[error(transparent)]
+    Oracle(#[from] OracleError),
     /// A result cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -116,7 +120,12 @@ impl Failure {
             | Self::Kernel { .. }
             | Self::Write(_)
             | Self::Stdout(_) => Exit::BadInput,
-            Self::Machine(error) => of_machine_error(error),
+            Self::Machine(error)
+            | Self::Oracle(OracleError::Engine(EngineError::Machine(error))) => {
+                of_machine_error(error)
+            }
+            Self::Oracle(OracleError::Linux(_)) => Exit::HostCannot,
+            Self::Oracle(_) => Exit::Internal,
             Self::Unreached { .. } => Exit::BadInput,
             Self::Bench(error) => match error {
                 BenchError::Machine(error) => of_machine_error(error),
@@ -162,6 +171,18 @@ impl Failure {
         text
     }
 
+    /// What the lab's processor lacks too.
+    fn is_for_want_of_pcid(&self) -> bool {
+        match self {
+            Self::Machine(error) => matches!(error, MachineError::NoPcid),
+            Self::Explore(error) | Self::Replay { source: error, .. } => matches!(
+                error,
+                DriverError::Engine(EngineError::Machine(MachineError::NoPcid))
+            ),
+            _ => false,
+        }
+    }
+
     /// The text on stderr: the cause, the chain behind it, the next thing to try.
     #[must_use]
     pub(super) fn render(&self, paint: Paint) -> String {
@@ -189,8 +210,8 @@ impl Failure {
                             find the failure anew with explore";
                 let _ = writeln!(text, "  {} {help}", paint.bold("help:"));
             }
-            Self::Machine(_) | Self::Explore(_) | Self::Replay { .. }
-                if self.exit() == Exit::HostCannot =>
+            Self::Machine(_) | Self::Oracle(_) | Self::Explore(_) | Self::Replay { .. }
+                if self.exit() == Exit::HostCannot && !self.is_for_want_of_pcid() =>
             {
                 let _ = write!(text, "{}", lab::advice(paint));
             }
@@ -204,7 +225,8 @@ fn of_machine_error(error: &MachineError) -> Exit {
     match error {
         MachineError::NoKvm { .. }
         | MachineError::NoPermission { .. }
-        | MachineError::MissingCapability { .. } => Exit::HostCannot,
+        | MachineError::MissingCapability { .. }
+        | MachineError::NoPcid => Exit::HostCannot,
         MachineError::KernelFile(_)
         | MachineError::BadKernel(_)
         | MachineError::MemoryTooSmall { .. }
@@ -279,6 +301,14 @@ mod tests {
             let failure = Failure::from(error);
             assert_eq!(failure.exit(), Exit::HostCannot);
             assert!(failure.render(Paint::Plain).contains("scripts/lab --"));
+        }
+        let no_pcid = || MachineError::NoPcid;
+        let exploring = DriverError::Engine(EngineError::Machine(no_pcid()));
+        for failure in [Failure::from(no_pcid()), Failure::from(exploring)] {
+            assert_eq!(failure.exit(), Exit::HostCannot);
+            let text = failure.render(Paint::Plain);
+            assert!(text.contains("CPUID.01H:ECX bit 17"), "{text}");
+            assert!(!text.contains("scripts/lab"), "{text}");
         }
         let no_point = DriverError::Engine(EngineError::NoPoint {
             vcpu: 1,

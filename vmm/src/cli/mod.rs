@@ -11,6 +11,7 @@ mod inspect;
 mod interrupt;
 mod lab;
 mod list;
+mod oracle;
 mod output;
 mod record;
 mod run;
@@ -137,6 +138,10 @@ fn dispatch(cli: Cli) -> Result<Exit, Failure> {
         Command::Bench(bench) => {
             let output = output(&bench.json);
             bench::bench(&bench, &output).and_then(|exit| output.finish(exit))
+        }
+        Command::Oracle(options) => {
+            let output = output(&options.json);
+            oracle::oracle(&options, &output).and_then(|exit| output.finish(exit))
         }
         Command::Record(record) => {
             let output = output(&record.json);

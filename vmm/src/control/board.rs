@@ -10,6 +10,7 @@ use abi::channel::Doorbell;
 use abi::layout::{LAPIC_GPA, PAGE_SIZE};
 use abi::port;
 use devices::channel::DoorbellPort;
+use devices::disk::{Disk, DiskPort, Dma};
 use devices::exit::ExitPort;
 use devices::lapic::{IpiKind, IpiRequest, LocalApic, LocalApics};
 use devices::serial::{SerialPort, SerialRegisters};
@@ -19,7 +20,7 @@ use super::channel::Channel;
 use super::console::Console;
 use super::disturb::Disturber;
 use crate::kvm::vcpu::{Access, Event, Fault, Kick, Notice, Platform};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, PhysMem};
 use crate::scenario::Disturb;
 
 /// What the controller is told.
@@ -42,6 +43,7 @@ pub(crate) struct BoardImage {
     apics: Option<Vec<LocalApic>>,
     held: Vec<BTreeSet<u8>>,
     serial: SerialRegisters,
+    disk: Disk,
     console: String,
 }
 
@@ -50,12 +52,14 @@ pub(super) struct Board {
     ports: Bus,
     mmio: Bus,
     serial: Arc<SerialPort>,
+    disk: Mutex<Disk>,
+    ram: GuestRam,
     console: Console,
     /// None with an in-kernel irqchip.
     apics: Option<Arc<LocalApics>>,
     kicks: Vec<Arc<Kick>>,
-    /// In serialised runs: IPIs that were sent and not delivered, by target, and guest memory.
-    held: Option<(Mutex<Vec<BTreeSet<u8>>>, GuestRam)>,
+    /// In serialised runs: IPIs that were sent and not delivered, by target.
+    held: Option<Mutex<Vec<BTreeSet<u8>>>>,
     /// In other runs: what disturbs them, and guest memory.
     disturber: Option<(Disturber, GuestRam)>,
     messages: Sender<Message>,
@@ -67,7 +71,9 @@ impl Board {
         vcpus: usize,
         interrupts: InterruptMode,
         console: &Console,
-        hold: Option<GuestRam>,
+        disk: Disk,
+        ram: &GuestRam,
+        serialised: bool,
         messages: Sender<Message>,
     ) -> Self {
         let mut ports = Bus::default();
@@ -83,6 +89,9 @@ impl Board {
         ports
             .insert(word(port::EXIT), Arc::new(ExitPort))
             .expect(fixed);
+        ports
+            .insert(word(port::DISK), Arc::new(DiskPort))
+            .expect(fixed);
         let apics = (interrupts == InterruptMode::Controlled).then(|| {
             let apics = Arc::new(LocalApics::new(vcpus));
             mmio.insert(LAPIC_GPA..LAPIC_GPA + PAGE_SIZE, apics.clone())
@@ -96,7 +105,9 @@ impl Board {
             console: console.clone(),
             apics,
             kicks: (0..vcpus).map(|_| Arc::default()).collect(),
-            held: hold.map(|ram| (Mutex::new(vec![BTreeSet::new(); vcpus]), ram)),
+            disk: Mutex::new(disk),
+            ram: ram.clone(),
+            held: serialised.then(|| Mutex::new(vec![BTreeSet::new(); vcpus])),
             disturber: None,
             messages,
         }
@@ -107,8 +118,9 @@ impl Board {
         let held = self.held.as_ref();
         BoardImage {
             apics: self.apics.as_ref().map(|apics| apics.state()),
-            held: held.map_or_else(Vec::new, |(held, _)| lock(held).clone()),
+            held: held.map_or_else(Vec::new, |held| lock(held).clone()),
             serial: self.serial.registers(),
+            disk: lock(&self.disk).clone(),
             console: self.console.text(),
         }
     }
@@ -118,7 +130,8 @@ impl Board {
         if let (Some(apics), Some(state)) = (&self.apics, &image.apics) {
             apics.set_state(state);
         }
-        if let Some((held, _)) = &self.held {
+        lock(&self.disk).clone_from(&image.disk);
+        if let Some(held) = &self.held {
             let mut held = lock(held);
             held.fill(BTreeSet::new());
             held.iter_mut()
@@ -150,7 +163,7 @@ impl Board {
     /// True where an IPI that was sent to `vcpu` is held.
     pub(super) fn in_flight(&self, vcpu: usize) -> bool {
         let held = self.held.as_ref();
-        held.is_some_and(|(held, _)| {
+        held.is_some_and(|held| {
             let held = lock(held);
             held.get(vcpu).is_some_and(|vectors| !vectors.is_empty())
         })
@@ -164,11 +177,38 @@ impl Board {
 
     /// Delivers what is held for `vcpu`.
     pub(super) fn deliver_held(&self, vcpu: usize) {
-        if let (Some((held, _)), Some(apics)) = (&self.held, &self.apics) {
+        if let (Some(held), Some(apics)) = (&self.held, &self.apics) {
             let mut held = lock(held);
             for vector in std::mem::take(&mut held[vcpu]) {
                 apics.deliver(vcpu, vector);
             }
+        }
+    }
+
+    /// True where a request of `vcpu` to the disk is under way.
+    pub(super) fn disk_in_flight(&self, vcpu: usize) -> bool {
+        lock(&self.disk).in_flight(vcpu)
+    }
+
+    /// Lets the disk do the oldest request of `vcpu`, and interrupts it.
+    pub(super) fn disk_complete(&self, vcpu: usize) {
+        // The disk's lock is released before the local APIC takes its own.
+        let done = lock(&self.disk).complete(vcpu, &Ram(&self.ram));
+        if done && let Some(apics) = &self.apics {
+            apics.deliver(vcpu, abi::disk::VECTOR);
+        }
+    }
+
+    /// Takes a request. When it is done is a choice of the schedule; in runs without one it is done at once, and a vCPU
+    /// whose interrupt controller is KVM's needs no interrupt, for it looks for the answer before it sleeps.
+    fn disk_submit(&self, cpu: usize, request: u64) {
+        let refused = lock(&self.disk).submit(cpu, request, &Ram(&self.ram));
+        if self.held.is_some() {
+            if !refused {
+                Channel::new(&self.ram, cpu).set_budget(1);
+            }
+        } else {
+            self.disk_complete(cpu);
         }
     }
 
@@ -180,7 +220,7 @@ impl Board {
                 request.kind
             )));
         };
-        if let Some((held, ram)) = &self.held {
+        if let Some(held) = &self.held {
             let mut held = lock(held);
             for (cpu, vectors) in held.iter_mut().enumerate() {
                 if request.targets & 1 << cpu != 0 {
@@ -188,7 +228,7 @@ impl Board {
                 }
             }
             // Whoever chooses the schedule is asked at the next point: there is a new choice.
-            Channel::new(ram, request.from).set_budget(1);
+            Channel::new(&self.ram, request.from).set_budget(1);
             return Ok(());
         }
         for (cpu, kick) in self.kicks.iter().enumerate() {
@@ -229,6 +269,10 @@ impl Platform for Board {
             Effect::Doorbell(value) => Err(Event::Doorbell(value)),
             Effect::Exit(status) => Err(Event::Exit(status)),
             Effect::Ipi(request) => self.deliver(request),
+            Effect::Disk { cpu, request } => {
+                self.disk_submit(cpu, request);
+                Ok(())
+            }
         }
     }
 
@@ -279,9 +323,21 @@ impl Board {
     }
 }
 
-/// A panic while the held IPIs were locked leaves a valid set.
-fn lock<T>(held: &Mutex<T>) -> MutexGuard<'_, T> {
-    held.lock().unwrap_or_else(PoisonError::into_inner)
+/// Guest memory for the disk.
+struct Ram<'m>(&'m GuestRam);
+
+impl Dma for Ram<'_> {
+    fn read(&self, gpa: u64, bytes: &mut [u8]) -> bool {
+        self.0.read(gpa, bytes).is_ok()
+    }
+    fn write(&self, gpa: u64, bytes: &[u8]) -> bool {
+        self.0.write(gpa, bytes).is_ok()
+    }
+}
+
+/// A panic while one was locked leaves a valid set of IPIs, and a valid disk.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn nothing_there(verb: &str, access: Access, len: usize) -> Event {

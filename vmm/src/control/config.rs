@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use abi::channel::EventKind;
+use abi::param::{Config, Pcid, TlbBackEnd};
 
 use crate::boot::{KernelImage, ProgramSpec};
-use crate::scenario::Disturb;
+use crate::scenario::{DiskSpec, Disturb};
 
 pub use abi::boot::InterruptMode as Interrupts;
 
@@ -33,7 +34,8 @@ pub const NOISY_EVENTS: u64 = 1 << EventKind::LockAcquire as u32
     | 1 << EventKind::RcuGpStart as u32
     | 1 << EventKind::RcuGpWait as u32
     | 1 << EventKind::RcuGpEnd as u32
-    | 1 << EventKind::RcuFree as u32;
+    | 1 << EventKind::RcuFree as u32
+    | 1 << EventKind::Pin as u32;
 
 /// Description of a machine.
 #[derive(Clone, Debug)]
@@ -61,8 +63,19 @@ pub struct MachineConfig {
     /// Which events the kernel records: bit `k` for [`abi::channel::EventKind`] `k`. By default all but
     /// the [noisy](NOISY_EVENTS) ones.
     pub events: u64,
+    /// The disk.
+    pub disk: DiskSpec,
     /// How vCPUs that run at once are disturbed.
     pub disturb: Disturb,
+}
+
+impl MachineConfig {
+    /// True where the kernel refuses a processor without PCIDs. What it makes of a wrong command line is its own to
+    /// say.
+    pub(super) fn needs_pcid(&self) -> bool {
+        Config::parse(&self.cmdline)
+            .is_ok_and(|config| config.pcid == Pcid::On && config.tlb != TlbBackEnd::Soft)
+    }
 }
 
 impl Default for MachineConfig {
@@ -78,6 +91,7 @@ impl Default for MachineConfig {
             pin: true,
             watchdog: Duration::from_secs(10),
             events: !NOISY_EVENTS,
+            disk: DiskSpec::default(),
             disturb: Disturb::default(),
         }
     }

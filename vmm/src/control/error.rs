@@ -34,6 +34,12 @@ pub enum MachineError {
         /// What is missing.
         name: String,
     },
+    /// `pcid=on`, and the guest's processor has none.
+    #[error(
+        "pcid=on: the guest's processor has no PCID here (CPUID.01H:ECX bit 17): use a host whose KVM offers it, \
+         pcid=auto, or tlb=soft, which has PCIDs of its own"
+    )]
+    NoPcid,
     /// A kernel file that cannot be read.
     #[error(transparent)]
     KernelFile(#[from] KernelImageError),

@@ -166,7 +166,8 @@ pub enum EngineError {
 ///
 /// IPIs take two steps, so that their delay is a choice: a send puts them *in flight* to each target;
 /// [`Engine::deliver`] makes them pending there; the target takes them as soon as its interrupts are on
-/// (in user code, in a spin loop, while idle).
+/// (in user code, in a spin loop, while idle). A request to the disk is under way likewise until
+/// [`Engine::disk_complete`].
 ///
 /// A new engine stands before the kernel's first instruction. Events carry tickets (`stamp=ticket`), all
 /// kinds are recorded, and a full ring never loses one.
@@ -200,6 +201,13 @@ pub trait Engine {
     fn deliver(&mut self, vcpu: usize);
     /// True where `vcpu` will take an interrupt as soon as it may.
     fn pending(&self, vcpu: usize) -> bool;
+
+    /// True where a request of `vcpu` to the disk is under way.
+    fn disk_in_flight(&self, _vcpu: usize) -> bool {
+        false
+    }
+    /// Lets the disk do the oldest request of `vcpu`, which is interrupted then.
+    fn disk_complete(&mut self, _vcpu: usize) {}
 
     /// Notes this state, in which no vCPU runs, as the one to go back to.
     ///
@@ -264,6 +272,12 @@ impl<E: Engine + ?Sized> Engine for Box<E> {
     }
     fn pending(&self, vcpu: usize) -> bool {
         (**self).pending(vcpu)
+    }
+    fn disk_in_flight(&self, vcpu: usize) -> bool {
+        (**self).disk_in_flight(vcpu)
+    }
+    fn disk_complete(&mut self, vcpu: usize) {
+        (**self).disk_complete(vcpu);
     }
     fn save(&mut self) -> Result<(), EngineError> {
         (**self).save()

@@ -26,6 +26,9 @@ pub fn masked(seen: &Seen) -> Seen {
                 nr::GETCPU => &[1, 2],
                 nr::SCHED_SETAFFINITY | nr::SCHED_GETAFFINITY => &[3],
                 nr::TESTBED_FAULT_FIXUP => &[1, 2, 3],
+                nr::MINCORE => &[3],
+                nr::GETRLIMIT | nr::SETRLIMIT => &[2],
+                nr::PRLIMIT64 => &[3, 4],
                 _ => &[],
             };
             for pointer in pointers {
@@ -34,9 +37,16 @@ pub fn masked(seen: &Seen) -> Seen {
             // Registers that the call does not use hold whatever was there.
             let used = match args[0] {
                 nr::MUNMAP | nr::TESTBED_WIRE | nr::TESTBED_PEEK => 2,
+                nr::MLOCK | nr::MUNLOCK | nr::MEMBARRIER | nr::GETRLIMIT | nr::SETRLIMIT => 2,
                 nr::MPROTECT | nr::MADVISE | nr::WRITE | nr::SCHED_SETAFFINITY => 3,
+                nr::TESTBED_DIRECT_READ
+                | nr::TESTBED_DIRECT_WRITE
+                | nr::MLOCK2
+                | nr::MSYNC
+                | nr::MINCORE => 3,
+                nr::MREMAP | nr::PRLIMIT64 => 4,
                 nr::MMAP | nr::FUTEX | nr::CLONE | nr::WAIT4 | nr::TESTBED_REPORT => 4,
-                nr::BRK | nr::EXIT | nr::EXIT_GROUP => 1,
+                nr::BRK | nr::TESTBED_RECLAIM | nr::MLOCKALL | nr::EXIT | nr::EXIT_GROUP => 1,
                 _ => 0,
             };
             for arg in &mut args[1 + used..] {

@@ -16,8 +16,8 @@ use crate::check::stream::Seen;
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
     known: FxHashSet<u64>,
-    /// Who touched what last, in this execution.
-    last: FxHashMap<(u8, u64), (usize, u64)>,
+    /// Who touched what last, in this execution, by [`key`].
+    last: FxHashMap<u64, (usize, u64)>,
 }
 
 impl Coverage {
@@ -29,7 +29,7 @@ impl Coverage {
             let Some((resource, class)) = touched(&seen.event) else {
                 continue;
             };
-            let before = self.last.insert(resource, (seen.vcpu, class));
+            let before = self.last.insert(key(resource), (seen.vcpu, class));
             if let Some((vcpu, before)) = before
                 && vcpu != seen.vcpu
             {
@@ -48,6 +48,11 @@ impl Coverage {
     pub fn pairs(&self) -> usize {
         self.known.len()
     }
+}
+
+/// One word for what is touched: addresses are the same in their upper bits.
+fn key((what, address): (u8, u64)) -> u64 {
+    address ^ u64::from(what) << 60
 }
 
 /// What an event touches, and what it is apart from addresses; none where its order tells nothing.

@@ -12,7 +12,7 @@ use abi::syscall::{Errno, nr};
 
 use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
-use crate::check::stream::{Kinds, Monitor, Seen};
+use crate::check::stream::{Audience, Monitor, Seen};
 use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
@@ -26,6 +26,7 @@ const ALWAYS: PointSet = PointSet::of(&[
     Point::IdleEnter,
     Point::UserRelax,
     Point::RcuWait,
+    Point::DiskWait,
     Point::TestBegin,
     Point::TestEnd,
 ]);
@@ -327,37 +328,33 @@ impl<E: Engine> Driver<E> {
             }
             self.steps += 1;
             self.find_enabled();
-            let wire = self.enabled.iter().find(|a| matches!(a, Actor::Wire(_)));
+            let device = self.enabled.iter().find(|actor| actor.vcpu().is_none());
             // Two that wait for a third must not keep it off for ever.
             let first = if turn < UNFAIR_TURNS {
                 self.enabled.first()
             } else {
-                self.enabled.iter().min_by_key(|actor| match actor {
-                    Actor::Vcpu(vcpu) => self.stopped_in[usize::from(*vcpu)],
-                    Actor::Wire(_) => 0,
+                self.enabled.iter().min_by_key(|actor| {
+                    let since = |vcpu: u8| self.stopped_in[usize::from(vcpu)];
+                    actor.vcpu().map_or(0, since)
                 })
             };
-            let Some(&actor) = wire.or(first) else {
+            let Some(&actor) = device.or(first) else {
                 return Err(DriverError::SetUp("nobody can run".into()));
             };
             if turn > self.limits.points {
                 return Err(DriverError::SetUp("it does not end".into()));
             }
-            match actor {
-                Actor::Wire(vcpu) => self.engine.deliver(usize::from(vcpu)),
-                Actor::Vcpu(vcpu) => {
-                    let vcpu = usize::from(vcpu);
-                    let halt =
-                        self.set_up_step(vcpu, events, |halt| matches!(halt, Halt::Point { .. }))?;
-                    if matches!(
-                        halt,
-                        Halt::Point {
-                            point: Point::TestBegin,
-                            ..
-                        }
-                    ) {
-                        return Ok(());
+            if let Some(vcpu) = self.vcpu_or_act(actor) {
+                let at_point = |halt: &Halt| matches!(halt, Halt::Point { .. });
+                let halt = self.set_up_step(vcpu, events, at_point)?;
+                if matches!(
+                    halt,
+                    Halt::Point {
+                        point: Point::TestBegin,
+                        ..
                     }
+                ) {
+                    return Ok(());
                 }
             }
         }
@@ -473,7 +470,7 @@ impl<E: Engine> Driver<E> {
         monitors: &mut [Box<dyn Monitor>],
         run: &mut Execution,
     ) -> Result<Ending, DriverError> {
-        let follows: Vec<Kinds> = monitors.iter().map(|monitor| monitor.follows()).collect();
+        let audience = Audience::of(monitors);
         let mut found = Vec::new();
         let mut last = None;
         let mut points = 0u64;
@@ -505,15 +502,11 @@ impl<E: Engine> Driver<E> {
                 return Err(self.impossible(choice.actor, points));
             }
             self.slice.clear();
-            let vcpu = match choice.actor {
-                Actor::Wire(vcpu) => {
-                    self.engine.deliver(usize::from(vcpu));
-                    self.idle_turns = 0;
-                    run.schedule.push(choice.actor, 1);
-                    last = Some((choice.actor, 1));
-                    continue;
-                }
-                Actor::Vcpu(vcpu) => usize::from(vcpu),
+            let Some(vcpu) = self.vcpu_or_act(choice.actor) else {
+                self.idle_turns = 0;
+                run.schedule.push(choice.actor, 1);
+                last = Some((choice.actor, 1));
+                continue;
             };
             let before = self.engine.points_passed(vcpu);
             // A guest that passes points for ever without a wait must come back too.
@@ -545,11 +538,7 @@ impl<E: Engine> Driver<E> {
                 };
                 run.events.push(seen);
                 let before = found.len();
-                for (monitor, follows) in monitors.iter_mut().zip(&follows) {
-                    if follows.has(event.kind) {
-                        monitor.observe(&seen, &mut found);
-                    }
-                }
+                audience.tell(monitors, &seen, &mut found);
                 if found.len() > before {
                     break; // What comes after it tells nothing more.
                 }
@@ -606,6 +595,16 @@ impl<E: Engine> Driver<E> {
                 Halt::Crashed(crash) => return Ok(Ending::Crashed { vcpu, crash }),
             }
         }
+    }
+
+    /// The vCPU that is to run; none where `actor` is a device, whose step is done now.
+    fn vcpu_or_act(&mut self, actor: Actor) -> Option<usize> {
+        match actor {
+            Actor::Vcpu(vcpu) => return Some(usize::from(vcpu)),
+            Actor::Wire(to) => self.engine.deliver(usize::from(to)),
+            Actor::Disk(of) => self.engine.disk_complete(usize::from(of)),
+        }
+        None
     }
 
     /// As [`Engine::run`], with a look at the whole state at every point; ends at the first that is broken.
@@ -682,7 +681,8 @@ impl<E: Engine> Driver<E> {
                     Point::Access,
                     Point::IpiReceive,
                 ]),
-                Wait::Interrupt | Wait::Anyone => PointSet::default(),
+                // Nothing but the disk's own step answers a request.
+                Wait::Disk { .. } | Wait::Interrupt | Wait::Anyone => PointSet::default(),
             })
         })
     }
@@ -709,6 +709,7 @@ impl<E: Engine> Driver<E> {
                 Some(Wait::Lock { word, class }) => class.lets_in(self.word(word)),
                 Some(Wait::Acknowledged { word }) => self.word(word) == 0,
                 Some(Wait::GracePeriod { first }) => self.holds_up(vcpu, first) == 0,
+                Some(Wait::Disk { request }) => Wait::disk_answered(self.word(request)),
                 Some(Wait::Interrupt) => false,
                 Some(Wait::Anyone) => {
                     let nobody_since = self.stopped_in[vcpu] + 1 == self.steps;
@@ -725,6 +726,9 @@ impl<E: Engine> Driver<E> {
         for vcpu in 0..self.standing.len() {
             if self.engine.in_flight(vcpu) {
                 self.enabled.push(Actor::Wire(vcpu as u8));
+            }
+            if self.engine.disk_in_flight(vcpu) {
+                self.enabled.push(Actor::Disk(vcpu as u8));
             }
         }
         if self.enabled.is_empty() {
@@ -743,12 +747,10 @@ impl<E: Engine> Driver<E> {
             stopped_in,
             ..
         } = self;
-        let free = |actor: &Actor| match actor {
-            Actor::Vcpu(vcpu) => {
-                let wait = standing[usize::from(*vcpu)].wait();
-                matches!(wait, None | Some(Wait::Anyone)).then(|| stopped_in[usize::from(*vcpu)])
-            }
-            Actor::Wire(_) => None,
+        let free = |actor: &Actor| {
+            let vcpu = usize::from(actor.vcpu()?);
+            let wait = standing[vcpu].wait();
+            matches!(wait, None | Some(Wait::Anyone)).then(|| stopped_in[vcpu])
         };
         if let Some(turn) = enabled.iter().filter_map(free).min() {
             enabled.retain(|actor| free(actor).is_none_or(|since| since == turn));
@@ -776,6 +778,7 @@ impl<E: Engine> Driver<E> {
                 let word = match wait {
                     Wait::Lock { word, .. } | Wait::Acknowledged { word } => self.word(word),
                     Wait::GracePeriod { first } => self.holds_up(vcpu, first),
+                    Wait::Disk { request } => self.word(request),
                     Wait::Interrupt | Wait::Anyone => 0,
                 };
                 Some(WaitsFor { vcpu, wait, word })
@@ -786,6 +789,7 @@ impl<E: Engine> Driver<E> {
     fn impossible(&self, actor: Actor, points: u64) -> DriverError {
         let why = match actor {
             Actor::Wire(vcpu) => format!("nothing is in flight to vCPU {vcpu}"),
+            Actor::Disk(vcpu) => format!("vCPU {vcpu} has asked the disk for nothing"),
             Actor::Vcpu(vcpu) => match self.standing.get(usize::from(vcpu)) {
                 Some(Standing { point: None, .. }) => "it is at no scheduling point".into(),
                 Some(Standing {

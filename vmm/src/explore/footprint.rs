@@ -95,6 +95,15 @@ impl Footprint {
         print
     }
 
+    /// Of a request to the disk as it is done: data move from or to frames of anybody's.
+    pub(super) fn of_disk(vcpu: usize) -> Self {
+        let mut print = Self::default();
+        print.touch(Resource::Everything, Mode::Write);
+        print.touch(Resource::Pending(vcpu), Mode::Write);
+        print.0.sort_unstable();
+        print
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = (Resource, Mode)> {
         self.0.iter().copied()
     }
@@ -184,6 +193,7 @@ impl Footprints {
         let mut print = Footprint::default();
         match actor {
             Actor::Wire(vcpu) => print = Footprint::of_wire(vcpu.into()),
+            Actor::Disk(vcpu) => print = Footprint::of_disk(vcpu.into()),
             Actor::Vcpu(vcpu) => {
                 let vcpu = usize::from(vcpu);
                 self.doing.resize(vcpus, Doing::Unknown);
@@ -234,8 +244,9 @@ fn points(
     let (Some(start), Some(end)) = (from.point, to.point) else {
         return false;
     };
-    // A grace period asks what every CPU is doing.
-    if start == P::RcuWait || end == P::RcuWait {
+    // A grace period asks what every CPU is doing; who waits for the disk takes in the answers to others too.
+    let waits = [P::RcuWait, P::DiskWait];
+    if waits.contains(&start) || waits.contains(&end) {
         return false;
     }
     let spins = matches!(
@@ -303,9 +314,22 @@ fn points(
         Doing::Call(call) if is_of_mm(call) => {
             // Walks to leaf tables take no lock.
             print.touch(Resource::Tables, Mode::Read);
+            if end == P::CowCopy {
+                // A collapse reads all pages of a table.
+                print.touch(Resource::Frames, Mode::Read);
+            }
             if call != nr::MPROTECT && call != nr::SCHED_YIELD {
                 gathers(print, end, to.args);
             }
+            true
+        }
+        Doing::Call(nr::FALLOCATE | nr::FTRUNCATE) => {
+            // Walks to leaf tables of whoever maps the file, looks at who else has a page before it takes a
+            // lock that guards that, and fills parts of pages with zeroes, of which no event tells.
+            print.touch(Resource::Tables, Mode::Read);
+            print.touch(Resource::Leaves, Mode::Read);
+            print.touch(Resource::Frames, Mode::Write);
+            gathers(print, end, to.args);
             true
         }
         Doing::Fault => {
@@ -321,11 +345,11 @@ fn points(
 }
 
 /// `mm.flush_pending`: counted up before the tables are looked at, looked at before the flush, counted
-/// down at the end, which may be before or after the mmap_lock is dropped.
+/// down at the end, which may be before or after the mmap_lock is dropped; truncate's before it drops the i_mmap lock.
 fn gathers(print: &mut Footprint, end: Point, args: [u64; 2]) {
     let of_mmap = matches!(
         LockClass::from_u64(args[1]),
-        Some(LockClass::MmapRead | LockClass::MmapWrite)
+        Some(LockClass::MmapRead | LockClass::MmapWrite | LockClass::IMmap)
     );
     let mode = match end {
         Point::LockAcquire | Point::LockWait | Point::VmaDetach => Mode::Part,
@@ -421,6 +445,12 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
             }
         }
         // A grace period looks at what every CPU is doing, which is no event where nobody looks.
+        // What the device does to the frame and to this vCPU is in no event.
+        K::Pin | K::DiskSubmit | K::DiskDone | K::FolioSplit => return false,
+        // Reclaim chooses by lists that every fault changes.
+        K::SwapSlot | K::SwapCache | K::Lru => return false,
+        // Whether a charge fits is up to all others of its group.
+        K::Charge => return false,
         K::RcuRetire | K::RcuFree | K::RcuGpStart | K::RcuGpWait | K::RcuGpEnd => return false,
         K::Switch | K::MmCreate | K::MmDestroy | K::MmFree | K::TaskCreate | K::TaskExit => {
             return false;

@@ -7,10 +7,10 @@ use super::{Actor, Schedule, Segment};
 /// Context switches between vCPUs.
 #[must_use]
 pub fn switches(schedule: &Schedule) -> usize {
-    let vcpus = schedule.segments.iter().filter_map(|s| match s.actor {
-        Actor::Vcpu(vcpu) => Some(vcpu),
-        Actor::Wire(_) => None,
-    });
+    let vcpus = schedule
+        .segments
+        .iter()
+        .filter_map(|segment| segment.actor.vcpu());
     let (mut count, mut before) = (0, None);
     for vcpu in vcpus {
         count += usize::from(before.is_some_and(|before| before != vcpu));

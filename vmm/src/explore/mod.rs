@@ -15,7 +15,7 @@ mod footprint;
 mod minimise;
 mod plan;
 pub mod probe;
-mod rng;
+pub(crate) mod rng;
 mod sample;
 mod schedule;
 mod scheduler;

@@ -9,6 +9,19 @@ pub enum Actor {
     Vcpu(u8),
     /// The wire to a vCPU: its step is to deliver what is in flight.
     Wire(u8),
+    /// The disk's queue of a vCPU: its step is to do the oldest request.
+    Disk(u8),
+}
+
+impl Actor {
+    /// The vCPU, where it is one and no device.
+    #[must_use]
+    pub fn vcpu(self) -> Option<u8> {
+        match self {
+            Self::Vcpu(vcpu) => Some(vcpu),
+            Self::Wire(_) | Self::Disk(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for Actor {
@@ -16,6 +29,7 @@ impl fmt::Display for Actor {
         match self {
             Self::Vcpu(vcpu) => write!(f, "{vcpu}"),
             Self::Wire(vcpu) => write!(f, "i{vcpu}"),
+            Self::Disk(vcpu) => write!(f, "d{vcpu}"),
         }
     }
 }
@@ -25,7 +39,7 @@ impl fmt::Display for Actor {
 pub struct Segment {
     /// Who.
     pub actor: Actor,
-    /// Scheduling points passed; 1 for a wire.
+    /// Scheduling points passed; 1 for a wire or the disk.
     pub points: u64,
 }
 

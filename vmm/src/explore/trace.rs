@@ -29,7 +29,7 @@ const MODES: [Mode; 3] = [Mode::Read, Mode::Part, Mode::Write];
 impl Trace {
     /// The empty trace of a machine with `vcpus`.
     pub(super) fn begin(&mut self, vcpus: usize) {
-        self.actors = 2 * vcpus;
+        self.actors = 3 * vcpus;
         self.own.clear();
         self.own.resize(self.actors * self.actors, 0);
         self.rows.clear();
@@ -95,7 +95,8 @@ impl Trace {
     fn index(&self, actor: Actor) -> usize {
         match actor {
             Actor::Vcpu(vcpu) => usize::from(vcpu),
-            Actor::Wire(vcpu) => self.actors / 2 + usize::from(vcpu),
+            Actor::Wire(vcpu) => self.actors / 3 + usize::from(vcpu),
+            Actor::Disk(vcpu) => self.actors / 3 * 2 + usize::from(vcpu),
         }
     }
 }

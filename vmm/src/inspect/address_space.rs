@@ -40,6 +40,9 @@ pub struct VmaView {
     pub anon_vma: u64,
     /// Its chains, in order.
     pub chains: Vec<ChainView>,
+    /// The file that it maps, 0 for none.
+    #[serde(with = "serde_hex")]
+    pub file: u64,
 }
 
 impl VmaView {
@@ -55,6 +58,7 @@ impl VmaView {
             generation: vma.generation.load(Relaxed),
             anon_vma: vma.anon_vma.get().0,
             chains: Vec::new(),
+            file: vma.file.get().0,
         }
     }
 
@@ -266,6 +270,12 @@ pub struct MmView {
     pub brk: u64,
     pub generation: u32,
     pub flush_pending: u32,
+    pub huge: u64,
+    pub total_vm: u64,
+    pub data_vm: u64,
+    pub locked_vm: u64,
+    /// Number of the memory group that its process is in, 0 for none.
+    pub group: u64,
     /// Nodes of the VMA tree, parents before children.
     #[serde(skip)]
     pub nodes: Vec<NodeView>,
@@ -292,6 +302,11 @@ impl MmView {
             brk: mm.brk.load(Relaxed),
             generation: mm.generation.load(Relaxed),
             flush_pending: mm.flush_pending.load(Relaxed),
+            huge: mm.huge.load(Relaxed),
+            total_vm: mm.total_vm.load(Relaxed),
+            data_vm: mm.data_vm.load(Relaxed),
+            locked_vm: mm.locked_vm.load(Relaxed),
+            group: mm.group.load(Relaxed),
             nodes: Vec::new(),
             vmas: Vec::new(),
         }

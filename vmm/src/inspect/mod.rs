@@ -12,17 +12,24 @@ pub mod snapshot;
 pub mod walk;
 
 mod address_space;
+mod files;
+mod groups;
 mod leaves;
+mod read_files;
 mod serde_hex;
+mod swap;
 mod visit;
 
 use abi::point::Point;
 use serde::Serialize;
 
+pub use files::{FileTableView, FileView, MappingView, OpenFileView};
+pub use groups::{GroupView, GroupsView};
 pub use image::MemoryImage;
 pub use objects::{AnonVmaView, ChainView, CpuView, FolioView, MmView, TaskView, VmaView};
 pub use render::pte_flags;
 pub use snapshot::{Anomaly, InspectError, Snapshot};
+pub use swap::{ListView, SlotView, SwapView};
 pub use walk::{Walk, translate};
 
 /// Where a vCPU stands while it is looked at.

@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::PAGE_SHIFT;
 use abi::objects::{
-    Cpu, Folio, FrameKind, KernelRoot, ORDERS, SLABS, Slab, Task, TaskState, folio_flags,
+    ASIDS, Asid, Cpu, Folio, FrameKind, KernelRoot, Kswapd, ORDERS, SLABS, Slab, Task, TaskState,
+    folio_flags, folio_state, task_flags,
 };
 use serde::Serialize;
 
@@ -27,12 +28,16 @@ pub struct RootView {
     pub folios: u64,
     pub nr_frames: u64,
     pub first_frame: u64,
+    #[serde(with = "serde_hex")]
+    pub zero_frame: u64,
     pub free_frames: u64,
+    pub kswapd: KswapdView,
     pub buddy_lock: u64,
     pub buddy: [u64; ORDERS],
     pub slabs: [SlabView; SLABS],
     #[serde(with = "serde_hex")]
     pub mms: u64,
+    pub next_mm: u64,
     pub mms_lock: u64,
     #[serde(with = "serde_hex")]
     pub tasks: u64,
@@ -49,16 +54,45 @@ impl RootView {
             folios: root.folios.get().0,
             nr_frames: root.nr_frames.load(Relaxed),
             first_frame: root.first_frame.load(Relaxed),
+            zero_frame: root.zero_frame.load(Relaxed),
             free_frames: root.free_frames.load(Relaxed),
+            kswapd: KswapdView::new(&root.kswapd),
             buddy_lock: root.buddy_lock.load(Relaxed),
             buddy: root.buddy.each_ref().map(|head| head.load(Relaxed)),
             slabs: root.slabs.each_ref().map(SlabView::new),
             mms: root.mms.get().0,
+            next_mm: root.next_mm.load(Relaxed),
             mms_lock: root.mms_lock.load(Relaxed),
             tasks: root.tasks.get().0,
             sched_lock: root.sched_lock.load(Relaxed),
             online: root.online.load(Relaxed),
             nr_cpus: root.nr_cpus.load(Relaxed),
+        }
+    }
+}
+
+/// The reclaim thread.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[allow(missing_docs)] // the fields of abi's Kswapd
+pub struct KswapdView {
+    #[serde(with = "serde_hex")]
+    pub task: u64,
+    pub min: u64,
+    pub low: u64,
+    pub high: u64,
+    pub failures: u64,
+    pub reclaiming: u64,
+}
+
+impl KswapdView {
+    fn new(kswapd: &Kswapd) -> Self {
+        Self {
+            task: kswapd.task.get().0,
+            min: kswapd.min.load(Relaxed),
+            low: kswapd.low.load(Relaxed),
+            high: kswapd.high.load(Relaxed),
+            failures: kswapd.failures.load(Relaxed),
+            reclaiming: kswapd.reclaiming.load(Relaxed),
         }
     }
 }
@@ -96,7 +130,11 @@ pub struct CpuView {
     pub current: u64,
     #[serde(with = "serde_hex")]
     pub loaded_mm: u64,
+    /// The PCID of `loaded_mm`, 0 without PCIDs.
+    pub pcid: u64,
+    /// Of the slot of what is loaded.
     pub tlb_gen: u64,
+    pub asids: [AsidView; ASIDS],
     pub lazy: bool,
     pub free_list: u64,
     pub free_count: u64,
@@ -105,6 +143,23 @@ pub struct CpuView {
     pub queued: u64,
     /// The shootdown that it has asked others for, where some have not acknowledged.
     pub flush: Option<FlushView>,
+}
+
+/// What a CPU knows of one of its PCIDs.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[allow(missing_docs)] // the fields of abi's Asid
+pub struct AsidView {
+    pub mm: u64,
+    pub tlb_gen: u64,
+}
+
+impl AsidView {
+    fn new(asid: &Asid) -> Self {
+        Self {
+            mm: asid.mm.load(Relaxed),
+            tlb_gen: asid.tlb_gen.load(Relaxed),
+        }
+    }
 }
 
 /// A shootdown that waits for acknowledgements.
@@ -128,7 +183,9 @@ impl CpuView {
             index,
             current: cpu.current.get().0,
             loaded_mm: cpu.loaded_mm.get().0,
-            tlb_gen: cpu.tlb_gen.load(Relaxed),
+            pcid: cpu.pcid.load(Relaxed),
+            tlb_gen: cpu.loaded_asid().tlb_gen.load(Relaxed),
+            asids: cpu.asids.each_ref().map(AsidView::new),
             lazy: cpu.lazy.load(Relaxed) != 0,
             free_list: cpu.free_list.load(Relaxed),
             free_count: cpu.free_count.load(Relaxed),
@@ -155,6 +212,8 @@ pub struct FolioView {
     pub order: u8,
     /// [`folio_flags`].
     pub flags: u8,
+    /// [`folio_state`].
+    pub state: u8,
     /// References.
     pub refcount: u32,
     /// Present PTEs that map it.
@@ -175,6 +234,8 @@ pub struct FolioView {
     pub lock: u64,
     /// By kind.
     pub used: u64,
+    /// Times that it is pinned.
+    pub pins: u32,
 }
 
 impl FolioView {
@@ -184,6 +245,7 @@ impl FolioView {
             raw_kind: folio.kind.load(Relaxed),
             order: folio.order.load(Relaxed),
             flags: folio.flags.load(Relaxed),
+            state: folio.state.load(Relaxed),
             refcount: folio.refcount.load(Relaxed),
             mapcount: folio.mapcount.load(Relaxed),
             generation: folio.generation.load(Relaxed),
@@ -192,10 +254,22 @@ impl FolioView {
             next: folio.next.load(Relaxed),
             prev: folio.prev.load(Relaxed),
             lock: folio.lock.load(Relaxed),
-            used: folio.used.load(Relaxed),
+            used: folio.used.load(Relaxed).into(),
+            pins: folio.pins.load(Relaxed),
         }
     }
 
+    /// The slot for which it is in the swap cache.
+    #[must_use]
+    pub fn swap_slot(&self) -> Option<u64> {
+        let may_be = self.is(FrameKind::Anon) && self.order == 0;
+        may_be.then(|| self.used.checked_sub(1)).flatten()
+    }
+    /// True where it says that it is on an LRU list.
+    #[must_use]
+    pub fn is_listed(&self) -> bool {
+        self.state & folio_state::LRU != 0
+    }
     /// GPA of the frame.
     #[must_use]
     pub fn gpa(&self) -> u64 {
@@ -215,6 +289,19 @@ impl FolioView {
     #[must_use]
     pub fn is_free(&self) -> bool {
         self.kind().is_some_and(FrameKind::is_free)
+    }
+    /// True where programs may map it.
+    #[must_use]
+    pub fn is_user(&self) -> bool {
+        matches!(
+            self.kind(),
+            Some(FrameKind::Anon | FrameKind::File | FrameKind::Zero)
+        )
+    }
+    /// True where its mappings are counted.
+    #[must_use]
+    pub fn is_counted(&self) -> bool {
+        matches!(self.kind(), Some(FrameKind::Anon | FrameKind::File))
     }
     /// True where its only mapping may be written without copying.
     #[must_use]
@@ -258,6 +345,9 @@ pub struct TaskView {
     pub stack: u64,
     #[serde(with = "serde_hex")]
     pub frame: u64,
+    #[serde(with = "serde_hex")]
+    pub files: u64,
+    pub flags: u32,
 }
 
 impl TaskView {
@@ -275,9 +365,22 @@ impl TaskView {
             waits_for: task.waits_for.load(Relaxed),
             stack: task.stack.load(Relaxed),
             frame: task.frame.load(Relaxed),
+            files: task.files.get().0,
+            flags: task.flags.load(Relaxed),
         }
     }
 
+    /// True for a thread of the kernel.
+    #[must_use]
+    pub fn is_of_kernel(&self) -> bool {
+        self.flags & task_flags::KERNEL != 0
+    }
+    /// True where it waits for `what`, one of `WAITS_FOR_*`, or was woken from that and does not yet run.
+    #[must_use]
+    pub fn is_in_wait_for(&self, what: u64) -> bool {
+        let waits = matches!(self.state(), Some(TaskState::Blocked | TaskState::Ready));
+        waits && self.waits_for == what
+    }
     /// What it is doing, where the number is a state.
     #[must_use]
     pub fn state(&self) -> Option<TaskState> {

@@ -7,17 +7,20 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::Ordering::Relaxed;
 
-use abi::layout::{MAX_CPUS, PAGE_SHIFT};
+use abi::layout::{HUGE_ORDER, HUGE_PAGE_SIZE, MAX_CPUS, PAGE_SHIFT};
 use abi::objects::{
     AnonVma, AnonVmaChain, Folio, FrameKind, KernelRoot, Mm, SlabId, Task, Vma, VmaNode,
 };
 use serde::Serialize;
 use zerocopy::FromBytes;
 
+use super::files::{FileTableView, FileView, OpenFileView};
+use super::groups::GroupsView;
 use super::objects::{
     AnonVmaView, ChainView, CpuView, FolioView, MmView, NodeView, RootView, TaskView, VmaView,
 };
 use super::serde_hex;
+use super::swap::SwapView;
 use super::visit::push_bounded;
 use crate::memory::{OutOfRange, PhysMem};
 
@@ -126,6 +129,16 @@ pub struct Snapshot {
     pub tasks: Vec<TaskView>,
     /// anon_vmas that a VMA leads to, by GPA.
     pub anon_vmas: BTreeMap<u64, AnonVmaView>,
+    /// Files that a task or a VMA leads to, by GPA.
+    pub files: BTreeMap<u64, FileView>,
+    /// What the tasks' descriptors refer to, by GPA.
+    pub open_files: BTreeMap<u64, OpenFileView>,
+    /// The tasks' descriptors, by GPA.
+    pub file_tables: BTreeMap<u64, FileTableView>,
+    /// The swap area and the LRU lists.
+    pub swap: SwapView,
+    /// Memory groups, and the frames that are charged to them.
+    pub groups: GroupsView,
     /// One descriptor a frame.
     #[serde(skip)]
     pub folios: Vec<FolioView>,
@@ -155,6 +168,11 @@ impl Snapshot {
             mms: Vec::new(),
             tasks: Vec::new(),
             anon_vmas: BTreeMap::new(),
+            files: BTreeMap::new(),
+            open_files: BTreeMap::new(),
+            file_tables: BTreeMap::new(),
+            swap: SwapView::read(mem, &raw),
+            groups: GroupsView::read(mem, &raw),
             folios: read_folios(mem, &root)?,
             anomalies: Vec::new(),
             root,
@@ -167,9 +185,15 @@ impl Snapshot {
             anon_vmas: HashSet::new(),
             chains_of_vma: HashSet::new(),
             chains_of_anon: HashSet::new(),
+            file_tables: HashSet::new(),
+            open_files: HashSet::new(),
+            files: HashSet::new(),
+            mappings: HashSet::new(),
+            cache_nodes: HashSet::new(),
         };
         reader.tasks();
         reader.mms();
+        reader.files();
         Ok(snapshot)
     }
 
@@ -200,6 +224,17 @@ impl Snapshot {
     #[must_use]
     pub fn folio(&self, gpa: u64) -> Option<&FolioView> {
         self.folios.get(usize::try_from(gpa >> PAGE_SHIFT).ok()?)
+    }
+    /// The folio that the frame at `gpa` is a page of.
+    #[must_use]
+    pub fn head_of(&self, gpa: u64) -> Option<&FolioView> {
+        let own = self.folio(gpa)?;
+        if !own.is(FrameKind::Tail) {
+            return Some(own);
+        }
+        let head = self.folio(gpa & !(HUGE_PAGE_SIZE - 1));
+        let is_large = |head: &&FolioView| head.is(FrameKind::Anon) && head.order == HUGE_ORDER;
+        Some(head.filter(is_large).unwrap_or(own))
     }
     /// `mm 3`, or the address where there is no such mm.
     #[must_use]
@@ -259,22 +294,27 @@ fn read_object<M: PhysMem + ?Sized, T: FromBytes + zerocopy::IntoBytes>(
 
 /// A link, with what is needed to blame it.
 #[derive(Clone, Copy)]
-struct Edge {
-    link: &'static str,
-    holder: u64,
-    target: u64,
-    mm: u64,
+pub(super) struct Edge {
+    pub(super) link: &'static str,
+    pub(super) holder: u64,
+    pub(super) target: u64,
+    pub(super) mm: u64,
 }
 
-struct Reader<'a, M: ?Sized> {
+pub(super) struct Reader<'a, M: ?Sized> {
     mem: &'a M,
-    snapshot: &'a mut Snapshot,
+    pub(super) snapshot: &'a mut Snapshot,
     // What was entered, over all lists of a type, so that total work is bounded by memory.
     nodes: HashSet<u64>,
     vmas: HashSet<u64>,
     anon_vmas: HashSet<u64>,
     chains_of_vma: HashSet<u64>,
     chains_of_anon: HashSet<u64>,
+    pub(super) file_tables: HashSet<u64>,
+    pub(super) open_files: HashSet<u64>,
+    pub(super) files: HashSet<u64>,
+    pub(super) mappings: HashSet<u64>,
+    pub(super) cache_nodes: HashSet<u64>,
 }
 
 impl<M: PhysMem + ?Sized> Reader<'_, M> {
@@ -444,7 +484,7 @@ impl<M: PhysMem + ?Sized> Reader<'_, M> {
     }
 
     /// The object that `edge` leads to, if it leads to one that was not entered before.
-    fn follow<T: FromBytes + zerocopy::IntoBytes>(
+    pub(super) fn follow<T: FromBytes + zerocopy::IntoBytes>(
         &mut self,
         edge: Edge,
         slab: SlabId,
@@ -477,7 +517,7 @@ impl<M: PhysMem + ?Sized> Reader<'_, M> {
             .is_some_and(|folio| folio.is(FrameKind::Slab) && folio.owner == slab as u64)
     }
 
-    fn require_live(&mut self, edge: Edge, live: bool) {
+    pub(super) fn require_live(&mut self, edge: Edge, live: bool) {
         if !live {
             self.blame(edge, LinkProblem::NotLive);
         }

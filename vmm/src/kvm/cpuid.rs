@@ -6,6 +6,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 
 /// Leaf 1, ECX.
 mod leaf1_ecx {
+    pub(super) const PCID: u32 = 1 << 17;
     pub(super) const MONITOR: u32 = 1 << 3;
     pub(super) const VMX: u32 = 1 << 5;
     pub(super) const FMA: u32 = 1 << 12;
@@ -47,6 +48,13 @@ pub fn for_vcpu(
             entry
         })
         .collect()
+}
+
+/// True where the processor of these `entries` has PCIDs, which a guest is given as the host has them.
+#[must_use]
+pub fn has_pcid(entries: &[kvm_cpuid_entry2]) -> bool {
+    let mut leaf = entries.iter().filter(|entry| entry.function == 1);
+    leaf.any(|entry| entry.ecx & leaf1_ecx::PCID != 0)
 }
 
 fn adapt(entry: &mut kvm_cpuid_entry2, cpu: u32, cpus: u32, interrupts: InterruptMode) {
@@ -126,6 +134,15 @@ mod tests {
         let x2apic = |mode| leaf(&for_vcpu(&host(), 0, 1, mode), 1).ecx & leaf1_ecx::X2APIC != 0;
         assert!(x2apic(InterruptMode::Hardware));
         assert!(!x2apic(InterruptMode::Controlled));
+    }
+
+    #[test]
+    fn pcids_are_the_hosts() {
+        let mut host = host();
+        assert!(has_pcid(&for_vcpu(&host, 0, 1, InterruptMode::Hardware)));
+        host[1].ecx &= !leaf1_ecx::PCID;
+        assert!(!has_pcid(&for_vcpu(&host, 0, 1, InterruptMode::Hardware)));
+        assert!(!has_pcid(&[]));
     }
 
     #[test]

@@ -178,6 +178,14 @@ impl Vm {
         Ok(list.as_slice().to_vec())
     }
 
+    /// True where its vCPUs have PCIDs.
+    ///
+    /// # Errors
+    /// The host refuses the call.
+    pub fn has_pcid(&self) -> Result<bool, KvmError> {
+        offers_pcid(&self.kvm)
+    }
+
     /// vCPU `cpu` of `cpus`, without a state.
     ///
     /// # Errors
@@ -187,10 +195,7 @@ impl Vm {
             .fd
             .create_vcpu(cpu.into())
             .map_err(failed("KVM_CREATE_VCPU"))?;
-        let supported = self
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        let supported = supported_cpuid(&self.kvm)?;
         let entries = cpuid::for_vcpu(supported.as_slice(), cpu, cpus, self.interrupts);
         let cpuid = CpuId::from_entries(&entries).expect("no more entries than the host gave");
         // Before any register: it decides which control register bits and MSRs exist.
@@ -238,6 +243,16 @@ impl Vm {
         let file = sys::stats_file(&self.fd).map_err(failed("KVM_GET_STATS_FD"))?;
         read_counters(&file)
     }
+}
+
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("KVM_GET_SUPPORTED_CPUID"))
+}
+
+/// True where a vCPU of `kvm` has PCIDs.
+pub(super) fn offers_pcid(kvm: &Kvm) -> Result<bool, KvmError> {
+    Ok(cpuid::has_pcid(supported_cpuid(kvm)?.as_slice()))
 }
 
 /// The file with KVM's counters of a vCPU, none where the host has no such thing.

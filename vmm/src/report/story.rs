@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 
-use abi::channel::{EventKind, access, rcu_object};
+use abi::channel::{EventKind, access, cr3, rcu_object};
+use abi::disk::{DiskOp, DiskStatus};
 use abi::failpoint::Failpoint;
 use abi::lock::LockClass;
 use abi::objects::FrameKind;
-use abi::pte::{Pte, PteFlags};
+use abi::pte::{NonPresent, Pte, PteFlags};
 use abi::syscall::{decode, nr};
 
 use crate::check::stream::Seen;
@@ -188,6 +189,7 @@ pub(crate) fn waits_for(wait: &crate::explore::WaitsFor) -> String {
                 LockClass::MmapRead | LockClass::MmapWrite => {
                     format!("its word is {:#x}", wait.word)
                 }
+                LockClass::Reclaim => format!("{} vCPUs have folios in hand", wait.word),
                 _ => format!("vCPU {} holds it", wait.word.wrapping_sub(1)),
             };
             format!("waits for the {} at {word:#x}; {holder}", class.name())
@@ -201,6 +203,9 @@ pub(crate) fn waits_for(wait: &crate::explore::WaitsFor) -> String {
              began and has not been quiescent since",
             wait.word
         ),
+        Wait::Disk { request } => {
+            format!("waits for the disk to answer the request at {request:#x}")
+        }
         Wait::Interrupt => "idles, and nothing is in flight to it".into(),
         Wait::Anyone => "waits for another thread of its program".into(),
     }
@@ -243,7 +248,14 @@ pub(crate) fn line(seen: &Seen) -> Option<String> {
         EventKind::PteChange => format!("PTE {:#x}: {} → {}", args[1], pte(args[3]), pte(args[4])),
         EventKind::Cr3Load => match args[1] {
             0 => "loads CR3: the kernel's own tables".into(),
-            mm => format!("loads CR3: mm {mm} (TLB flushed)"),
+            mm => {
+                let (pcid, keeps) = (args[0] & cr3::PCID, args[0] & cr3::NO_FLUSH != 0);
+                let cached = if keeps { "kept" } else { "flushed" };
+                match pcid {
+                    0 => format!("loads CR3: mm {mm} (TLB {cached})"),
+                    _ => format!("loads CR3: mm {mm} (PCID {pcid}, {cached})"),
+                }
+            }
         },
         EventKind::FlushLocal => format!("INVLPG {:#x}..{:#x}", args[1], args[2]),
         EventKind::FlushAll => format!("flushes its TLB (mm {})", args[0]),
@@ -298,12 +310,49 @@ pub(crate) fn line(seen: &Seen) -> Option<String> {
             format!("grace period {} waits for vCPUs {}", args[0], mask(args[1]))
         }
         EventKind::RcuGpEnd => format!("grace period {} is over", args[0]),
+        EventKind::FolioSplit => format!("splits the folio at frame {:#x}", args[0] >> 12),
+        EventKind::Charge => {
+            let [frame, group, old, pages] = [args[0] >> 12, args[1], args[2], args[3]];
+            match (frame, group, old) {
+                (0, ..) => format!("memory group {group} has no room for {pages} more"),
+                (_, 0, _) => format!("uncharges frame {frame:#x} from memory group {old}"),
+                (_, _, 0) => format!("charges frame {frame:#x} to memory group {group}"),
+                _ => {
+                    format!("charges frame {frame:#x} to memory group {group} and no longer {old}")
+                }
+            }
+        }
+        EventKind::Pin if args[1] > args[2] => {
+            format!("pins frame {:#x} for {:#x}", args[0] >> 12, args[3])
+        }
+        EventKind::Pin => format!("unpins frame {:#x}", args[0] >> 12),
+        EventKind::DiskSubmit => {
+            let (way, gpa) = (disk_op(args[0]), args[2]);
+            format!(
+                "asks the disk to {way} sector {}, frame {:#x}",
+                args[1],
+                gpa >> 12
+            )
+        }
+        EventKind::DiskDone => {
+            let status = u32::try_from(args[3]).ok().and_then(DiskStatus::from_u32);
+            let status = status.map_or("?".into(), |it| format!("{it:?}").to_lowercase());
+            format!("the disk has answered: {status}")
+        }
         EventKind::FailpointHit => {
             let failpoint = Failpoint::from_id(args[0]);
             format!("failpoint {} fails", failpoint.map_or("?", |it| it.name()))
         }
         _ => return None,
     })
+}
+
+fn disk_op(op: u64) -> &'static str {
+    match u32::try_from(op).ok().and_then(DiskOp::from_u32) {
+        Some(DiskOp::Read) => "read",
+        Some(DiskOp::Write) => "write",
+        None => "?",
+    }
 }
 
 /// Locks whose order an MM engineer asks for first.
@@ -334,7 +383,11 @@ fn mask(mask: u64) -> String {
 fn pte(value: u64) -> String {
     let pte = Pte(value);
     if !pte.is_present() {
-        return "none".into();
+        return match pte.non_present() {
+            Some(NonPresent::Swap { slot, .. }) => format!("swap slot {slot:#x}"),
+            Some(NonPresent::Migration { gpa, .. }) => format!("migration of {:#x}", gpa >> 12),
+            None => "none".into(),
+        };
     }
     let writable = if pte.flags().contains(PteFlags::WRITE) {
         "RW"
@@ -352,7 +405,14 @@ fn name(number: u64) -> String {
 fn call(args: [u64; 5]) -> String {
     let name = name(args[0]);
     match args[0] {
-        nr::MMAP | nr::MUNMAP | nr::MPROTECT | nr::MADVISE => {
+        nr::MMAP
+        | nr::MUNMAP
+        | nr::MPROTECT
+        | nr::MREMAP
+        | nr::MADVISE
+        | nr::MLOCK
+        | nr::MUNLOCK
+        | nr::MSYNC => {
             format!("{name} {:#x} +{:#x}", args[1], args[2])
         }
         _ => name,

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::catalog::{self, BadArgument, Data};
+use super::disk;
 use super::error::{Located, ScenarioError};
 use super::source;
 use super::trace;
@@ -60,6 +61,8 @@ struct File {
     #[serde(default)]
     kernel: Kernel,
     #[serde(default)]
+    disk: Disk,
+    #[serde(default)]
     parallel: Parallel,
     #[serde(default)]
     check: Check,
@@ -106,6 +109,14 @@ struct Kernel {
     bugs: Vec<Spanned<String>>,
     #[serde(default)]
     fail: Vec<Spanned<String>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct Disk {
+    sectors: Option<Spanned<i64>>,
+    #[serde(default)]
+    faults: Vec<Spanned<String>>,
 }
 
 /// Runs in which vCPUs run at once.
@@ -218,6 +229,18 @@ impl Reader<'_> {
                 .iter()
                 .map(|fail| self.at(fail.span(), fail.as_ref().parse()))
                 .collect::<Result<_, _>>()?,
+            disk: super::DiskSpec {
+                sectors: match file.disk.sectors {
+                    Some(sectors) => self.at(sectors.span(), disk::sectors(*sectors.as_ref()))?,
+                    None => devices::disk::DEFAULT_SECTORS,
+                },
+                faults: file
+                    .disk
+                    .faults
+                    .iter()
+                    .map(|fault| self.at(fault.span(), disk::fault(fault.as_ref())))
+                    .collect::<Result<_, _>>()?,
+            },
             disturb: super::Disturb {
                 delays: self.rules(&file.parallel.delay)?,
                 ipis: self.rules(&file.parallel.ipi)?,

@@ -4,6 +4,7 @@
 //! [`Scenario`]. Nothing here touches a machine, and nothing that leaves here is unchecked.
 
 pub mod catalog;
+pub mod disk;
 pub mod disturb;
 mod error;
 mod excerpt;
@@ -20,6 +21,7 @@ use std::time::Duration;
 use abi::boot::InterruptMode;
 use abi::bug::Bug;
 
+pub use disk::DiskSpec;
 pub use disturb::Disturb;
 pub use error::{Located, ScenarioError};
 pub use fail::Fail;
@@ -46,6 +48,28 @@ pub enum CheckWhen {
     EveryPoint,
 }
 
+/// Reads the trace in `path`.
+///
+/// # Errors
+/// It cannot be read, or is no trace.
+pub fn read_trace(path: &Path) -> Result<trace::Trace, ScenarioError> {
+    let text = source::read(path).map_err(|source| ScenarioError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    trace::parse(&text).map_err(|error| {
+        let problem = format!("found {}, expected {}", error.found, error.expected);
+        Located::new(
+            path,
+            &text,
+            error.span,
+            "here",
+            values::Refused::new(problem),
+        )
+        .into()
+    })
+}
+
 /// A checked scenario, command-line overrides included.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -69,6 +93,8 @@ pub struct Scenario {
     pub bugs: Vec<Bug>,
     /// Passages of failpoints that fail, in every schedule that is explored.
     pub fails: Vec<Fail>,
+    /// The disk.
+    pub disk: DiskSpec,
     /// How a run is disturbed in which vCPUs run at once.
     pub disturb: Disturb,
     /// Whether the merged event streams of such a run are judged.
@@ -178,6 +204,7 @@ impl Scenario {
         if self.check == CheckWhen::EveryPoint {
             text.push_str("[check]\nwhen = \"every-point\"\n");
         }
+        text.push_str(&self.disk.to_toml());
         text
     }
 

@@ -13,7 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
-use super::trace::Trace;
+use super::trace::{File, Trace};
 
 /// The calls that are recorded.
 const CALLS: &str = "trace=mmap,munmap,mprotect,mremap,brk,madvise,clone,clone3,fork,vfork,execve,\
@@ -151,6 +151,7 @@ fn record_with(
             .map(|word| word.to_string_lossy().into_owned())
             .collect(),
         status: Some(status),
+        files: recording.files.iter().zip(0..).filter_map(size).collect(),
         entries: recording.entries,
     };
     trace.number_lines();
@@ -169,6 +170,15 @@ fn record_with(
         not_understood: recording.not_understood,
         status,
         bytes: printed.len() as u64,
+    })
+}
+
+/// The size of a file that was mapped, unless it is gone or has none.
+fn size((path, number): (&String, i64)) -> Option<File> {
+    let meta = std::fs::metadata(path).ok()?;
+    meta.is_file().then_some(File {
+        number,
+        bytes: meta.len(),
     })
 }
 
@@ -200,7 +210,9 @@ fn run_strace(
     stdout: Stdio,
 ) -> Result<(ExitStatus, String), RecordError> {
     let mut child = Command::new(strace)
-        .args(["-f", "-q", "-s", "256", "-X", "raw", "-e", CALLS, "-o"])
+        .args([
+            "-f", "-q", "-y", "-s", "256", "-X", "raw", "-e", CALLS, "-o",
+        ])
         .arg(log)
         .arg("--")
         .args(command)

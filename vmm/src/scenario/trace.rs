@@ -4,6 +4,8 @@
 //! stalemate-trace 1
 //! command "true"
 //! status 0
+//! file 0 4711
+//! # file NUMBER BYTES: what mmap's fifth argument names; -1 is no file.
 //! # TASK CALL(ARGUMENTS) = RESULT; tasks are numbered from 0 in the order in which they start.
 //! 0 mmap(0x0, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000
 //! 0 clone(CLONE_VM|CLONE_THREAD) = 1
@@ -17,6 +19,7 @@
 mod compile;
 mod names;
 mod parse;
+mod places;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +32,7 @@ pub use parse::{ParseError, parse};
 
 use names::{ADVICE, CLONE, MAP, PROT, errno_name};
 pub(crate) use names::{errno_by_name, signal_by_name};
+pub(crate) use places::{Area, Places, pages};
 
 /// First word of the format's first line.
 const FORMAT: &str = "stalemate-trace";
@@ -42,8 +46,19 @@ pub struct Trace {
     pub command: Vec<String>,
     /// Its exit status, as a shell gives it.
     pub status: Option<i32>,
+    /// Files that it mapped.
+    pub files: Vec<File>,
     /// The calls, in an order in which they could have been made one by one.
     pub entries: Vec<Entry>,
+}
+
+/// A file of a recording.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct File {
+    /// What mmap's argument `fd` says.
+    pub number: i64,
+    /// Its size.
+    pub bytes: u64,
 }
 
 /// One recorded call.
@@ -152,7 +167,8 @@ impl Call {
 impl Trace {
     /// Numbers the entries as the lines of the printed text.
     pub(crate) fn number_lines(&mut self) {
-        let header = 1 + u64::from(!self.command.is_empty()) + u64::from(self.status.is_some());
+        let lines = u64::from(!self.command.is_empty()) + u64::from(self.status.is_some());
+        let header = 1 + lines + self.files.len() as u64;
         for (entry, line) in self.entries.iter_mut().zip(header + 1..) {
             entry.line = line;
         }
@@ -171,6 +187,9 @@ impl fmt::Display for Trace {
         }
         if let Some(status) = self.status {
             writeln!(f, "status {status}")?;
+        }
+        for File { number, bytes } in &self.files {
+            writeln!(f, "file {number} {bytes}")?;
         }
         for Entry {
             task,

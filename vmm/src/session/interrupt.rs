@@ -33,7 +33,7 @@ impl Interrupt {
     }
 
     /// From now on the stop is for `machine`.
-    pub(super) fn watch(&self, machine: InterruptHandle) {
+    pub(crate) fn watch(&self, machine: InterruptHandle) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.requested {
             machine.interrupt();

@@ -29,11 +29,12 @@ use crate::scenario::{CheckWhen, Scenario};
 
 /// Points at which a vCPU only waits for others: between two passages of one nothing changes that
 /// another point would not show, and stopping at each would never end.
-const WAITING: [Point; 4] = [
+const WAITING: [Point; 5] = [
     Point::LockWait,
     Point::FlushWait,
     Point::IdleEnter,
     Point::RcuWait,
+    Point::DiskWait,
 ];
 
 /// What a verdict must know of this host.
@@ -162,6 +163,7 @@ impl Live {
             kernel: kernel.map_or(KernelImage::Embedded, |path| KernelImage::File(path.into())),
             watchdog: scenario.watchdog,
             events,
+            disk: scenario.disk.clone(),
             disturb: scenario.disturb.clone(),
             ..MachineConfig::default()
         })?;

@@ -238,6 +238,7 @@ fn judge(
                 let mask = holds_up(&word, nr, vcpu, first);
                 Some(mask).filter(|it| *it != 0)?
             }
+            Wait::Disk { request } => Some(word(request)).filter(|it| !Wait::disk_answered(*it))?,
             Wait::Interrupt | Wait::Anyone => 0,
         };
         waits.push(WaitsFor { vcpu, wait, word });

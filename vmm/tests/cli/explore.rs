@@ -247,3 +247,30 @@ fn a_test_that_is_too_long_is_no_livelock() {
         &["not over after", "too long"],
     );
 }
+
+/// The first schedules already fail where shootdowns are left out, and where they are not none does.
+#[test]
+fn stress_catches_what_is_not_flushed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let explore = |more: &[&str]| {
+        let out = directory.path().to_str().expect("UTF-8");
+        let fixed = [
+            "explore",
+            "stress-short",
+            "--schedules",
+            "300",
+            "--seed",
+            "1",
+            "--out",
+            out,
+        ];
+        stalemate(&[&fixed[..], more].concat())
+    };
+    let clean = explore(&[]);
+    assert_eq!(clean.status.code(), Some(0), "{}", stdout(&clean));
+    for bug in ["shootdown-skip-remote", "free-before-flush"] {
+        let found = explore(&["--bug", bug]);
+        assert_eq!(found.status.code(), Some(1), "{}", stdout(&found));
+        assert!(stdout(&found).contains("T-01"), "{}", stdout(&found));
+    }
+}

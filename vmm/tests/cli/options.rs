@@ -119,7 +119,6 @@ fn an_option_that_the_others_leave_without_effect_is_refused() {
     let inspect: &[(&str, &str, &str)] = &[
         ("--force", "--at idle", "--out"),
         ("--vcpu", "0 --after 1ms", "--after"),
-        ("--seed", "1 --at idle", "leave --seed out"),
     ];
     let commands = [
         ("explore litmus-unmap", explore),

@@ -24,7 +24,7 @@ use abi::boot::BootInfo;
 use abi::channel::{Control, Doorbell, Event};
 use abi::layout::{CHANNEL_GPA, CHANNEL_STRIDE, ENTRIES_PER_TABLE, PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{KernelRoot, UserFrame};
-use abi::pte::{Pte, PteFlags, fault, index};
+use abi::pte::{Pte, PteFlags, fault, index, level_size};
 
 use super::{Arch, CpuMask, Ipi, UserFault};
 use crate::Kernel;
@@ -58,6 +58,8 @@ pub struct Model {
     program: Program,
     clock: AtomicU64,
     events: Shared<Vec<Event>>,
+    /// Requests to the disk: CPU and GPA.
+    submitted: Shared<Vec<(usize, u64)>>,
     console: Shared<String>,
     #[cfg(test)]
     script: testing::Script,
@@ -70,12 +72,16 @@ struct Shared<T>(RefCell<T>);
 // that thread. `Arch` asks for `Sync` because CPUs of other machines are threads.
 unsafe impl<T: Send> Sync for Shared<T> {}
 
-fn bit(ipi: Ipi) -> u64 {
-    1 << (ipi as u8 & 0xf)
+fn bit(vector: u8) -> u64 {
+    1 << (vector & 0xf)
 }
 
-/// Pending IPIs by falling vector, as a local APIC delivers them.
-const BY_PRIORITY: [Ipi; 2] = [Ipi::Reschedule, Ipi::Shootdown];
+/// Interrupts by falling vector, as a local APIC delivers them.
+const BY_PRIORITY: [u8; 3] = [
+    abi::disk::VECTOR,
+    Ipi::Reschedule as u8,
+    Ipi::Shootdown as u8,
+];
 
 impl Model {
     /// A machine of `cpus` CPUs over `bytes` bytes of memory at `memory`, which boot has filled.
@@ -96,6 +102,7 @@ impl Model {
             program,
             clock: AtomicU64::new(0),
             events: Shared(RefCell::new(Vec::new())),
+            submitted: Shared(RefCell::new(Vec::new())),
             console: Shared(RefCell::new(String::new())),
             #[cfg(test)]
             script: testing::Script::default(),
@@ -142,6 +149,7 @@ impl Model {
             cpu.pending.store(0, Relaxed);
         }
         self.events.0.borrow_mut().clear();
+        self.submitted.0.borrow_mut().clear();
         self.console.0.borrow_mut().clear();
         self.clock.store(0, Relaxed);
     }
@@ -159,6 +167,22 @@ impl Model {
         let state = &self.cpus[cpu];
         let arrived = state.in_flight.swap(0, Relaxed);
         state.pending.fetch_or(arrived, Relaxed);
+    }
+
+    /// The requests to the disk since the last call: each CPU, and the GPA of what it asks for.
+    pub fn take_submitted(&self) -> Vec<(usize, u64)> {
+        std::mem::take(&mut self.submitted.0.borrow_mut())
+    }
+    /// A request of `cpu` is done.
+    pub fn interrupt_of_disk(&self, cpu: usize) {
+        let pending = &self.cpus[cpu].pending;
+        pending.fetch_or(bit(abi::disk::VECTOR), Relaxed);
+    }
+    /// The device is about to write the frame at `gpa`.
+    pub fn will_write(&self, gpa: u64) {
+        if let Some(dirty) = self.dirty.get((gpa >> PAGE_SHIFT) as usize) {
+            dirty.store(1, Relaxed);
+        }
     }
 
     /// Moves what was recorded since the last call to `to`.
@@ -185,12 +209,25 @@ impl Model {
 
     /// Calls `f` with the GPA of each frame that may have been written since the last call.
     pub fn take_dirty(&self, mut f: impl FnMut(u64)) {
-        for (frame, dirty) in self.dirty.iter().enumerate() {
-            if dirty.load(Relaxed) != 0 {
-                dirty.store(0, Relaxed);
-                f((frame as u64) << PAGE_SHIFT);
+        // SAFETY: atomics of any size may be read as those of another; nobody else uses them meanwhile.
+        let (before, words, after) = unsafe { self.dirty.align_to::<AtomicU64>() };
+        let mut take = |first: usize, dirty: &[AtomicU8]| {
+            for (frame, dirty) in (first..).zip(dirty) {
+                if dirty.load(Relaxed) != 0 {
+                    dirty.store(0, Relaxed);
+                    f((frame as u64) << PAGE_SHIFT);
+                }
+            }
+        };
+        take(0, before);
+        // Most words say that none of eight frames was written.
+        for (index, word) in words.iter().enumerate() {
+            if word.load(Relaxed) != 0 {
+                let first = before.len() + index * 8;
+                take(first, &self.dirty[first..first + 8]);
             }
         }
+        take(self.dirty.len() - after.len(), after);
     }
 
     /// Registers of CPL 3 of the task that runs, while its program does.
@@ -233,12 +270,12 @@ impl Model {
         let pending = &self.this().pending;
         let found = BY_PRIORITY
             .into_iter()
-            .find(|ipi| pending.load(Relaxed) & bit(*ipi) != 0);
-        let Some(ipi) = found else {
+            .find(|vector| pending.load(Relaxed) & bit(*vector) != 0);
+        let Some(vector) = found else {
             return false;
         };
-        pending.fetch_and(!bit(ipi), Relaxed);
-        self.kernel().interrupt(ipi as u8);
+        pending.fetch_and(!bit(vector), Relaxed);
+        self.kernel().interrupt(vector);
         true
     }
 
@@ -267,9 +304,12 @@ impl Model {
             if !entry.flags().contains(wanted) {
                 return Err(fault::PRESENT);
             }
+            if entry.is_leaf(level) {
+                return Ok(entry.leaf_address(level) | (gva & (level_size(level) - 1)));
+            }
             table = entry.address();
         }
-        Ok(table + gva % PAGE_SIZE)
+        unreachable!("a present entry of level 1 is a leaf")
     }
 
     /// A user access of the kernel, page by page: `access` gets the place and the part of the buffer.
@@ -338,16 +378,26 @@ impl Arch for Model {
     fn flush_all(&self) {
         self.this().flushes.fetch_add(1, Relaxed);
     }
-    fn load_root(&self, pgd: u64) {
-        self.this().root.store(pgd, Relaxed);
+    fn load_root(&self, operand: u64) {
+        self.this().root.store(operand, Relaxed);
     }
     fn current_root(&self) -> u64 {
         self.this().root.load(Relaxed)
     }
+    /// There is no TLB but the soft one, which has PCIDs of its own.
+    fn has_pcid(&self) -> bool {
+        false
+    }
+    fn disk_submit(&self, gpa: u64) {
+        let submitted = (self.current.load(Relaxed), gpa);
+        self.submitted.0.borrow_mut().push(submitted);
+        // As for an IPI: when it is done is a choice.
+        self.channel().budget.store(1, Relaxed);
+    }
     fn send_ipi(&self, targets: CpuMask, ipi: Ipi) {
         for (cpu, state) in self.cpus.iter().enumerate() {
             if targets & (1 << cpu) != 0 {
-                state.in_flight.fetch_or(bit(ipi), Relaxed);
+                state.in_flight.fetch_or(bit(ipi as u8), Relaxed);
             }
         }
         // Whoever chooses the schedule is asked at the next point: there is a new choice.

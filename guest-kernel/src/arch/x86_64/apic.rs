@@ -3,6 +3,7 @@
 use abi::boot::InterruptMode;
 use abi::layout::LAPIC_GVA;
 
+use super::percpu;
 use super::registers::{self, msr, read_msr, write_msr};
 
 /// Vector of a spurious interrupt.
@@ -75,7 +76,7 @@ impl LocalApic {
                 let pending = (LAPIC_GVA + IRR_HIGHEST) as *const u32;
                 while registers::relax_with_exit(pending) != 0 {}
             }
-            Self::X2Apic => registers::relax(),
+            Self::X2Apic => registers::relax(percpu::next_turn()),
         }
     }
 

@@ -70,6 +70,10 @@ pub(super) extern "sysv64" fn start(cpu: usize, boot: *const BootInfo) -> ! {
     } else {
         wait_for_kernel();
     }
+    if kernel().cpu_uses_pcids() {
+        // SAFETY: CR3 is still the boot tables', page aligned.
+        unsafe { registers::enable_pcid() };
+    }
     kernel().run_cpu()
 }
 

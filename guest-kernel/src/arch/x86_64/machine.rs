@@ -67,18 +67,27 @@ impl Arch for X86 {
     }
 
     fn flush_all(&self) {
-        self.load_root(self.current_root());
+        // With the PCID that is loaded, and bit 63, which reads as 0, clear.
+        self.load_root(registers::paging_root());
     }
 
     #[inline]
-    fn load_root(&self, pgd: u64) {
-        // SAFETY: the kernel loads level-4 tables only, whose upper half is the boot tables' (contract
-        // of `Arch`).
-        unsafe { registers::load_paging_root(pgd) };
+    fn load_root(&self, operand: u64) {
+        // SAFETY: the kernel loads level-4 tables only, whose upper half is the boot tables', and PCIDs only
+        // where it has switched them on (contract of `Arch`).
+        unsafe { registers::load_paging_root(operand) };
     }
 
     fn current_root(&self) -> u64 {
-        registers::paging_root()
+        registers::paging_root() & abi::pte::ADDRESS_MASK
+    }
+
+    fn has_pcid(&self) -> bool {
+        registers::has_pcid()
+    }
+
+    fn disk_submit(&self, gpa: u64) {
+        registers::out32(abi::port::DISK, gpa as u32);
     }
 
     fn send_ipi(&self, mut targets: CpuMask, ipi: Ipi) {

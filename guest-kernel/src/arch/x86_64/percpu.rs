@@ -48,6 +48,8 @@ struct PerCpu {
     channel: *const Control,
     /// Where the system-call entry keeps the user's `rsp` for three instructions.
     user_rsp: u64,
+    /// How often this CPU has waited ([`next_turn`]).
+    turns: u64,
     gdt: [u64; GDT_ENTRIES],
     /// 64-bit TSS in words of 4 bytes, since its 8-byte fields are not aligned (SDM vol. 3A, 7.7).
     tss: [u32; TSS_BYTES / 4],
@@ -72,6 +74,7 @@ static AREAS: Areas = Areas(UnsafeCell::new(
             cpu: 0,
             channel: core::ptr::null(),
             user_rsp: 0,
+            turns: 0,
             gdt: [0; GDT_ENTRIES],
             tss: [0; TSS_BYTES / 4],
         }
@@ -112,6 +115,7 @@ pub(super) unsafe fn init(cpu: usize, channels: u64) {
             cpu: cpu as u64,
             channel: channel as *const Control,
             user_rsp: 0,
+            turns: 0,
             gdt: descriptors::gdt(&raw const (*area).tss as u64),
             tss,
         });
@@ -210,6 +214,17 @@ pub(super) fn channel() -> *const Control {
             options(nomem, nostack, preserves_flags));
     }
     channel
+}
+
+/// Counts the turns of this CPU's waits.
+#[inline]
+pub(super) fn next_turn() -> u64 {
+    let before: u64;
+    // SAFETY: as for `cpu`; nobody else has the word, and one instruction takes no interrupt in between.
+    unsafe {
+        asm!("xadd gs:[{}], {}", const offset_of!(PerCpu, turns), inout(reg) 1u64 => before, options(nostack));
+    }
+    before
 }
 
 /// Entries from CPL 3 use the stack that ends at `top` from now on.

@@ -50,7 +50,33 @@ pub(super) fn fault_address() -> u64 {
     gva
 }
 
-/// CR3: the paging root.
+/// True where the processor has PCIDs (SDM vol. 2A, CPUID.01H:ECX bit 17).
+pub(super) fn has_pcid() -> bool {
+    const PCID: u32 = 1 << 17;
+    core::arch::x86_64::__cpuid(1).ecx & PCID != 0
+}
+
+/// Switches PCIDs on: from now on the low 12 bits of CR3 are one, 0 at first.
+///
+/// # Panics
+/// Where this processor has none.
+///
+/// # Safety
+/// The low 12 bits of CR3 are 0: else it is #GP (SDM vol. 3A, 5.10.1).
+pub(super) unsafe fn enable_pcid() {
+    const PCIDE: u64 = 1 << 17;
+    assert!(
+        has_pcid(),
+        "this CPU has no PCID (CPUID.01H:ECX bit 17), and CPU 0 has"
+    );
+    // SAFETY: the caller's promise; the other bits stay.
+    unsafe {
+        asm!("mov {cr4}, cr4", "or {cr4}, {pcide}", "mov cr4, {cr4}",
+            cr4 = out(reg) _, pcide = const PCIDE, options(nostack));
+    };
+}
+
+/// CR3: the address of the level-4 table, and the PCID where CR4.PCIDE is set.
 pub(super) fn paging_root() -> u64 {
     let root;
     // SAFETY: reading CR3 has no side effect.
@@ -58,13 +84,15 @@ pub(super) fn paging_root() -> u64 {
     root
 }
 
-/// Loads CR3, which flushes this CPU's non-global translations.
+/// Loads CR3, which flushes this CPU's non-global translations: those of the PCID that is loaded where
+/// CR4.PCIDE is set, none where bit 63 is set too.
 ///
 /// # Safety
-/// The upper half below `root` is the kernel's, and its tables stay allocated while it is loaded.
-pub(super) unsafe fn load_paging_root(root: u64) {
+/// The upper half below the table at `operand` is the kernel's, and its tables stay allocated while it is loaded;
+/// the low 12 bits and bit 63 are 0 but where [`enable_pcid`] was called.
+pub(super) unsafe fn load_paging_root(operand: u64) {
     // SAFETY: the caller's promise. Not `nomem`: page-table writes come before it, accesses after.
-    unsafe { asm!("mov cr3, {}", in(reg) root, options(nostack, preserves_flags)) };
+    unsafe { asm!("mov cr3, {}", in(reg) operand, options(nostack, preserves_flags)) };
 }
 
 /// INVLPG.
@@ -91,18 +119,26 @@ pub(super) fn out_bytes(port: u16, bytes: &[u8]) {
     }
 }
 
-/// One pause with interrupts on around it: pending IPIs are taken here. `sti` holds them off until
-/// the instruction after it is done, so they come between `pause` and `cli`.
-pub(super) fn relax() {
+/// A window with interrupts on, in which pending IPIs are taken. `sti` holds them off until the instruction
+/// after it is done.
+///
+/// The window is one to eight pauses long, by the caller's `turn`: a host that emulates CPL 0 looks for interrupts
+/// once in a number of instructions, and where a loop that waits has a length that divides the number, a
+/// window of one length is missed for seconds.
+pub(super) fn relax(turn: u64) {
     // SAFETY: at CPL 0 with IF = 0, as everywhere. Handlers only run kernel code that its callers
     // allow for (`Arch::relax`), and push below the red zone, hence the 128.
     unsafe {
         asm!(
             "lea rsp, [rsp - 128]",
             "sti",
+            "2:",
             "pause",
+            "dec {pauses}",
+            "jns 2b",
             "cli",
             "lea rsp, [rsp + 128]",
+            pauses = inout(reg) turn % 8 => _,
         );
     }
 }

@@ -43,7 +43,10 @@ fn munmap_reaches_every_cpu_of_the_mm_and_no_other() {
     assert_eq!(k.arch.flushes(2), before);
     for cpu in [0, 1] {
         assert_eq!(k.user_read(cpu, AT), Err(FaultError::NoMapping));
-        assert_eq!(k.root().cpus[cpu].tlb_gen.get(), k.obj(mm).tlb_gen.get());
+        assert_eq!(
+            k.root().cpus[cpu].loaded_asid().tlb_gen.get(),
+            k.obj(mm).tlb_gen.get()
+        );
     }
     audit(k);
     teardown(k, &[mm, other]);
@@ -250,7 +253,10 @@ fn a_flush_during_a_switch_is_not_missed() {
     k.on(1, Kernel::handle_shootdown);
     assert_eq!(k.arch.flushes(1), before + 1);
     assert_eq!(k.root().cpus[0].flush.pending.get(), 0);
-    assert_eq!(k.root().cpus[1].tlb_gen.get(), k.obj(mm).tlb_gen.get());
+    assert_eq!(
+        k.root().cpus[1].loaded_asid().tlb_gen.get(),
+        k.obj(mm).tlb_gen.get()
+    );
     // Doubled or late, the IPI does nothing.
     k.on(1, Kernel::handle_shootdown);
     assert_eq!(k.arch.flushes(1), before + 1);
@@ -291,7 +297,10 @@ fn a_request_is_not_taken_for_one_that_is_not_out_yet() {
         k.obj(mm).tlb_gen.fetch_add(1, SeqCst);
         k.on(1, Kernel::handle_shootdown);
         assert!(!cached(k, 1, AT + PAGE));
-        assert_eq!(k.root().cpus[1].tlb_gen.get(), k.obj(mm).tlb_gen.get());
+        assert_eq!(
+            k.root().cpus[1].loaded_asid().tlb_gen.get(),
+            k.obj(mm).tlb_gen.get()
+        );
     });
     k.madvise(mm, AT, PAGE, advice::DONTNEED).unwrap();
     assert_eq!(k.arch.hooks_left(), 0);

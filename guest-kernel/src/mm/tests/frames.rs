@@ -112,7 +112,7 @@ fn free_objects_are_zero_but_for_link_and_generation() {
     let slab = &kernel.root().slabs[SlabId::Vma as usize];
     assert_eq!(
         (slab.used.get(), slab.frames.get(), slab.object_bytes.get()),
-        (1, 1, 64)
+        (1, 1, size_of::<Vma>() as u64)
     );
     assert_eq!(kernel.folio(vma.0).used.get(), 1);
 }

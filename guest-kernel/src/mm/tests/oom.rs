@@ -3,7 +3,7 @@
 use abi::boot::Segment;
 use abi::layout::{USER_BRK_START, USER_STACK_TOP};
 use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Mm, Pa, Vma, VmaNode};
-use abi::syscall::{Errno, advice, map, prot};
+use abi::syscall::{Errno, advice, map, mremap, prot};
 
 use super::{ANON, AT, PAGE, RW, TestKernel, audit, map_at, maps, space, teardown};
 use crate::Kernel;
@@ -105,7 +105,7 @@ fn at_every_allocation<T>(
                 false
             }
             Err(error) => {
-                assert_eq!(error, Errno::ENOMEM);
+                assert!([Errno::ENOMEM, Errno::EAGAIN].contains(&error));
                 assert_eq!(pages(kernel, mm), before, "with {left} frames left");
                 true
             }
@@ -155,12 +155,79 @@ fn mprotect_and_madvise() {
 }
 
 #[test]
+fn mremap_and_the_locks() {
+    let to = AT + (1 << 40);
+    let fixed = mremap::MAYMOVE | mremap::FIXED;
+    let part =
+        move |k: &TestKernel, mm| k.mremap(mm, AT + 2 * PAGE, (3 * PAGE, 3 * PAGE), fixed, to);
+    at_every_allocation(nothing, part, done);
+    let grow = |k: &TestKernel, mm| {
+        k.mmap(mm, AT + 9 * PAGE, PAGE, 0, ANON | map::FIXED)?;
+        k.mremap(mm, AT, (9 * PAGE, 12 * PAGE), mremap::MAYMOVE, 0)
+    };
+    // The page that is in the way is part of the state.
+    let blocked = |k: &TestKernel, mm: Pa<Mm>| {
+        map_at(k, mm, AT + 9 * PAGE, 1, 0);
+        vec![]
+    };
+    at_every_allocation(blocked, grow, done);
+    let keep = mremap::MAYMOVE | mremap::DONTUNMAP;
+    let kept = move |k: &TestKernel, mm| k.mremap(mm, AT, (9 * PAGE, 9 * PAGE), keep, to);
+    at_every_allocation(nothing, kept, done);
+    let lock = |k: &TestKernel, mm| k.mlock(mm, AT + 3 * PAGE, PAGE, 0);
+    at_every_allocation(nothing, lock, done);
+    let wipe = |k: &TestKernel, mm| k.madvise(mm, AT + PAGE, PAGE, advice::WIPEONFORK);
+    at_every_allocation(nothing, wipe, done);
+}
+
+#[test]
+fn a_page_that_goes_back_between_its_neighbours_needs_no_memory() {
+    let machine = Machine::with_memory(1 << 20, 2, "pcp_batch=0");
+    let k = machine.kernel();
+    let mm = process(k);
+    let (at, to) = (AT + 4 * PAGE, AT + (1 << 40));
+    let move_to = |from, to| {
+        let fixed = mremap::MAYMOVE | mremap::FIXED;
+        k.mremap(mm, from, (PAGE, PAGE), fixed, to)
+    };
+    let vmas = maps(k, mm);
+    assert_eq!(move_to(at, to), Ok(to));
+    let starved = starve(k, 0);
+    assert_eq!(move_to(to, at), Ok(at));
+    feed(k, starved);
+    assert_eq!(maps(k, mm), vmas);
+    assert_eq!(k.user_read(0, at), Ok(104));
+    audit(k);
+    teardown(k, &[mm]);
+}
+
+#[test]
+fn locking_without_memory_for_the_pages_locks_and_fails() {
+    let machine = Machine::with_memory(1 << 20, 2, "pcp_batch=0");
+    let k = machine.kernel();
+    let mm = process(k);
+    map_at(k, mm, AT + 100 * PAGE, 4, RW);
+    let starved = starve(k, 2);
+    assert_eq!(
+        k.mlock(mm, AT + 100 * PAGE, 4 * PAGE, 0),
+        Err(Errno::EAGAIN)
+    );
+    let populate = k.madvise(mm, AT + 100 * PAGE, 4 * PAGE, advice::POPULATE_WRITE);
+    assert_eq!(populate, Err(Errno::ENOMEM));
+    feed(k, starved);
+    assert_eq!(k.obj(mm).locked_vm.get(), 4);
+    audit(k);
+    teardown(k, &[mm]);
+}
+
+#[test]
 fn a_merge_that_has_to_borrow_an_anon_vma() {
     // The untouched neighbour takes the touched one's range, and with it a chain.
     let prepare = |k: &TestKernel, mm: Pa<Mm>| {
+        map_at(k, mm, AT + 31 * PAGE, 1, RW);
+        k.user_write(0, AT + 31 * PAGE, 1).unwrap();
+        k.mprotect(mm, AT + 31 * PAGE, PAGE, prot::READ).unwrap();
         map_at(k, mm, AT + 30 * PAGE, 1, RW);
-        map_at(k, mm, AT + 31 * PAGE, 1, prot::READ);
-        k.user_read(0, AT + 31 * PAGE).unwrap();
     };
     // The reads of `pages` would touch the neighbour: nothing is compared but the audit.
     for left in 0..4 {

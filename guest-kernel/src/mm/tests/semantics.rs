@@ -4,25 +4,17 @@ use abi::boot::Segment;
 use abi::layout::{
     MMAP_BASE, USER_BRK_START, USER_END, USER_MIN, USER_STACK_BYTES, USER_STACK_TOP,
 };
-use abi::objects::{Mm, Pa, SlabId, Task, vma_flags};
+use abi::objects::{Pa, SlabId, Task, vma_flags};
 use abi::pte::PteFlags;
 use abi::syscall::{Errno, advice, map, prot};
 
-use super::{ANON, AT, PAGE, RW, TestKernel, audit, map_at, maps, space, teardown};
+use super::{ANON, AT, PAGE, RW, audit, map_at, maps, space, teardown, with_space};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::arch::model::testing::{Machine, SEGMENTS};
 use crate::mm::{FaultError, Field, Slot};
 
 const R: u64 = prot::READ;
-
-fn with_space(test: impl FnOnce(&TestKernel, Pa<Mm>)) {
-    let machine = Machine::new(2, "");
-    let mm = space(machine.kernel(), &[0, 1]);
-    test(machine.kernel(), mm);
-    audit(machine.kernel());
-    teardown(machine.kernel(), &[mm]);
-}
 
 fn pages(from: u64, to: u64) -> (u64, u64) {
     (AT + from * PAGE, AT + to * PAGE)
@@ -83,8 +75,11 @@ fn mmap_refuses_what_linux_refuses() {
         assert_eq!(call(0, USER_END + PAGE, ANON), Err(Errno::ENOMEM));
         assert_eq!(call(0, MMAP_BASE, ANON), Err(Errno::ENOMEM));
         assert_eq!(call(0, PAGE, map::ANONYMOUS), Err(Errno::EINVAL));
+        let shared = map::ANONYMOUS | map::SHARED;
+        assert_eq!(call(0, PAGE, shared | map::GROWSDOWN), Err(Errno::EINVAL));
+        // MAP_SHARED_VALIDATE is for files.
         assert_eq!(
-            call(0, PAGE, map::ANONYMOUS | map::SHARED),
+            call(0, PAGE, map::ANONYMOUS | map::SHARED_VALIDATE),
             Err(Errno::EINVAL)
         );
         assert_eq!(call(0, PAGE, ANON | map::HUGETLB), Err(Errno::EINVAL));
@@ -404,20 +399,28 @@ fn generations_of_forks_do_not_pile_anon_vmas_up() {
 #[test]
 fn neighbours_share_an_anon_vma_so_that_they_can_merge() {
     with_space(|k, mm| {
-        let two = |at: u64, flags: u64| {
-            for (gva, prot) in [(at, RW), (at + PAGE, R)] {
+        let two = |at: u64, second: u64| {
+            for (gva, flags) in [(at, 0), (at + PAGE, second)] {
+                let prot = if gva == at { RW } else { RW | prot::EXEC };
                 k.mmap(mm, gva, PAGE, prot, ANON | map::FIXED | flags)
                     .unwrap();
-                k.user_read(0, gva).unwrap();
+                k.user_write(0, gva, 1).unwrap();
             }
             k.mprotect(mm, at + PAGE, PAGE, RW).unwrap();
         };
-        two(AT, map::NORESERVE);
+        two(AT, 0);
         assert_eq!(maps(k, mm).len(), 1);
         assert_eq!(k.root().slabs[SlabId::AnonVma as usize].used.get(), 1);
-        // Only one of them counted against memory when they were touched (Linux's VM_ACCOUNT).
-        two(AT + 8 * PAGE, 0);
+        // Only one of them counts against memory (Linux's VM_ACCOUNT).
+        two(AT + 8 * PAGE, map::NORESERVE);
         assert_eq!(maps(k, mm).len(), 3);
+        // One that was only read has no anon_vma, and no need to share one.
+        map_at(k, mm, AT + 20 * PAGE, 1, R);
+        k.user_read(0, AT + 20 * PAGE).unwrap();
+        map_at(k, mm, AT + 21 * PAGE, 1, RW);
+        k.user_write(0, AT + 21 * PAGE, 1).unwrap();
+        k.mprotect(mm, AT + 20 * PAGE, PAGE, RW).unwrap();
+        assert_eq!(maps(k, mm).len(), 4);
     });
 }
 

@@ -25,7 +25,7 @@ proptest! {
         // Without a touch there may be no table.
         if let Ok(table) = k.leaf_table(k.obj(mm), AT) {
             let mut rest = start;
-            while let Some((gva, entry)) = k.next_present((table, 1), rest, end) {
+            while let Some((gva, entry)) = k.next_entry((table, 1), rest, end) {
                 prop_assert!(entry.is_present());
                 found.push(gva);
                 rest = gva + PAGE;

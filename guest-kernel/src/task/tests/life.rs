@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use abi::boot::BootInfo;
 use abi::channel::Doorbell;
-use abi::layout::USER_END;
-use abi::objects::{SlabId, TaskState};
+use abi::layout::{PAGE_SIZE, USER_END};
+use abi::objects::{SlabId, Task, TaskState, task_flags};
 use abi::syscall::{Errno, clone, futex, map, nr, prot, signal, wait};
 use proptest::prelude::*;
 
@@ -16,6 +16,8 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::arch::model::testing;
 use crate::mm::Field;
+use crate::mm::tests::slab_frames;
+use crate::task::create::STACK_BYTES;
 
 pub(super) const THREAD: u64 =
     clone::VM | clone::FS | clone::FILES | clone::SIGHAND | clone::THREAD;
@@ -30,7 +32,7 @@ pub(super) fn program(body: impl Fn(&mut User<'_>) -> u64 + Send + Sync + 'stati
 
 /// Runs `programs` (the first is the first process's) on `cpus` CPUs to the end and checks that
 /// nothing but the first process's zombie is left.
-fn machine(cpus: usize, programs: Vec<Program>) -> Outcome {
+pub(super) fn machine(cpus: usize, programs: Vec<Program>) -> Outcome {
     let info = boot_info(cpus);
     let machine = Machine::new(cpus, programs);
     let kernel = Kernel::boot(machine, &info).expect("bootable");
@@ -40,34 +42,63 @@ fn machine(cpus: usize, programs: Vec<Program>) -> Outcome {
     outcome
 }
 
+/// Runs one program on one CPU.
+pub(super) fn alone(body: impl Fn(&mut User<'_>) + Send + Sync + 'static) {
+    let outcome = machine(
+        1,
+        vec![program(move |user| {
+            map_words(user);
+            body(user);
+            5
+        })],
+    );
+    assert_eq!(outcome.status, 5);
+}
+
 pub(super) fn boot_info(cpus: usize) -> BootInfo {
+    boot_info_with(cpus, "")
+}
+
+pub(super) fn boot_info_with(cpus: usize, cmdline: &str) -> BootInfo {
     BootInfo {
         boot_pgd: 0x3000,
         free_start: 0x10_0000,
-        ..testing::boot_info(MEMORY, cpus, "")
+        ..testing::boot_info(MEMORY, cpus, cmdline)
     }
 }
 
 pub(super) fn check_end(kernel: &Arc<Kernel<Machine>>, free_at_boot: u64) {
     let root = kernel.root();
     let tasks: Vec<_> = kernel.tasks().map(|task| kernel.obj(task)).collect();
-    assert!(
-        tasks
-            .iter()
-            .all(|task| task.state.get() == TaskState::Zombie as u32
-                && task.stack.get() == 0
-                && task.mm.get().is_null())
-    );
+    // Threads of the kernel sleep, and keep their stacks.
+    let of_kernel = |task: &&&Task| task.flags.get() & task_flags::KERNEL != 0;
+    let threads = tasks.iter().filter(of_kernel).count() as u64;
+    for task in &tasks {
+        let (state, stack) = match of_kernel(&task) {
+            true => (TaskState::Blocked, true),
+            false => (TaskState::Zombie, false),
+        };
+        assert_eq!(task.state.get(), state as u32);
+        assert_eq!(task.stack.get() != 0, stack);
+        assert!(task.mm.get().is_null());
+    }
     assert_eq!(
         root.slabs[SlabId::Task as usize].used.get(),
         tasks.len() as u64
     );
+    for slab in [
+        SlabId::File,
+        SlabId::CacheNode,
+        SlabId::OpenFile,
+        SlabId::FileTable,
+    ] {
+        assert_eq!(root.slabs[slab as usize].used.get(), 0, "{slab:?}");
+    }
     assert_eq!(root.online.get(), 0);
     assert!(root.futex_queue.get().is_null());
     assert!(root.mms.get().is_null(), "an mm was not let go");
-    let slabs: u64 = root.slabs.iter().map(|slab| slab.frames.get()).sum();
     assert_eq!(
-        root.free_frames.get() + slabs,
+        root.free_frames.get() + slab_frames(kernel) + threads * (STACK_BYTES as u64 / PAGE_SIZE),
         free_at_boot,
         "frames leaked"
     );

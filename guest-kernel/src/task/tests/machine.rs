@@ -24,6 +24,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use abi::channel::{Control, Doorbell, Event};
+use abi::disk::{DiskOp, DiskStatus, SECTOR_BYTES};
 use abi::layout::PAGE_SIZE;
 use abi::objects::UserFrame;
 use abi::pte::{Pte, PteFlags, fault, index};
@@ -31,11 +32,21 @@ use abi::syscall::{Errno, decode, nr};
 
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi, UserFault};
+use crate::mm::Field;
 
 /// Bytes of guest memory.
 pub(crate) const MEMORY: u64 = 16 << 20;
 /// Longest that a run may take before it counts as hung.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Every word of the disk.
+pub(crate) const ON_DISK: u32 = 0xd15c_d15c;
+/// Where the swap area begins.
+const SWAP_SECTOR: u64 = 1024;
+/// Where no swap area of a test comes to.
+const SWAP_END: u64 = 1 << 16;
+/// A sector that cannot be read or written.
+pub(crate) const BAD_SECTOR: u64 = 1 << 20;
 
 thread_local! {
     static CPU: Cell<usize> = const { Cell::new(0) };
@@ -61,7 +72,10 @@ struct State {
     outcome: Option<Result<u32, String>>,
     /// CPU that each context was given, by number of the context less one.
     given: Vec<Option<usize>>,
-    pending: Vec<Vec<Ipi>>,
+    /// Vectors, by CPU.
+    pending: Vec<Vec<u8>>,
+    /// Pages of the swap area, by their first sectors.
+    swapped: HashMap<u64, Vec<u64>>,
     console: Vec<u8>,
     doorbells: Vec<Doorbell>,
 }
@@ -123,8 +137,8 @@ impl Machine {
         }
     }
 
-    /// IPIs sent to `cpu` that it has not taken; takes them.
-    fn take_pending(&self, cpu: usize) -> Vec<Ipi> {
+    /// Interrupts of `cpu` that it has not taken; takes them.
+    fn take_pending(&self, cpu: usize) -> Vec<u8> {
         std::mem::take(&mut self.state().pending[cpu])
     }
 
@@ -201,10 +215,38 @@ impl Machine {
     /// Takes the IPIs that are pending here.
     fn take_ipis(&self) {
         if let Some(kernel) = self.kernel.get().and_then(Weak::upgrade) {
-            for ipi in self.take_pending(self.cpu()) {
-                kernel.interrupt(ipi as u8);
+            for vector in self.take_pending(self.cpu()) {
+                kernel.interrupt(vector);
             }
         }
+    }
+
+    /// Moves a page from or to the swap area, for the request at address `request`, and interrupts `cpu`.
+    fn move_page(&self, cpu: usize, request: usize, (sector, gpa): (u64, u64)) {
+        std::thread::yield_now();
+        // SAFETY: guest memory, where the kernel has put a request, which is made of atomics.
+        let request = unsafe { &*(request as *const abi::disk::DiskRequest) };
+        let words = (0..PAGE_SIZE).step_by(8).map(|offset| {
+            // SAFETY: an aligned word of guest memory, atomic as everything there.
+            unsafe { &*self.phys_to_virt(gpa + offset).cast::<AtomicU64>() }
+        });
+        if request.op.load(SeqCst) == DiskOp::Write as u32 {
+            let page = words.map(|word| word.load(SeqCst)).collect();
+            self.state().swapped.insert(sector, page);
+        } else {
+            let page = self.state().swapped.get(&sector).cloned();
+            for (word, value) in words.zip(page.expect("what is read was written")) {
+                word.store(value, SeqCst);
+            }
+        }
+        request.status.store(DiskStatus::Done as u32, SeqCst);
+        self.state().pending[cpu].push(abi::disk::VECTOR);
+        self.changed.notify_all();
+    }
+
+    /// Slots of the swap area that were written.
+    pub(crate) fn swapped_pages(&self) -> usize {
+        self.state().swapped.len()
     }
 
     /// Where user address `gva` is, for an access of the kernel (`privilege` empty) or of a program
@@ -219,12 +261,24 @@ impl Machine {
         for level in (1..=4u8).rev() {
             let slot = self.phys_to_virt(table + 8 * index(gva, level) as u64);
             // SAFETY: `table` is a page of guest memory, read as the atomic words it is made of.
-            let pte = Pte(unsafe { &*slot.cast::<AtomicU64>() }.load(SeqCst));
+            let entry = unsafe { &*slot.cast::<AtomicU64>() };
+            let pte = Pte(entry.load(SeqCst));
             if !pte.is_present() {
                 return Err(write_bit);
             }
             if !pte.flags().contains(wanted) {
                 return Err(write_bit | fault::PRESENT);
+            }
+            if level == 1 && privilege.contains(PteFlags::USER) {
+                // As a processor does, if the entry is still the same; else the access faults, and is made again.
+                let dirty = if write {
+                    PteFlags::DIRTY
+                } else {
+                    PteFlags::empty()
+                };
+                let used = pte.with(PteFlags::ACCESSED | dirty);
+                let marked = entry.compare_exchange(pte.0, used.0, SeqCst, SeqCst);
+                marked.map_err(|_| write_bit)?;
             }
             table = pte.address();
         }
@@ -318,7 +372,11 @@ pub(crate) fn run(
         .changed
         .wait_timeout_while(machine.state(), PATIENCE, |state| state.outcome.is_none())
         .unwrap_or_else(PoisonError::into_inner);
-    assert!(!wait.timed_out(), "the machine hangs");
+    assert!(
+        !wait.timed_out(),
+        "the machine hangs: {}",
+        standstill(&kernel)
+    );
     let outcome = match state.outcome.clone().expect("no longer none") {
         Ok(status) => Outcome {
             status,
@@ -329,6 +387,16 @@ pub(crate) fn run(
     };
     drop(state);
     (kernel, outcome)
+}
+
+/// What every task does, and how much memory is free.
+fn standstill(kernel: &Kernel<Machine>) -> String {
+    let tasks = kernel.tasks().map(|task| kernel.obj(task));
+    let tasks = tasks.map(|task| (task.id.get(), task.state.get(), task.waits_for.get()));
+    let tasks: Vec<_> = tasks.collect();
+    let (root, failures) = (kernel.root(), kernel.root().kswapd.failures.get());
+    let free = root.free_frames.get();
+    std::format!("tasks {tasks:?}, {free} free frames, {failures} failures")
 }
 
 impl Arch for Machine {
@@ -366,18 +434,52 @@ impl Arch for Machine {
     fn flush_all(&self) {
         self.tlb().clear();
     }
-    fn load_root(&self, pgd: u64) {
+    fn load_root(&self, operand: u64) {
         self.flush_all();
-        self.roots[self.cpu()].store(pgd, SeqCst);
+        self.roots[self.cpu()].store(operand, SeqCst);
+    }
+    fn has_pcid(&self) -> bool {
+        false
     }
     fn current_root(&self) -> u64 {
         self.roots[self.cpu()].load(SeqCst)
+    }
+    /// A disk that is done at once: it holds [`ON_DISK`] everywhere, keeps nothing, and fails at [`BAD_SECTOR`]. But
+    /// pages of the swap area are kept, and moved in their own time.
+    fn disk_submit(&self, gpa: u64) {
+        let place = self.phys_to_virt(gpa).cast::<abi::disk::DiskRequest>();
+        // SAFETY: guest memory, where the kernel has put a request, which is made of atomics.
+        let request = unsafe { &*place };
+        let [sector, gpa, bytes] =
+            [&request.sector, &request.gpa, &request.bytes].map(|word| word.load(SeqCst));
+        if (SWAP_SECTOR..SWAP_END).contains(&sector) && bytes == PAGE_SIZE {
+            let (kernel, cpu) = (self.kernel.get().and_then(Weak::upgrade), self.cpu());
+            let kernel = kernel.expect("the kernel runs");
+            let request = place as usize;
+            std::thread::spawn(move || kernel.arch.move_page(cpu, request, (sector, gpa)));
+            return;
+        }
+        let status = if sector > 1 << 32 {
+            DiskStatus::Invalid
+        } else if (sector..sector + bytes / SECTOR_BYTES).contains(&BAD_SECTOR) {
+            DiskStatus::Error
+        } else {
+            DiskStatus::Done
+        };
+        if status == DiskStatus::Done && request.op.load(SeqCst) == DiskOp::Read as u32 {
+            for offset in (0..bytes).step_by(4) {
+                let place = self.phys_to_virt(gpa + offset).cast::<AtomicU32>();
+                // SAFETY: an aligned half word of guest memory, atomic as everything there.
+                unsafe { &*place }.store(ON_DISK, SeqCst);
+            }
+        }
+        request.status.store(status as u32, SeqCst);
     }
     fn send_ipi(&self, targets: CpuMask, ipi: Ipi) {
         let mut state = self.state();
         for cpu in (0..self.nr_cpus).filter(|cpu| targets & (1 << cpu) != 0) {
             assert_ne!(cpu, self.cpu(), "an IPI to its sender");
-            state.pending[cpu].push(ipi);
+            state.pending[cpu].push(ipi as u8);
         }
         drop(state);
         self.changed.notify_all();
@@ -453,6 +555,12 @@ pub(crate) struct User<'k> {
 impl User<'_> {
     /// A system call.
     pub(crate) fn call(&mut self, nr: u64, args: [u64; 4]) -> Result<u64, Errno> {
+        let [a, b, c, d] = args;
+        self.call6(nr, [a, b, c, d, u64::MAX, 0])
+    }
+
+    /// A system call of more arguments.
+    pub(crate) fn call6(&mut self, nr: u64, args: [u64; 6]) -> Result<u64, Errno> {
         self.take_ipis();
         self.frame.rax = nr;
         [
@@ -460,9 +568,9 @@ impl User<'_> {
             self.frame.rsi,
             self.frame.rdx,
             self.frame.r10,
+            self.frame.r8,
+            self.frame.r9,
         ] = args;
-        self.frame.r8 = u64::MAX;
-        self.frame.r9 = 0;
         self.kernel.syscall(&mut self.frame);
         self.kernel.return_to_user(&mut self.frame);
         decode(self.frame.rax)

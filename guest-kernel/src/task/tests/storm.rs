@@ -11,11 +11,12 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
 
 use abi::layout::PAGE_SIZE;
+use abi::objects::FrameKind;
 use abi::param::Config;
 use abi::syscall::{Errno, advice, clone, map, nr, prot, signal, wait};
 use proptest::prelude::*;
 
-use super::life::{THREAD, WORDS, boot_info, check_end, join, map_words, program};
+use super::life::{THREAD, WORDS, boot_info_with, check_end, join, map_words, program};
 use super::machine::{Machine, Program, User, run};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -223,7 +224,9 @@ fn member(storm: &Storm, user: &mut User<'_>) -> u64 {
         (0..storm.acts).for_each(|_| member.act());
         (0..OWN_PAGES).for_each(|page| member.check_own(page));
         member.meet();
-        if cpu == 0 {
+        // Without kswapd, or while it rests; nobody else is in the kernel.
+        let kswapd = member.user.kernel.root().kswapd.task.get().some();
+        if cpu == 0 && kswapd.is_none_or(|task| member.user.kernel.has_no_work(task)) {
             audit_memory(member.user.kernel);
         }
     }
@@ -273,6 +276,16 @@ fn programs(storm: Storm) -> Vec<Program> {
 
 /// Runs a storm on a kernel that `configure` has changed.
 fn run_storm(seed: u64, cpus: usize, configure: impl FnOnce(&mut Config)) {
+    run_storm_in("", usize::MAX, (seed, cpus), configure);
+}
+
+/// The same with a command line, and so many free frames. Returns how many pages went to the disk.
+fn run_storm_in(
+    cmdline: &str,
+    frames: usize,
+    (seed, cpus): (u64, usize),
+    configure: impl FnOnce(&mut Config),
+) -> usize {
     let storm = Storm {
         cpus,
         rounds: 4,
@@ -282,15 +295,35 @@ fn run_storm(seed: u64, cpus: usize, configure: impl FnOnce(&mut Config)) {
         arrived: AtomicU64::new(0),
         inherited: Default::default(),
     };
-    let info = boot_info(cpus);
+    let info = boot_info_with(cpus, cmdline);
     let machine = Machine::new(cpus, programs(storm));
     let mut kernel = Kernel::boot(machine, &info).expect("bootable");
     configure(&mut kernel.config);
+    let spare = (kernel.root().free_frames.get() as usize).saturating_sub(frames);
+    let take = |_| {
+        kernel
+            .alloc_frames(0, FrameKind::Stack)
+            .expect("it is free")
+    };
+    (0..spare).map(take).for_each(drop);
     let free_at_boot = kernel.root().free_frames.get();
     let (kernel, outcome) = run(kernel, |kernel| kernel.start_first_process(&info));
     assert_eq!((outcome.status, outcome.console.as_str()), (0, ""));
     check_end(&kernel, free_at_boot);
     audit_memory(&*kernel);
+    kernel.arch.swapped_pages()
+}
+
+/// CPUs that really run at once, kswapd among the threads, and the disk in its own time.
+#[test]
+fn a_storm_in_little_memory_keeps_every_promise() {
+    let mut out = 0;
+    for seed in 1..9 {
+        let cmdline = "swap_slots=1024 min_free=16 pcp_batch=2";
+        let cpus = 1 + seed as usize % MAX_CPUS;
+        out += run_storm_in(cmdline, 30 + 20 * cpus, (seed, cpus), |_| {});
+    }
+    assert!(out > 0, "there was memory enough");
 }
 
 /// Storms that do not find a bug are tried again: which CPU is where is up to the host. The window of

@@ -8,12 +8,13 @@
 use std::mem::offset_of;
 
 use abi::channel::EventKind;
-use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
+use abi::layout::{HUGE_ORDER, HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE};
 use abi::lock::LockClass;
 use abi::objects::{Folio, FrameKind, KernelRoot};
 use abi::pte::Pte;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::words::Word as _;
 use super::{Kinds, Monitor, Rule, Seen, tlb, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -36,12 +37,22 @@ pub const INVARIANTS: &[Rule] = &[
         EXPLAINED,
         "the events explain the counts of folios: they end as memory has them",
     ),
+    (
+        PINNED,
+        "a folio that a device uses is not freed, and each of its pins has a reference beside those of mappings",
+    ),
+    (
+        ALONE,
+        "a folio that a device uses is mapped once at most: it is not pinned while shared, and fork does not share it",
+    ),
 ];
 
 const TOGETHER: &str = "F-01";
 const FREED: &str = "F-02";
 const REFERENCES: &str = "F-03";
 const EXPLAINED: &str = "F-04";
+const PINNED: &str = "F-10";
+const ALONE: &str = "F-11";
 
 /// What the events say of one frame.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,7 +60,20 @@ struct Frame {
     entries: u32,
     mapcount: u64,
     refcount: u64,
+    pins: u64,
     freed: bool,
+    /// It is in [`Folios::told`].
+    is_told: bool,
+}
+
+impl Frame {
+    /// An event tells a count of the frame at `gpa`.
+    fn tell(&mut self, gpa: u64, told: &mut Vec<u64>) {
+        if !self.is_told {
+            self.is_told = true;
+            told.push(gpa);
+        }
+    }
 }
 
 /// What a vCPU has changed since it took its first page-table lock.
@@ -73,6 +97,13 @@ impl Section {
 #[derive(Clone, Debug, Default)]
 pub struct Folios {
     start: FxHashMap<u64, Frame>,
+    /// Heads of folios of 2 MiB, at the start and now.
+    large_at_start: FxHashSet<u64>,
+    large: FxHashSet<u64>,
+    /// Pages of those that entries of level 1 map, each with how many.
+    pages: FxHashMap<u64, u32>,
+    pages_at_start: FxHashMap<u64, u32>,
+    /// By head.
     frames: FxHashMap<u64, Frame>,
     sections: Vec<Section>,
     /// Frames whose counts the events have told.
@@ -82,17 +113,58 @@ pub struct Folios {
 impl Folios {
     fn pte_change(&mut self, seen: &Seen) {
         let [_, _, level, old, new] = seen.event.args;
-        if level != 1 {
+        let level = level.clamp(1, 4) as u8;
+        let mapped = |entry: Pte| {
+            let is_leaf = entry.is_present() && entry.is_leaf(level);
+            is_leaf.then(|| entry.leaf_address(level))
+        };
+        let (old, new) = (mapped(Pte(old)), mapped(Pte(new)));
+        if old == new {
             return;
         }
-        let section = &mut self.sections[seen.vcpu];
-        for (entry, by) in [(Pte(old), -1), (Pte(new), 1)] {
-            if entry.is_present() {
-                section.change(entry.address(), by);
-                if let Some(frame) = self.frames.get_mut(&entry.address()) {
+        for (page, by) in [(old, -1), (new, 1)] {
+            if let Some(page) = page {
+                let head = self.head(page);
+                if level == 1 && self.large.contains(&head) {
+                    let entries = self.pages.entry(page).or_default();
+                    *entries = entries.saturating_add_signed(by as i32);
+                }
+                self.sections[seen.vcpu].change(head, by);
+                if let Some(frame) = self.frames.get_mut(&head) {
                     frame.entries = frame.entries.saturating_add_signed(by as i32);
                 }
             }
+        }
+    }
+
+    /// The folio that the frame at `gpa` is a page of.
+    fn head(&self, gpa: u64) -> u64 {
+        let head = gpa & !(HUGE_PAGE_SIZE - 1);
+        if self.large.contains(&head) {
+            head
+        } else {
+            gpa
+        }
+    }
+
+    /// Each page of a large folio is a folio of its own from now on: with the mappings that it has, and a reference for each,
+    /// or for whoever frees it.
+    fn split(&mut self, head: u64) {
+        if !self.large.remove(&head) {
+            return;
+        }
+        self.frames.remove(&head);
+        for page in (head..head + HUGE_PAGE_SIZE).step_by(PAGE_SIZE as usize) {
+            let entries = self.pages.remove(&page).unwrap_or(0);
+            let frame = Frame {
+                entries,
+                mapcount: entries.into(),
+                refcount: entries.max(1).into(),
+                is_told: true,
+                ..Frame::default()
+            };
+            self.frames.insert(page, frame);
+            self.told.push(page);
         }
     }
 
@@ -103,9 +175,44 @@ impl Folios {
         };
         let by = new.cast_signed().wrapping_sub(frame.mapcount.cast_signed());
         frame.mapcount = new;
-        self.told.push(gpa);
+        frame.tell(gpa, &mut self.told);
+        let frame = *frame;
         self.sections[seen.vcpu].change(gpa, by.wrapping_neg());
-        self.judge(seen, gpa, found);
+        judge(seen, gpa, &frame, found);
+        self.judge_pins(seen, gpa, &frame, found);
+    }
+
+    fn pin(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [gpa, new, ..] = seen.event.args;
+        let Some(frame) = self.frames.get_mut(&gpa) else {
+            return;
+        };
+        frame.pins = new;
+        frame.tell(gpa, &mut self.told);
+        let frame = *frame;
+        self.judge_pins(seen, gpa, &frame, found);
+    }
+
+    /// A page that is both pinned and shared: the next write of the process goes to a copy that the device does not
+    /// know.
+    fn judge_pins(&self, seen: &Seen, gpa: u64, frame: &Frame, found: &mut Vec<Violation>) {
+        if frame.pins == 0 {
+            return;
+        }
+        let counts = format!("{} pins, mapcount {}", frame.pins, frame.mapcount);
+        // Of a large one each page is shared or not.
+        if frame.mapcount > 1 && !self.large.contains(&gpa) {
+            let finding = finding(seen, "a folio that a device uses is shared", gpa)
+                .expected("one mapping at most")
+                .found(counts.clone());
+            found.push(violation(INVARIANTS, ALONE, finding));
+        }
+        if frame.freed || frame.refcount < frame.mapcount.saturating_add(frame.pins) {
+            let finding = finding(seen, "a folio that a device uses may be freed", gpa)
+                .expected("a reference for each pin and each mapping")
+                .found(format!("{counts}, refcount {}", frame.refcount));
+            found.push(violation(INVARIANTS, PINNED, finding));
+        }
     }
 
     fn refcount(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
@@ -122,25 +229,21 @@ impl Folios {
             ));
         }
         frame.refcount = new;
-        self.told.push(gpa);
+        frame.tell(gpa, &mut self.told);
+        let frame = *frame;
         if new > 0 {
-            self.judge(seen, gpa, found);
-        }
-    }
-
-    fn judge(&self, seen: &Seen, gpa: u64, found: &mut Vec<Violation>) {
-        let frame = &self.frames[&gpa];
-        if frame.refcount < frame.mapcount && !frame.freed {
-            let finding = finding(seen, "a folio has fewer references than mappings", gpa)
-                .expected(format!("at least {} references", frame.mapcount))
-                .found(frame.refcount.to_string());
-            found.push(violation(INVARIANTS, REFERENCES, finding));
+            judge(seen, gpa, &frame, found);
+            self.judge_pins(seen, gpa, &frame, found);
         }
     }
 
     fn free(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, _, kind, ..] = seen.event.args;
-        if kind != FrameKind::Anon as u64 {
+        if self.large.remove(&gpa) {
+            let pages = gpa..gpa + HUGE_PAGE_SIZE;
+            self.pages.retain(|page, _| !pages.contains(page));
+        }
+        if !is_counted(kind) {
             self.frames.remove(&gpa);
             return;
         }
@@ -154,6 +257,12 @@ impl Folios {
                 ));
             found.push(violation(INVARIANTS, FREED, finding));
         }
+        if frame.pins > 0 {
+            let finding = finding(seen, "a folio that a device uses is freed", gpa)
+                .expected("no pin")
+                .found(format!("{} pins", frame.pins));
+            found.push(violation(INVARIANTS, PINNED, finding));
+        }
         if frame.refcount > 1 {
             let finding = finding(seen, "a folio that others refer to is freed", gpa)
                 .expected("the last reference, or none")
@@ -165,11 +274,13 @@ impl Folios {
 
     /// The vCPU holds no page-table lock any more.
     fn section_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        for (gpa, difference) in std::mem::take(&mut self.sections[seen.vcpu].changed) {
-            if difference == 0 || !self.frames.contains_key(&gpa) {
+        for (gpa, difference) in self.sections[seen.vcpu].changed.drain(..) {
+            if difference == 0 {
                 continue;
             }
-            let frame = &self.frames[&gpa];
+            let Some(frame) = self.frames.get(&gpa) else {
+                continue;
+            };
             let title = "mapcount and entries did not change together";
             let finding = finding(seen, title, gpa)
                 .expected("as many mappings more or less as entries")
@@ -188,7 +299,19 @@ impl Monitor for Folios {
     }
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) {
         self.start.clear();
-        for gpa in tlb::leaf_frames(memory, kernel_root) {
+        self.large_at_start.clear();
+        self.pages_at_start.clear();
+        let zero = memory.field(kernel_root, offset_of!(KernelRoot, zero_frame));
+        let counted = tlb::leaf_frames(memory, kernel_root).into_iter();
+        // Nobody counts the zero page's mappings.
+        for (page, level) in counted.filter(|(gpa, _)| *gpa != zero) {
+            let gpa = head_in(memory, kernel_root, page);
+            if order_in(memory, kernel_root, gpa) == HUGE_ORDER {
+                self.large_at_start.insert(gpa);
+                if level == 1 {
+                    *self.pages_at_start.entry(page).or_default() += 1;
+                }
+            }
             let frame = self
                 .start
                 .entry(gpa)
@@ -200,6 +323,8 @@ impl Monitor for Folios {
     }
     fn reset(&mut self) {
         self.frames.clone_from(&self.start);
+        self.large.clone_from(&self.large_at_start);
+        self.pages.clone_from(&self.pages_at_start);
         self.told.clear();
         for section in &mut self.sections {
             section.locks = 0;
@@ -214,6 +339,8 @@ impl Monitor for Folios {
                 EventKind::PteChange,
                 EventKind::MapcountChange,
                 EventKind::RefcountChange,
+                EventKind::FolioSplit,
+                EventKind::Pin,
                 EventKind::LockAcquire,
                 EventKind::LockRelease,
                 EventKind::SyscallExit,
@@ -228,17 +355,22 @@ impl Monitor for Folios {
         let args = seen.event.args;
         let of_table = args[1] == LockClass::PageTable as u64;
         match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::FrameAlloc) if args[2] == FrameKind::Anon as u64 => {
+            Some(EventKind::FrameAlloc) if is_counted(args[2]) => {
                 let fresh = Frame {
                     refcount: 1,
                     ..Frame::default()
                 };
                 self.frames.insert(args[0], fresh);
+                if args[1] == u64::from(HUGE_ORDER) {
+                    self.large.insert(args[0]);
+                }
             }
             Some(EventKind::FrameFree) => self.free(seen, found),
             Some(EventKind::PteChange) => self.pte_change(seen),
             Some(EventKind::MapcountChange) => self.mapcount(seen, found),
             Some(EventKind::RefcountChange) => self.refcount(seen, found),
+            Some(EventKind::FolioSplit) => self.split(args[0]),
+            Some(EventKind::Pin) => self.pin(seen, found),
             Some(EventKind::LockAcquire) if of_table => self.sections[seen.vcpu].locks += 1,
             Some(EventKind::LockRelease) if of_table => {
                 let section = &mut self.sections[seen.vcpu];
@@ -259,8 +391,12 @@ impl Monitor for Folios {
                 continue;
             };
             let is = counts(memory, kernel_root, *gpa);
-            if (told.refcount, told.mapcount) != (is.refcount, is.mapcount) {
-                let text = |f: &Frame| format!("refcount {}, mapcount {}", f.refcount, f.mapcount);
+            let counts = |f: &Frame| (f.refcount, f.mapcount, f.pins);
+            if counts(told) != counts(&is) {
+                let text = |f: &Frame| {
+                    let (references, mappings, pins) = counts(f);
+                    format!("refcount {references}, mapcount {mappings}, {pins} pins")
+                };
                 let title = format!("unexplained counts of frame {:#x}", gpa / PAGE_SIZE);
                 let finding = Finding::new(title).expected(text(told)).found(text(&is));
                 let finding = finding.frame(gpa >> PAGE_SHIFT);
@@ -271,22 +407,52 @@ impl Monitor for Folios {
     }
 }
 
+fn judge(seen: &Seen, gpa: u64, frame: &Frame, found: &mut Vec<Violation>) {
+    if frame.refcount < frame.mapcount && !frame.freed {
+        let finding = finding(seen, "a folio has fewer references than mappings", gpa)
+            .expected(format!("at least {} references", frame.mapcount))
+            .found(frame.refcount.to_string());
+        found.push(violation(INVARIANTS, REFERENCES, finding));
+    }
+}
+
+/// True where frames of `kind`, an argument of an event, count their mappings.
+fn is_counted(kind: u64) -> bool {
+    FrameKind::from_u64(kind).is_some_and(FrameKind::is_user)
+}
+
+/// Where the kernel's descriptor of the frame at `gpa` lies.
+fn descriptor(memory: &dyn PhysMem, kernel_root: u64, gpa: u64) -> u64 {
+    let folios = memory.field(kernel_root, offset_of!(KernelRoot, folios));
+    let index = (gpa >> PAGE_SHIFT).wrapping_mul(size_of::<Folio>() as u64);
+    folios.wrapping_add(index)
+}
+
+fn order_in(memory: &dyn PhysMem, kernel_root: u64, gpa: u64) -> u8 {
+    let word = memory.field(descriptor(memory, kernel_root, gpa), 0);
+    (word >> (8 * offset_of!(Folio, order))) as u8
+}
+
+/// The folio that memory says the frame at `gpa` is a page of.
+fn head_in(memory: &dyn PhysMem, kernel_root: u64, gpa: u64) -> u64 {
+    let word = memory.field(descriptor(memory, kernel_root, gpa), 0);
+    let kind = (word >> (8 * offset_of!(Folio, kind))) as u8;
+    if kind == FrameKind::Tail as u8 {
+        gpa & !(HUGE_PAGE_SIZE - 1)
+    } else {
+        gpa
+    }
+}
+
 /// What the kernel's descriptor of a frame says.
 fn counts(memory: &dyn PhysMem, kernel_root: u64, gpa: u64) -> Frame {
-    let word = |at: u64| {
-        let mut bytes = [0; 8];
-        let read = memory.read(at, &mut bytes);
-        read.map_or(0, |()| u64::from_le_bytes(bytes))
-    };
-    let folios = word(kernel_root.wrapping_add(offset_of!(KernelRoot, folios) as u64));
-    let index = (gpa >> PAGE_SHIFT).wrapping_mul(size_of::<Folio>() as u64);
-    let folio = folios.wrapping_add(index);
-    let count = |offset: usize| word(folio.wrapping_add(offset as u64)) & u64::from(u32::MAX);
+    let folio = descriptor(memory, kernel_root, gpa);
+    let count = |offset: usize| memory.half(folio, offset).into();
     Frame {
-        entries: 0,
         mapcount: count(offset_of!(Folio, mapcount)),
         refcount: count(offset_of!(Folio, refcount)),
-        freed: false,
+        pins: count(offset_of!(Folio, pins)),
+        ..Frame::default()
     }
 }
 
@@ -415,6 +581,77 @@ mod tests {
         };
         assert_eq!(told(count), [""; 0]);
         assert_eq!(told(count + 1), ["F-04"]);
+    }
+
+    #[test]
+    fn pages_of_a_large_folio_are_counted_at_its_head_until_it_is_split() {
+        let head = HUGE_PAGE_SIZE;
+        let page = head + 5 * PAGE_SIZE;
+        let entry = |gpa: u64| Pte::new(gpa, PteFlags::PRESENT).0;
+        let order = u64::from(HUGE_ORDER);
+        let made = (0, K::FrameAlloc, [head, order, ANON, 0, 0]);
+        let count = |gpa: u64, new: u64| (0, K::MapcountChange, [gpa, new, 0, 0, 0]);
+        let set = |gpa: u64| (0, K::PteChange, [1, gpa, 1, 0, entry(gpa)]);
+        let clear = |gpa: u64| (0, K::PteChange, [1, gpa, 1, entry(gpa), 0]);
+        let references = |gpa: u64, new: u64| (0, K::RefcountChange, [gpa, new, 0, 0, 0]);
+        let mapped = [
+            made,
+            references(head, 2),
+            lock(),
+            count(head, 2),
+            set(head),
+            set(page),
+            unlock(),
+        ];
+        assert_eq!(ids(&mapped), [""; 0]);
+        let whole = [lock(), clear(page), count(head, 1), unlock()];
+        assert_eq!(ids(&[&mapped[..], &whole].concat()), [""; 0]);
+        let wrong = [lock(), clear(page), count(page, 0), unlock()];
+        assert_eq!(
+            ids(&[&mapped[..], &wrong].concat()),
+            ["F-01"],
+            "the head counts"
+        );
+        let split = (0, K::FolioSplit, [head, order, 0, 0, 0]);
+        let apart = [&mapped[..], &[split]].concat();
+        assert_eq!(ids(&[&apart[..], &wrong].concat()), [""; 0]);
+        assert_eq!(ids(&[&apart[..], &whole].concat()), ["F-01"]);
+        let unmapped = (0, K::FrameFree, [head + PAGE_SIZE, 0, ANON, 0, 0]);
+        assert_eq!(ids(&[&apart[..], &[unmapped]].concat()), [""; 0]);
+        let freed = (0, K::FrameFree, [page, 0, ANON, 0, 0]);
+        assert_eq!(ids(&[&apart[..], &[freed]].concat()), ["F-02"]);
+    }
+
+    fn pins(new: u64) -> (usize, K, [u64; 5]) {
+        (1, K::Pin, [FRAME, new, 0, 0, 0])
+    }
+
+    #[test]
+    fn a_folio_freed_under_a_device_is_f_10() {
+        let mapped = [alloc(), lock(), mapcount(0, 1), map(), unlock()];
+        let pinned = [&mapped[..], &[refcount(2), pins(1)]].concat();
+        let unmapped = [lock(), unmap(), mapcount(0, 0), unlock(), refcount(1)];
+        let kept = [&pinned[..], &unmapped].concat();
+        let over = [pins(0), refcount(0), free()];
+        assert_eq!(ids(&[&kept[..], &over].concat()), [""; 0]);
+        assert_eq!(ids(&[&kept[..], &[free()]].concat()), ["F-10"]);
+        assert_eq!(ids(&[&mapped[..], &[pins(1)]].concat()), ["F-10"]);
+        let early = [&pinned[..], &[refcount(1)]].concat();
+        assert_eq!(ids(&early), ["F-10"], "the reference goes before the pin");
+    }
+
+    #[test]
+    fn a_folio_shared_with_a_device_at_work_is_f_11() {
+        let mapped = [alloc(), lock(), mapcount(0, 1), map(), unlock()];
+        let share = [refcount(3), lock(), mapcount(0, 2), map(), unlock()];
+        let pinned = [refcount(2), pins(1)];
+        let fork = [&mapped[..], &pinned, &share].concat();
+        assert_eq!(ids(&fork), ["F-11"], "fork shares it");
+        let shared = [refcount(2), lock(), mapcount(0, 2), map(), unlock()];
+        let late = [&mapped[..], &shared, &[refcount(3), pins(1)]].concat();
+        assert_eq!(ids(&late), ["F-11"], "pinned when it is shared");
+        let over = [&mapped[..], &pinned, &[pins(0), refcount(1)], &shared].concat();
+        assert_eq!(ids(&over), [""; 0]);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::memory::PhysMem;
 pub const INVARIANTS: &[Rule] = &[
     (
         ORDER,
-        "locks are taken in the order mmap_lock, anon_vma, page table, then one of the others",
+        "locks are taken in the order file position, inode, mmap_lock, folio, i_mmap, anon_vma, page table, then one of the others",
     ),
     (
         HOLDER,
@@ -47,17 +47,25 @@ pub struct Locks {
 
 fn rank(class: LockClass) -> u8 {
     match class {
-        LockClass::MmapRead | LockClass::MmapWrite => 0,
-        LockClass::AnonVma => 1,
-        LockClass::PageTable => 2,
-        _ => 3,
+        LockClass::Position => 0,
+        LockClass::Inode => 1,
+        LockClass::MmapRead | LockClass::MmapWrite => 2,
+        LockClass::Folio => 3,
+        LockClass::IMmap => 4,
+        LockClass::AnonVma => 5,
+        LockClass::PageTable => 6,
+        _ => 7,
     }
 }
 
 /// Two locks of one rank that may be held together: fork holds the mmap_locks of parent and child and locks
-/// of a table of each; nobody else can know the child's.
+/// of a table of each, migration the locks of the folios of both frames; nobody else can know the child's, or the new
+/// frame's.
 fn may_nest(class: LockClass) -> bool {
-    rank(class) == 0 || class == LockClass::PageTable
+    matches!(
+        class,
+        LockClass::MmapRead | LockClass::MmapWrite | LockClass::Folio | LockClass::PageTable
+    )
 }
 
 impl Locks {
@@ -172,7 +180,9 @@ mod tests {
 
     use super::*;
     use EventKind::{LockAcquire, LockRelease, SyscallExit};
-    use LockClass::{AnonVma, Buddy, MmapRead, MmapWrite, PageTable, Sched};
+    use LockClass::{
+        AnonVma, Buddy, Folio, IMmap, Inode, MmapRead, MmapWrite, PageTable, Position, Sched,
+    };
 
     fn seen(vcpu: usize, task: u32, kind: EventKind, word: u64, class: u64) -> Seen {
         let event = Event {
@@ -197,8 +207,12 @@ mod tests {
     #[test]
     fn the_documented_order_is_no_violation() {
         let steps = [
+            (0, 1, LockAcquire, 9, Position),
+            (0, 1, LockAcquire, 10, Inode),
             (0, 1, LockAcquire, 1, MmapWrite),
             (0, 1, LockAcquire, 2, MmapWrite),
+            (0, 1, LockAcquire, 7, Folio),
+            (0, 1, LockAcquire, 8, IMmap),
             (0, 1, LockAcquire, 3, AnonVma),
             (0, 1, LockAcquire, 4, PageTable),
             (0, 1, LockAcquire, 5, PageTable),
@@ -214,6 +228,8 @@ mod tests {
             (0, 1, LockAcquire, 1, MmapRead),
         ];
         assert_eq!(ids(&upside_down), ["K-01"]);
+        let folio_first = [(0, 1, LockAcquire, 4, IMmap), (0, 1, LockAcquire, 5, Folio)];
+        assert_eq!(ids(&folio_first), ["K-01"]);
         let two_leaves = [(0, 1, LockAcquire, 4, Sched), (0, 1, LockAcquire, 5, Buddy)];
         assert_eq!(ids(&two_leaves), ["K-01"]);
     }

@@ -4,9 +4,11 @@
 //! same monitors judge serialised runs, event by event, and the merged streams of parallel ones.
 
 pub mod folio;
+pub mod groups;
 pub mod lifetime;
 pub mod locks;
 pub mod merge;
+pub mod migration;
 pub mod order;
 pub mod rcu;
 pub mod rmap;
@@ -58,6 +60,35 @@ impl Kinds {
     }
 }
 
+/// Which of some monitors follow each kind of event.
+#[derive(Clone, Debug)]
+pub struct Audience([u32; u64::BITS as usize]);
+
+impl Audience {
+    /// Of `monitors`, at most 32.
+    #[must_use]
+    pub fn of(monitors: &[Box<dyn Monitor>]) -> Self {
+        assert!(monitors.len() <= u32::BITS as usize, "too many monitors");
+        let mut who = [0; u64::BITS as usize];
+        for (index, monitor) in monitors.iter().enumerate() {
+            let follows = monitor.follows();
+            for (kind, who) in who.iter_mut().enumerate() {
+                *who |= u32::from(follows.has(kind as u32)) << index;
+            }
+        }
+        Self(who)
+    }
+
+    /// Tells the next event to those of `monitors` that follow its kind.
+    pub fn tell(&self, monitors: &mut [Box<dyn Monitor>], seen: &Seen, found: &mut Vec<Violation>) {
+        let mut left = self.0[(seen.event.kind % u64::BITS) as usize];
+        while left != 0 {
+            monitors[left.trailing_zeros() as usize].observe(seen, found);
+            left &= left - 1;
+        }
+    }
+}
+
 /// An ID that is never reused for anything else, and what must be true.
 pub type Rule = (&'static str, &'static str);
 
@@ -72,6 +103,8 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
         walk::INVARIANTS,
         rcu::INVARIANTS,
         rmap::INVARIANTS,
+        migration::INVARIANTS,
+        groups::INVARIANTS,
     ];
     families.into_iter().flatten()
 }
@@ -124,6 +157,14 @@ const SOURCES: &[(&str, &str)] = &[
     ),
     ("F-03", "Linux mm/migrate.c, folio_expected_refs"),
     (
+        "F-10",
+        "Linux Documentation/core-api/pin_user_pages.rst; mm/gup.c, try_grab_folio",
+    ),
+    (
+        "F-11",
+        "Linux mm/memory.c, copy_present_page; mm/gup.c, gup_must_unshare",
+    ),
+    (
         "F-04",
         "abi::channel::EventKind::RefcountChange and MapcountChange",
     ),
@@ -142,6 +183,14 @@ const SOURCES: &[(&str, &str)] = &[
     ("U-04", "guest-kernel/src/sync/rcu.rs"),
     ("U", "Linux Documentation/RCU/Design/Requirements"),
     ("A-01", "Linux mm/rmap.c, rmap_walk_anon"),
+    (
+        "S-08",
+        "Linux mm/migrate.c, remove_migration_ptes; mm/mremap.c, take_rmap_locks (486cf46f3f9b)",
+    ),
+    (
+        "G",
+        "Linux mm/memcontrol.c, uncharge_folio and mem_cgroup_migrate; abi::channel::EventKind::Charge",
+    ),
     (
         "A-02",
         "Linux mm/rmap.c, folio_get_anon_vma; Documentation/mm/process_addrs.rst",
@@ -180,6 +229,8 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
         Box::new(rcu::Rcu::default()),
         Box::new(order::LockOrder::default()),
         Box::new(rmap::Rmap::default()),
+        Box::new(migration::Migrations::default()),
+        Box::new(groups::Charges::default()),
     ]
 }
 

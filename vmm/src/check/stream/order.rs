@@ -210,7 +210,7 @@ impl Monitor for LockOrder {
             (Some(EventKind::MmCreate), _) => {
                 self.forget(args[2].wrapping_add(offset_of!(Mm, mmap_lock) as u64));
             }
-            (Some(EventKind::FrameAlloc), _) if args[2] == FrameKind::Table as u64 => {
+            (Some(EventKind::FrameAlloc), _) if has_lock(args[2]) => {
                 let index = (args[0] >> PAGE_SHIFT).wrapping_mul(size_of::<Folio>() as u64);
                 let folio = self.folios.wrapping_add(index);
                 self.forget(folio.wrapping_add(offset_of!(Folio, lock) as u64));
@@ -219,6 +219,11 @@ impl Monitor for LockOrder {
         }
     }
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
+}
+
+/// True where frames of `kind`, an argument of an event, have a lock: tables, and folios of user memory.
+fn has_lock(kind: u64) -> bool {
+    FrameKind::from_u64(kind).is_some_and(|kind| kind == FrameKind::Table || kind.is_user())
 }
 
 #[cfg(test)]
@@ -306,6 +311,25 @@ mod tests {
         let at = 0x120 - offset_of!(Mm, mmap_lock) as u64;
         run(&mut order, &[(1, MmCreate, at, 0)]);
         assert!(run(&mut order, &nest(1, a, b)).is_empty());
+    }
+
+    #[test]
+    fn a_frame_that_is_allocated_anew_has_another_lock() {
+        for (kind, cycles) in [(FrameKind::Anon, 0), (FrameKind::Slab, 1)] {
+            let word =
+                |frame: u64| frame * size_of::<Folio>() as u64 + offset_of!(Folio, lock) as u64;
+            let (a, b) = ((word(5), LockClass::Folio), (word(6), LockClass::Folio));
+            let mut order = LockOrder::default();
+            assert!(run(&mut order, &nest(1, a, b)).is_empty());
+            // The first is free by then, and a page moves there from the second.
+            let event = Event {
+                kind: EventKind::FrameAlloc as u32,
+                args: [5 << PAGE_SHIFT, 0, kind as u64, 0, 0],
+                ..Event::default()
+            };
+            order.observe(&Seen { vcpu: 1, event }, &mut Vec::new());
+            assert_eq!(run(&mut order, &nest(1, b, a)).len(), cycles);
+        }
     }
 
     #[test]

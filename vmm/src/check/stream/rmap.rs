@@ -9,8 +9,10 @@
 use std::mem::offset_of;
 
 use abi::channel::EventKind;
-use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
-use abi::objects::{AnonVma, AnonVmaChain, Folio, KernelRoot, Mm, RwLockWord, Vma};
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE};
+use abi::objects::{
+    AnonVma, AnonVmaChain, File, Folio, FrameKind, KernelRoot, Mm, RwLockWord, Vma,
+};
 use abi::pte::{Pte, index};
 use rustc_hash::FxHashMap;
 
@@ -50,6 +52,8 @@ const MAX_MAPPINGS: usize = 8;
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Rmap {
+    /// The zero page, from which no walk goes back.
+    zero: u64,
     start: FxHashMap<u64, u32>,
     /// Present leaf entries that the events have told, by the frame that they map.
     entries: FxHashMap<u64, u32>,
@@ -102,8 +106,11 @@ impl Monitor for Rmap {
     }
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, _: usize) {
         self.start.clear();
-        for frame in tlb::leaf_frames(memory, kernel_root) {
-            *self.start.entry(frame).or_default() += 1;
+        self.zero = memory.field(kernel_root, offset_of!(KernelRoot, zero_frame));
+        for (frame, _) in tlb::leaf_frames(memory, kernel_root) {
+            if frame != self.zero {
+                *self.start.entry(frame).or_default() += 1;
+            }
         }
         self.reset();
     }
@@ -120,10 +127,17 @@ impl Monitor for Rmap {
             return;
         }
         let [_, _, level, old, new] = seen.event.args;
-        if level == 1 && Pte(old).address() != Pte(new).address() {
-            for (entry, by) in [(Pte(old), -1), (Pte(new), 1)] {
-                if entry.is_present() {
-                    self.change(entry.address(), by);
+        let level = level.clamp(1, 4) as u8;
+        // An entry of 2 MiB counts for the first frame that it maps.
+        let maps = |entry: Pte| {
+            let is_leaf = entry.is_present() && entry.is_leaf(level);
+            is_leaf.then(|| entry.leaf_address(level))
+        };
+        let (old, new) = (maps(Pte(old)), maps(Pte(new)));
+        if old != new {
+            for (frame, by) in [(old, -1), (new, 1)] {
+                if let Some(frame) = frame.filter(|frame| *frame != self.zero) {
+                    self.change(frame, by);
                 }
             }
         }
@@ -185,6 +199,17 @@ impl<'m> Guest<'m> {
         }
     }
 
+    /// The folio that the frame is a page of, and which page.
+    fn folio_of(&self, frame: u64) -> (u64, u64) {
+        let own = self.folio(frame);
+        if self.kind(own) == FrameKind::Tail as u64 {
+            let head = frame & !(HUGE_PAGE_SIZE - 1);
+            (self.folio(head), (frame - head) >> PAGE_SHIFT)
+        } else {
+            (own, 0)
+        }
+    }
+
     fn folio(&self, frame: u64) -> u64 {
         let offset = (frame >> PAGE_SHIFT).wrapping_mul(size_of::<Folio>() as u64);
         self.folios.wrapping_add(offset)
@@ -193,44 +218,84 @@ impl<'m> Guest<'m> {
     /// How many entries a walk back from the folio of `frame` finds.
     fn walk_back(&mut self, frame: u64) -> Result<u32, Dead> {
         let memory = self.memory;
-        let folio = self.folio(frame);
+        let (folio, page) = self.folio_of(frame);
         let anon = memory.field(folio, offset_of!(Folio, owner));
-        let at = memory.field(folio, offset_of!(Folio, index));
+        let at = memory
+            .field(folio, offset_of!(Folio, index))
+            .wrapping_add(page);
         self.hits.clear();
         if anon == 0 {
             return Ok(0);
         }
-        let alive = |kind, object: u64, generation: usize| match memory.half(object, generation) % 2
-        {
-            1 => Ok(()),
-            _ => Err((kind, object)),
-        };
-        alive("AnonVma", anon, offset_of!(AnonVma, generation))?;
+        if self.is_file_page(folio) {
+            return self.walk_file(anon, at, frame);
+        }
+        self.alive("AnonVma", anon, offset_of!(AnonVma, generation))?;
         let mut chain = memory.field(anon, offset_of!(AnonVma, chains));
         while chain != 0 && self.left > 0 {
             self.left -= 1;
-            alive("AnonVmaChain", chain, offset_of!(AnonVmaChain, generation))?;
+            self.alive("AnonVmaChain", chain, offset_of!(AnonVmaChain, generation))?;
             let vma = memory.field(chain, offset_of!(AnonVmaChain, vma));
-            alive("VMA", vma, offset_of!(Vma, generation))?;
-            if memory.half(vma, offset_of!(Vma, attached)) == 0 {
-                return Err(("VMA", vma));
-            }
-            let start = memory.field(vma, offset_of!(Vma, start));
-            let end = memory.field(vma, offset_of!(Vma, end));
-            let first = memory.field(vma, offset_of!(Vma, pgoff));
-            let offset = at.wrapping_sub(first);
-            if at >= first && offset < end.wrapping_sub(start) >> PAGE_SHIFT {
-                let mm = memory.field(vma, offset_of!(Vma, mm));
-                alive("mm", mm, offset_of!(Mm, generation))?;
-                let place = (mm, start.wrapping_add(offset << PAGE_SHIFT));
-                // Two VMAs may cover one page for a moment: that is one entry.
-                if self.maps(place, frame) && !self.hits.contains(&place) {
-                    self.hits.push(place);
-                }
-            }
+            self.pass(vma, at, frame)?;
             chain = memory.field(chain, offset_of!(AnonVmaChain, next_of_anon));
         }
         Ok(self.hits.len() as u32)
+    }
+
+    /// The same from page `at` of a file, by all VMAs of its tree.
+    fn walk_file(&mut self, file: u64, at: u64, frame: u64) -> Result<u32, Dead> {
+        let memory = self.memory;
+        self.alive("File", file, offset_of!(File, generation))?;
+        let mut left = vec![memory.field(file, offset_of!(File, i_mmap))];
+        while let Some(vma) = left.pop() {
+            if vma == 0 || self.left == 0 {
+                continue;
+            }
+            self.left -= 1;
+            self.pass(vma, at, frame)?;
+            left.push(memory.field(vma, offset_of!(Vma, left_of_file)));
+            left.push(memory.field(vma, offset_of!(Vma, right_of_file)));
+        }
+        Ok(self.hits.len() as u32)
+    }
+
+    /// A walk back from `frame`, whose page offset is `at`, comes to a VMA.
+    fn pass(&mut self, vma: u64, at: u64, frame: u64) -> Result<(), Dead> {
+        let memory = self.memory;
+        self.alive("VMA", vma, offset_of!(Vma, generation))?;
+        if memory.half(vma, offset_of!(Vma, attached)) == 0 {
+            return Err(("VMA", vma));
+        }
+        let start = memory.field(vma, offset_of!(Vma, start));
+        let end = memory.field(vma, offset_of!(Vma, end));
+        let first = memory.field(vma, offset_of!(Vma, pgoff));
+        let offset = at.wrapping_sub(first);
+        if at >= first && offset < end.wrapping_sub(start) >> PAGE_SHIFT {
+            let mm = memory.field(vma, offset_of!(Vma, mm));
+            self.alive("mm", mm, offset_of!(Mm, generation))?;
+            let place = (mm, start.wrapping_add(offset << PAGE_SHIFT));
+            // Two VMAs may cover one page for a moment: that is one entry.
+            if self.maps(place, frame) && !self.hits.contains(&place) {
+                self.hits.push(place);
+            }
+        }
+        Ok(())
+    }
+
+    fn alive(&self, kind: &'static str, object: u64, generation: usize) -> Result<(), Dead> {
+        match self.memory.half(object, generation) % 2 {
+            1 => Ok(()),
+            _ => Err((kind, object)),
+        }
+    }
+
+    fn kind(&self, folio: u64) -> u64 {
+        self.memory.field(folio, offset_of!(Folio, kind) & !7) & 0xff
+    }
+
+    /// True where the descriptor at `folio` is that of a page of a file.
+    fn is_file_page(&self, folio: u64) -> bool {
+        self.kind(folio) == FrameKind::File as u64
     }
 
     fn maps(&self, (mm, gva): (u64, u64), frame: u64) -> bool {
@@ -240,9 +305,13 @@ impl<'m> Guest<'m> {
             if !entry.is_present() {
                 return false;
             }
+            if entry.is_leaf(level) {
+                // See `observe`.
+                return entry.leaf_address(level) == frame;
+            }
             table = entry.address();
         }
-        table == frame
+        false
     }
 
     /// True where somebody may be in the middle of changing what a walk back from `frame` passes: the VMAs
@@ -250,10 +319,15 @@ impl<'m> Guest<'m> {
     fn is_busy(&self, frame: u64) -> bool {
         let memory = self.memory;
         let mut left = MAX_TABLES;
-        let folio = self.folio(frame);
+        let (folio, _) = self.folio_of(frame);
         let anon = memory.field(folio, offset_of!(Folio, owner));
-        let root = memory.field(anon, offset_of!(AnonVma, root));
-        memory.field(root, offset_of!(AnonVma, lock)) != 0
+        let list = if self.is_file_page(folio) {
+            memory.field(anon, offset_of!(File, i_mmap_lock))
+        } else {
+            let root = memory.field(anon, offset_of!(AnonVma, root));
+            memory.field(root, offset_of!(AnonVma, lock))
+        };
+        list != 0
             || mms(memory, self.kernel_root).any(|mm| {
                 let lock = memory.field(mm, offset_of!(Mm, mmap_lock));
                 let pgd = memory.field(mm, offset_of!(Mm, pgd));
@@ -274,7 +348,7 @@ impl<'m> Guest<'m> {
                     let entries = entries[..user].iter();
                     entries
                         .map(|entry| Pte(entry.load(std::sync::atomic::Ordering::Relaxed)))
-                        .filter(|entry| entry.is_present())
+                        .filter(|entry| entry.is_present() && !entry.is_leaf(level))
                         .any(|entry| self.is_table_locked(entry.address(), level - 1, left))
                 })
     }
@@ -304,6 +378,7 @@ mod tests {
 
     use abi::channel::Event;
     use abi::objects::Pa;
+    use abi::pte::NonPresent;
 
     use super::*;
     use crate::check::world::{DATA, ROOT_GPA, World};
@@ -381,6 +456,31 @@ mod tests {
     }
 
     #[test]
+    fn a_file_tree_that_misses_a_vma_or_holds_a_dead_one() {
+        use crate::check::world::SHARED_FILE;
+        let cut = |world: &mut World| {
+            let first = world.object::<File>(world.file).i_mmap.get();
+            let rest = world.object::<Vma>(first.0).right_of_file.get();
+            world.update::<File, _>(world.file, |file| file.i_mmap.set(rest));
+        };
+        assert_eq!(ids(cut), ["A-01"]);
+        let busy = |world: &mut World| {
+            cut(world);
+            world.update::<File, _>(world.file, |file| file.i_mmap_lock.store(1, Relaxed));
+        };
+        assert_eq!(ids(busy), [""; 0]);
+        let detached = |world: &mut World| {
+            let vma = world.vmas[&(world.child, SHARED_FILE)];
+            world.update::<Vma, _>(vma, |vma| vma.attached.store(0, Relaxed));
+        };
+        assert_eq!(ids(detached), ["A-02"]);
+        let freed = |world: &mut World| {
+            world.update::<File, _>(world.file, |file| file.generation.store(2, Relaxed));
+        };
+        assert_eq!(ids(freed), ["A-02"]);
+    }
+
+    #[test]
     fn chains_in_a_loop_and_links_into_nowhere_end() {
         let looped = |world: &mut World| {
             let first = world.object::<AnonVma>(anon_of(world)).chains.get();
@@ -411,5 +511,33 @@ mod tests {
         rmap.settled(&world.memory, ROOT_GPA, &mut found);
         assert_eq!(found[0].id, "A-01");
         assert!(found[0].finding.details.len() >= 2, "{:?}", found[0]);
+    }
+
+    #[test]
+    fn an_entry_that_says_where_its_page_was_maps_it_no_more_a_01() {
+        let world = World::new();
+        let mut rmap = monitor(&world);
+        let entry = world.pte(world.entry(world.parent, DATA, 1));
+        let said = NonPresent::Migration {
+            gpa: entry.address(),
+            flags: abi::pte::PteFlags::empty(),
+        };
+        let change = |old: Pte, new: Pte| Seen {
+            vcpu: 0,
+            event: Event {
+                kind: EventKind::PteChange as u32,
+                args: [7, DATA, 1, old.0, new.0],
+                ..Event::default()
+            },
+        };
+        let mut found = Vec::new();
+        rmap.observe(&change(entry, said.entry()), &mut found);
+        let mut back = rmap.clone();
+        rmap.compare(&world.memory, ROOT_GPA, &mut found);
+        assert_eq!(found.len(), 1, "memory still has the entry");
+        assert_eq!(found.remove(0).id, "A-01");
+        back.observe(&change(said.entry(), entry), &mut found);
+        back.compare(&world.memory, ROOT_GPA, &mut found);
+        assert!(found.is_empty());
     }
 }

@@ -109,7 +109,7 @@ impl Walks {
     fn judge(&self, seen: &Seen, walk: Walk, does: &str, found: &mut Vec<Violation>) {
         let Some(walker) = walk.walker else { return };
         let held = match walker {
-            Walker::User => {
+            Walker::User | Walker::GupFast => {
                 let loaded = self.now.loaded.get(walk.vcpu);
                 loaded.is_none_or(|loaded| *loaded == walk.mm)
             }
@@ -118,7 +118,14 @@ impl Walks {
             // A fault that stays inside the family it has locked walks one mm only; others lock by task.
             Walker::Rmap => {
                 let mut held = self.held.iter();
-                held.any(|held| held.class == LockClass::AnonVma && held.vcpu == walk.vcpu)
+                held.any(|held| {
+                    matches!(held.class, LockClass::AnonVma | LockClass::IMmap)
+                        && held.vcpu == walk.vcpu
+                })
+            }
+            Walker::Truncate => {
+                let mut held = self.held.iter();
+                held.any(|held| held.class == LockClass::IMmap && held.vcpu == walk.vcpu)
             }
             _ => {
                 let Some(object) = self.now.mms.get(&walk.mm) else {
@@ -132,8 +139,9 @@ impl Walks {
         };
         if !held {
             let needs = match walker {
-                Walker::User => "its CR3 loaded",
-                Walker::Rmap => "an anon_vma lock",
+                Walker::User | Walker::GupFast => "its CR3 loaded",
+                Walker::Rmap => "an anon_vma or i_mmap lock",
+                Walker::Truncate => "an i_mmap lock",
                 Walker::Peek => "an RCU read section",
                 _ => "its mmap_lock",
             };
@@ -163,7 +171,7 @@ impl Walks {
         };
         if !matches!(
             class,
-            LockClass::MmapRead | LockClass::MmapWrite | LockClass::AnonVma
+            LockClass::MmapRead | LockClass::MmapWrite | LockClass::AnonVma | LockClass::IMmap
         ) {
             return;
         }
@@ -364,6 +372,7 @@ mod tests {
     fn a_walk_without_its_lock_is_w_02() {
         let mmap = mmap_lock(0x100);
         let (read, anon) = (LockClass::MmapRead as u64, LockClass::AnonVma as u64);
+        let i_mmap = LockClass::IMmap as u64;
         let create = (1, K::MmCreate, [1, 0, 0x100, 0, 0]);
         let walk = |task, walker: Walker| (task, K::WalkBegin, [1, 0x1000, walker as u64, 0, 0]);
         let end = |walker: Walker| (1, K::WalkEnd, [1, 0x1000, walker as u64, 0, 0]);
@@ -392,9 +401,19 @@ mod tests {
         assert_eq!(ids(&[walk(1, Walker::Rmap)]), ["W-02"]);
         let rmap = [take(8, anon), walk(1, Walker::Rmap), end(Walker::Rmap)];
         assert_eq!(ids(&rmap), [""; 0]);
+        // A file's mappings are under its own lock, for both walks, and no anon_vma's will do for truncate.
+        let truncate = walk(1, Walker::Truncate);
+        let ends = [end(Walker::Truncate), end(Walker::Rmap)];
+        let of_file = [take(8, i_mmap), truncate, walk(1, Walker::Rmap)];
+        assert_eq!(ids(&[&of_file[..], &ends].concat()), [""; 0]);
+        assert_eq!(ids(&[take(8, anon), truncate]), ["W-02"]);
+        assert_eq!(ids(&[truncate]), ["W-02"]);
         let load = |mm| (1, K::Cr3Load, [0, mm, 0, 0, 0]);
         assert_eq!(ids(&[load(1), walk(1, Walker::User)]), [""; 0]);
         assert_eq!(ids(&[load(2), walk(1, Walker::User)]), ["W-02"]);
+        assert_eq!(ids(&[load(1), walk(1, Walker::GupFast)]), [""; 0]);
+        assert_eq!(ids(&[load(2), walk(1, Walker::GupFast)]), ["W-02"]);
+        assert_eq!(ids(&[create, walk(1, Walker::Gup)]), ["W-02"]);
         let (enter, exit) = ((1, K::RcuEnter, [1, 0, 0, 0, 0]), (1, K::RcuExit, [0; 5]));
         let peek = [enter, walk(1, Walker::Peek), end(Walker::Peek), exit];
         assert_eq!(ids(&peek), [""; 0]);

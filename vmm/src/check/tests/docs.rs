@@ -8,14 +8,22 @@ const DOCUMENT: &str = include_str!("../../../../docs/invariants.md");
 const TESTS: &str = concat!(
     include_str!("pagetable.rs"),
     include_str!("frames.rs"),
+    include_str!("huge.rs"),
     include_str!("rmap.rs"),
     include_str!("vma.rs"),
     include_str!("lifetime.rs"),
+    include_str!("files.rs"),
+    include_str!("non_present.rs"),
+    include_str!("swap.rs"),
+    include_str!("kswapd.rs"),
+    include_str!("groups.rs"),
+    include_str!("writeback.rs"),
 );
 /// Tests of rules on the stream, beside the monitors.
 const STREAM_TESTS: &str = concat!(
     include_str!("../stream/tlb/tests.rs"),
     include_str!("../stream/tlb/tests/pcid.rs"),
+    include_str!("../stream/tlb/tests/huge.rs"),
     include_str!("../stream/locks.rs"),
     include_str!("../stream/order.rs"),
     include_str!("../stream/lifetime.rs"),
@@ -23,6 +31,8 @@ const STREAM_TESTS: &str = concat!(
     include_str!("../stream/walk.rs"),
     include_str!("../stream/rcu.rs"),
     include_str!("../stream/rmap.rs"),
+    include_str!("../stream/migration.rs"),
+    include_str!("../stream/groups.rs"),
 );
 
 /// The cells of the table's rows.
@@ -88,6 +98,8 @@ fn ids_are_unique_and_their_letter_is_the_family() {
             Family::Rmap => 'R',
             Family::Vma => 'V',
             Family::Lifetime => 'L',
+            Family::NonPresent => 'S',
+            Family::Groups => 'G',
         };
         assert!(invariant.id.starts_with(letter));
     }

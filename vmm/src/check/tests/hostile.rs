@@ -37,7 +37,7 @@ fn look_at_everything(world: &World) {
 fn interesting() -> impl Strategy<Value = u64> {
     prop_oneof![
         ROOT_GPA..ROOT_GPA + 0x1000,
-        0x4000u64..0x1_0000,
+        ROOT_GPA + 0x1000..0x1_0000,
         0x1_0000u64..0x4_0000
     ]
 }

@@ -38,8 +38,8 @@ fn l03_a_shootdown_would_miss_a_cpu() {
 
 #[test]
 fn l04_a_cpu_is_ahead_of_its_mm() {
-    fires(&["L-04"], |world| {
-        world.cpu(1, |cpu| cpu.tlb_gen.store(6, Relaxed));
+    fires(&["L-04", "L-16"], |world| {
+        world.cpu(1, |cpu| cpu.loaded_asid().tlb_gen.store(6, Relaxed));
     });
 }
 
@@ -143,5 +143,54 @@ fn l14_a_shootdown_is_never_acknowledged() {
 fn l14_an_unmap_never_flushes() {
     fires(&["L-14"], |world| {
         world.update::<Mm, _>(world.parent, |mm| mm.flush_pending.store(1, Relaxed));
+    });
+}
+
+#[test]
+fn l15_an_mm_is_loaded_with_another_ones_slot() {
+    fires(&["L-15"], |world| {
+        world.cpu(1, |cpu| cpu.loaded_asid().mm.store(1, Relaxed));
+    });
+}
+
+#[test]
+fn l15_cr3_has_another_pcid() {
+    fires(&["L-15"], |world| world.vcpus[0].cr3 ^= 1);
+}
+
+#[test]
+fn l15_a_pcid_without_a_slot_is_loaded() {
+    // A slot for every number is a guest's word for nothing: the host reads what lies behind none.
+    fires(&["L-15"], |world| {
+        world.vcpus[1].cr3 &= !0xfff;
+        world.cpu(1, |cpu| cpu.pcid.store(u64::MAX, Relaxed));
+    });
+}
+
+#[test]
+fn l16_two_slots_name_one_mm() {
+    fires(&["L-16"], |world| {
+        world.cpu(1, |cpu| {
+            let mm = cpu.loaded_asid().mm.load(Relaxed);
+            cpu.asids[0].mm.store(mm, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn l16_a_slot_that_is_not_loaded_is_ahead_of_its_mm() {
+    fires(&["L-16"], |world| {
+        let parent = world.object::<Mm>(world.parent).id.load(Relaxed);
+        world.cpu(1, |cpu| {
+            cpu.asids[0].mm.store(parent, Relaxed);
+            cpu.asids[0].tlb_gen.store(6, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn l16_a_slot_names_an_mm_that_never_was() {
+    fires(&["L-16"], |world| {
+        world.cpu(1, |cpu| cpu.asids[0].mm.store(1000, Relaxed));
     });
 }

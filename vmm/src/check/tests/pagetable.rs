@@ -5,7 +5,7 @@ use abi::objects::{FrameKind, Mm, Vma};
 use abi::pte::{Pte, PteFlags};
 
 use super::fires;
-use crate::check::world::{DATA, EMPTY, TEXT, World};
+use crate::check::world::{DATA, EMPTY, LARGE_FRAME, TEXT, UNTOUCHED, World};
 
 /// Puts `pte` at an empty entry, and counts it as the kernel would.
 fn add_entry(world: &World, entry: u64, pte: Pte) {
@@ -23,7 +23,7 @@ fn map_frame(world: &World, gva: u64, frame: u64) {
 
 #[test]
 fn p01_a_vma_shrinks_and_keeps_its_entries() {
-    fires(&["P-01"], |world| {
+    fires(&["P-01", "V-08"], |world| {
         let vma = world.vmas[&(world.child, DATA)];
         world.update::<Vma, _>(vma, |vma| vma.end.store(DATA + PAGE_SIZE, Relaxed));
     });
@@ -47,7 +47,7 @@ fn p02_data_becomes_executable() {
 
 #[test]
 fn p02_a_vma_loses_all_access_and_its_entries_do_not() {
-    fires(&["P-02"], |world| {
+    fires(&["P-02", "V-08"], |world| {
         let vma = world.vmas[&(world.child, DATA)];
         world.update::<Vma, _>(vma, |vma| vma.flags.store(0, Relaxed));
     });
@@ -86,8 +86,8 @@ fn p04_a_free_frame_is_mapped() {
 #[test]
 fn p04_a_frame_inside_a_free_block_is_mapped() {
     let world = World::new();
-    // The last frame of memory is a tail of the largest block.
-    let last = crate::memory::PhysMem::bytes(&world.memory) / PAGE_SIZE - 1;
+    // A tail of the largest block.
+    let last = LARGE_FRAME - 1;
     map_frame(&world, TEXT + 2 * PAGE_SIZE, last);
     let violated: Vec<_> = world.violated().into_keys().collect();
     assert_eq!(
@@ -239,5 +239,34 @@ fn p15_the_kernel_maps_what_is_not_there() {
     fires(&["P-15"], |world| {
         let data = KERNEL_VIRT_OFFSET + KERNEL_LOAD_GPA + PAGE_SIZE;
         world.change_pte(0, data, 1, |pte| Pte::new(1 << 30, pte.flags()));
+    });
+}
+
+#[test]
+fn p16_the_zero_page_can_be_written() {
+    fires(&["P-16"], |world| {
+        world.change_pte(world.parent, UNTOUCHED, 1, |pte| pte.with(PteFlags::WRITE));
+    });
+    // An entry that the kernel would count.
+    fires(&["P-16"], |world| {
+        world.change_pte(world.parent, UNTOUCHED, 1, |pte| {
+            pte.without(PteFlags::SPECIAL)
+        });
+    });
+    // A folio that it would not.
+    fires(&["P-16"], |world| {
+        world.change_pte(world.parent, DATA, 1, |pte| pte.with(PteFlags::SPECIAL));
+    });
+}
+
+#[test]
+fn p17_the_zero_page_is_written() {
+    fires(&["P-17"], |world| {
+        let zero = world.mapped_frame(world.parent, UNTOUCHED);
+        world.poke(zero * PAGE_SIZE + 8, 1);
+    });
+    fires(&["P-17"], |world| {
+        let zero = world.mapped_frame(world.parent, UNTOUCHED);
+        world.folio(zero, |folio| folio.refcount.fetch_add(1, Relaxed));
     });
 }

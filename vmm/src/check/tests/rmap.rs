@@ -1,11 +1,20 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::PAGE_SIZE;
-use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Pa, Vma, folio_flags};
+use abi::objects::{AnonVma, AnonVmaChain, FrameKind, Pa, Task, TaskState, Vma, folio_flags};
 use abi::pte::PteFlags;
 
 use super::fires;
 use crate::check::world::{DATA, TEXT, World};
+
+/// Some task sleeps until the disk has answered.
+fn waits_for_the_disk(world: &World) {
+    let task = world.root(|root| root.tasks.get().0);
+    world.update::<Task, _>(task, |task| {
+        task.state.store(TaskState::Blocked as u32, Relaxed);
+        task.waits_for.store(Task::WAITS_FOR_DISK, Relaxed);
+    });
+}
 
 /// The anon_vma of a VMA.
 fn anon_vma_of(world: &World, mm: u64, start: u64) -> u64 {
@@ -156,5 +165,49 @@ fn r15_an_active_count_is_off() {
     fires(&["R-15"], |world| {
         let anon_vma = anon_vma_of(world, world.child, DATA);
         world.update::<AnonVma, _>(anon_vma, |anon_vma| anon_vma.active.fetch_sub(1, Relaxed));
+    });
+}
+
+#[test]
+fn r20_a_pin_without_a_reference() {
+    fires(&["R-20"], |world| {
+        waits_for_the_disk(world);
+        let frame = world.mapped_frame(world.parent, TEXT);
+        world.folio(frame, |folio| folio.pins.store(1, Relaxed));
+    });
+}
+
+#[test]
+fn r21_a_shared_page_is_pinned() {
+    fires(&["R-21"], |world| {
+        waits_for_the_disk(world);
+        let frame = world.mapped_frame(world.parent, DATA);
+        world.folio(frame, |folio| {
+            folio.pins.store(1, Relaxed);
+            folio.refcount.fetch_add(1, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn r22_a_page_is_still_pinned_when_its_request_is_over() {
+    fires(&["R-22"], |world| {
+        let frame = world.mapped_frame(world.parent, TEXT);
+        world.folio(frame, |folio| {
+            folio.pins.store(1, Relaxed);
+            folio.refcount.fetch_add(1, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn r04_a_page_that_only_a_device_uses_is_no_leak() {
+    fires(&[], |world| {
+        waits_for_the_disk(world);
+        let frame = world.frame_of_kind(FrameKind::Kernel);
+        world.folio(frame, |folio| {
+            folio.kind.store(FrameKind::Anon as u8, Relaxed);
+            folio.pins.store(1, Relaxed);
+        });
     });
 }

@@ -1,7 +1,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{PAGE_SIZE, USER_END};
-use abi::objects::{Mm, Pa, Vma, VmaNode};
+use abi::objects::{Mm, Pa, Vma, VmaNode, vma_flags};
 
 use super::fires;
 use crate::check::world::{DATA, EMPTY, TEXT, World};
@@ -20,7 +20,7 @@ fn change_root(world: &World, mm: u64, change: impl FnOnce(&mut VmaNode)) {
 
 #[test]
 fn v01_two_vmas_overlap() {
-    fires(&["V-01"], |world| {
+    fires(&["V-01", "V-08"], |world| {
         change_vma(world, world.parent, TEXT, |vma| {
             vma.end.store(DATA + PAGE_SIZE, Relaxed);
         });
@@ -38,7 +38,7 @@ fn v02_a_vma_ends_inside_a_page() {
 
 #[test]
 fn v02_a_vma_is_empty() {
-    fires(&["V-02"], |world| {
+    fires(&["V-02", "V-08"], |world| {
         change_vma(world, world.parent, LAST, |vma| {
             vma.end.store(LAST, Relaxed);
         });
@@ -47,7 +47,7 @@ fn v02_a_vma_is_empty() {
 
 #[test]
 fn v02_a_vma_leaves_user_space() {
-    fires(&["V-02"], |world| {
+    fires(&["V-02", "V-08"], |world| {
         change_vma(world, world.parent, LAST, |vma| {
             vma.end.store(USER_END + PAGE_SIZE, Relaxed);
         });
@@ -139,6 +139,21 @@ fn v07_a_vma_belongs_to_another_mm() {
     fires(&["V-07"], |world| {
         change_vma(world, world.parent, EMPTY, |vma| {
             vma.mm.set(Pa::new(world.child));
+        });
+    });
+}
+
+#[test]
+fn v08_an_mm_miscounts_its_pages() {
+    fires(&["V-08"], |world| {
+        world.update::<Mm, _>(world.parent, |mm| mm.total_vm.fetch_add(1, Relaxed));
+    });
+    fires(&["V-08"], |world| {
+        world.update::<Mm, _>(world.parent, |mm| mm.data_vm.fetch_sub(1, Relaxed));
+    });
+    fires(&["V-08"], |world| {
+        change_vma(world, world.child, DATA, |vma| {
+            vma.flags.fetch_or(vma_flags::LOCKED, Relaxed);
         });
     });
 }

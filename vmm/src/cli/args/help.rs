@@ -129,3 +129,24 @@ Exit codes:
   3  this host has no KVM
   4  a vCPU did not come to a scheduling point
   5  internal error: a defect of stalemate";
+
+pub(super) const ORACLE: &str = "\
+Examples:
+  stalemate oracle                                     1000 cases of 50 steps, in this process
+  stalemate oracle --cases 100000 --jobs 2 --seed 1
+  stalemate oracle --engine kvm --cases 200            the kernel image on vCPUs
+  stalemate oracle --seed 7 --first 4711 --cases 1     one case of a campaign again
+
+A case is a short program of memory calls, loads, stores and forks. Linux executes it in a process
+of its own, then the guest kernel does, and both must show the same after every step: the result,
+what was read, the map of VMAs. What differs is made smaller and printed. docs/oracle.md says what
+is compared, and which rules of Linux are left out because they depend on the host.
+
+Exit codes:
+  0  both agree
+  1  they differ
+  2  bad input or usage
+  3  this host has no KVM that --engine kvm could use
+  4  the guest crashed or hung
+  5  internal error: a defect of stalemate
+  130  Ctrl-C before anything differed";

@@ -10,7 +10,6 @@ use clap::{ArgMatches, Args, Command, CommandFactory as _, Error, FromArgMatches
 
 use super::explore::{Engines, Explore, ExploreStrategy, Snapshot};
 use super::{Cli, Inspect, Run};
-use crate::scenario::catalog;
 use crate::snapshot::SavedMachine;
 
 /// An option of one command that has no effect.
@@ -237,16 +236,5 @@ impl Rules for Run {
 
 impl Rules for Inspect {
     const COMMAND: &'static str = "inspect";
-    const RULES: &'static [Rule] = &[
-        FORCE,
-        Rule {
-            applies: |given| {
-                let mut programs = catalog::PROGRAMS.iter();
-                given.has("seed")
-                    && !programs.any(|program| catalog::has_argument(program.name, "seed"))
-            },
-            problem: "--seed: no program draws anything, and `inspect` takes no --delay and no --ipi",
-            fix: "leave --seed out",
-        },
-    ];
+    const RULES: &'static [Rule] = &[FORCE];
 }

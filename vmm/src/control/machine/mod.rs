@@ -170,6 +170,9 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let mut clock = Clock(Instant::now());
         let vm = vm::Vm::new(vm::open()?, &ram, config.interrupts)?;
+        if config.needs_pcid() && !vm.has_pcid()? {
+            return Err(MachineError::NoPcid);
+        }
         timings.create_vm = clock.lap();
 
         let io_error = |step| move |source| MachineError::Io { step, source };
@@ -179,7 +182,9 @@ impl Machine {
             config.vcpus as usize,
             config.interrupts,
             &console,
-            config.serialised.then(|| ram.clone()),
+            config.disk.build(config.vcpus as usize),
+            &ram,
+            config.serialised,
             sender.clone(),
         );
         let board = board.disturbed(&config.disturb, &ram);
@@ -333,6 +338,15 @@ impl Machine {
     /// Delivers every IPI that is held for `vcpu`.
     pub fn deliver(&mut self, vcpu: usize) {
         self.board.deliver_held(vcpu);
+    }
+    /// True where a request of `vcpu` to the disk is under way.
+    #[must_use]
+    pub fn disk_in_flight(&self, vcpu: usize) -> bool {
+        self.board.disk_in_flight(vcpu)
+    }
+    /// Lets the disk do the oldest request of `vcpu`.
+    pub fn disk_complete(&self, vcpu: usize) {
+        self.board.disk_complete(vcpu);
     }
     /// True where `vcpu` takes an interrupt as soon as it may.
     #[must_use]

@@ -278,6 +278,14 @@ impl Engine for KvmEngine {
         self.machine.pending(vcpu)
     }
 
+    fn disk_in_flight(&self, vcpu: usize) -> bool {
+        self.machine.disk_in_flight(vcpu)
+    }
+    fn disk_complete(&mut self, vcpu: usize) {
+        self.fresh = false;
+        self.machine.disk_complete(vcpu);
+    }
+
     fn save(&mut self) -> Result<(), EngineError> {
         let snapshot = self.machine.save()?;
         self.saved_as(snapshot);
@@ -365,6 +373,7 @@ fn config(scenario: &Scenario) -> MachineConfig {
             data: scenario.program.trace.as_ref().map(|t| t.blob.clone()),
         },
         watchdog: scenario.watchdog,
+        disk: scenario.disk.clone(),
         events: u64::MAX,
         serialised: true,
         ..MachineConfig::default()

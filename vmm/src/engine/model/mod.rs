@@ -20,6 +20,7 @@ use abi::boot::{BootInfo, InterruptMode};
 use abi::channel::{Control, Doorbell, Event};
 use abi::failpoint::Failpoint;
 use abi::layout::{BOOT_INFO_GPA, CHANNEL_GPA, CHANNEL_STRIDE, PAGE_SIZE};
+use devices::disk::Disk;
 use guest_kernel::Kernel;
 use guest_kernel::arch::model::{Model, Pause, always_dirty};
 
@@ -37,6 +38,7 @@ use crate::snapshot::Snapshot;
 enum Step {
     Run(usize, Limit),
     Deliver(usize),
+    Disk(usize),
 }
 
 /// See the module.
@@ -48,6 +50,9 @@ pub struct ModelEngine {
     /// All of memory as boot left it.
     booted: Vec<u8>,
     set_up: Vec<Step>,
+    /// As it is, and as it was at boot.
+    disk: Disk,
+    fresh_disk: Disk,
     saved: bool,
     /// Nothing has run since the saved state was reached.
     fresh: bool,
@@ -63,17 +68,29 @@ impl ModelEngine {
     /// # Errors
     /// What no machine can have, and `tlb=hw` or `tlb=both`: there is no processor to ask.
     pub fn new(scenario: &Scenario) -> Result<Self, EngineError> {
+        if scenario.program.trace.is_some() {
+            return Err(EngineError::Unsupported(
+                "the model engine runs no traces, whose data lies in guest memory: use --engine kvm"
+                    .into(),
+            ));
+        }
+        Self::with_data(scenario, None, u64::MAX)
+    }
+
+    /// The same with a data blob for the program, and with these kinds of events only.
+    ///
+    /// # Errors
+    /// As [`ModelEngine::new`].
+    pub fn with_data(
+        scenario: &Scenario,
+        data: Option<Vec<u8>>,
+        events: u64,
+    ) -> Result<Self, EngineError> {
         let cmdline = scenario.cmdline();
         let config = abi::param::Config::parse(&cmdline).expect("scenarios are checked");
         if config.tlb != abi::param::TlbBackEnd::Soft {
             return Err(EngineError::Unsupported(
                 "the model engine has no processor that translates: set the kernel parameter tlb=soft"
-                    .into(),
-            ));
-        }
-        if scenario.program.trace.is_some() {
-            return Err(EngineError::Unsupported(
-                "the model engine runs no traces, whose data lies in guest memory: use --engine kvm"
                     .into(),
             ));
         }
@@ -88,7 +105,7 @@ impl ModelEngine {
         let program = ProgramSpec {
             name: scenario.program.name.clone(),
             args: scenario.program.args.clone(),
-            data: None,
+            data,
         };
         let spec = BootSpec {
             kernel: &image,
@@ -103,7 +120,7 @@ impl ModelEngine {
         for cpu in 0..cpus {
             let control = control(&ram, cpu);
             control.budget.store(u64::MAX, Relaxed);
-            control.event_mask.store(u64::MAX, Relaxed);
+            control.event_mask.store(events, Relaxed);
         }
         let info: BootInfo = ram
             .read_value(BOOT_INFO_GPA)
@@ -119,12 +136,15 @@ impl ModelEngine {
         let mut booted = vec![0; ram.bytes() as usize];
         ram.read(0, &mut booted).expect("all of it");
         kernel.arch.take_dirty(|_| {});
+        let disk = scenario.disk.build(cpus);
         let engine = Self {
             kernel,
             info,
             ram,
             booted,
             set_up: Vec::new(),
+            fresh_disk: disk.clone(),
+            disk,
             saved: false,
             fresh: false,
             passed: vec![0; cpus],
@@ -140,6 +160,10 @@ impl ModelEngine {
         control.budget.store(limit.points.max(1), Relaxed);
         control.trap[0].store(limit.traps.0, Relaxed);
         let pause = self.kernel.arch.resume(vcpu);
+        for (cpu, request) in self.kernel.arch.take_submitted() {
+            self.disk
+                .submit(cpu, request, &Arena(self.kernel, &self.ram));
+        }
         self.costs.exits += 1;
         let halt = self.halt(vcpu, pause);
         self.stops[vcpu] = match halt {
@@ -148,6 +172,12 @@ impl ModelEngine {
             _ => Stop::Anywhere,
         };
         halt
+    }
+
+    fn complete(&mut self, vcpu: usize) {
+        if self.disk.complete(vcpu, &Arena(self.kernel, &self.ram)) {
+            self.kernel.arch.interrupt_of_disk(vcpu);
+        }
     }
 
     fn halt(&self, vcpu: usize, pause: Pause) -> Halt {
@@ -174,6 +204,20 @@ impl ModelEngine {
             Pause::Halted => crashed("it waits for an interrupt that nobody sends".into()),
             Pause::Switch(_) => unreachable!("the contexts go on by themselves"),
         }
+    }
+}
+
+/// Guest memory for the disk: what it writes, the next reset must put back.
+struct Arena<'e>(&'e Kernel<Model>, &'e GuestRam);
+
+impl devices::disk::Dma for Arena<'_> {
+    fn read(&self, gpa: u64, bytes: &mut [u8]) -> bool {
+        PhysMem::read(self.1, gpa, bytes).is_ok()
+    }
+    fn write(&self, gpa: u64, bytes: &[u8]) -> bool {
+        // It stays inside a frame.
+        self.0.arch.will_write(gpa);
+        self.1.write(gpa, bytes).is_ok()
     }
 }
 
@@ -232,6 +276,17 @@ impl Engine for ModelEngine {
         self.kernel.arch.pending(vcpu)
     }
 
+    fn disk_in_flight(&self, vcpu: usize) -> bool {
+        self.disk.in_flight(vcpu)
+    }
+    fn disk_complete(&mut self, vcpu: usize) {
+        self.fresh = false;
+        if !self.saved {
+            self.set_up.push(Step::Disk(vcpu));
+        }
+        self.complete(vcpu);
+    }
+
     fn save(&mut self) -> Result<(), EngineError> {
         self.saved = true;
         self.fresh = true;
@@ -258,6 +313,7 @@ impl Engine for ModelEngine {
         arch.take_dirty(&mut restore);
         always_dirty(self.kernel.root_pa().0, self.stops.len()).for_each(&mut restore);
         self.costs.pages += pages;
+        self.disk.clone_from(&self.fresh_disk);
         Model::start(self.kernel, &self.info);
         for index in 0..self.set_up.len() {
             match self.set_up[index] {
@@ -265,6 +321,7 @@ impl Engine for ModelEngine {
                     self.step(vcpu, limit);
                 }
                 Step::Deliver(vcpu) => self.kernel.arch.deliver(vcpu),
+                Step::Disk(vcpu) => self.complete(vcpu),
             }
         }
         self.kernel.arch.drop_events();

@@ -11,15 +11,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use abi::channel::ReportKind;
 use abi::layout::{PAGE_SIZE, USER_ARGS_GVA, USER_STACK_TOP};
 use abi::objects::UserFrame;
+use abi::oracle::Area;
 use abi::syscall::{Errno, clone, decode, futex, nr, prot};
 use guest::sys::{Fault, STACK_BYTES, Sys, Thread, WaitStatus};
 use guest_kernel::Kernel;
 use guest_kernel::arch::model::Model;
+use zerocopy::IntoBytes;
 
 /// Bytes of a thread's control block in guest memory; as in `guest::rt`.
 const CONTROL_BYTES: u64 = 64;
 /// Where, below a task's first stack pointer, the words that calls take lie.
 const SCRATCH: u64 = 512;
+/// Where, below that, the page for VMAs lies.
+const AREAS: u64 = 2 * PAGE_SIZE;
 /// Words of the first process's stack that stand for futex words of programs.
 const FUTEXES: u64 = USER_STACK_TOP - 2 * PAGE_SIZE;
 
@@ -63,7 +67,9 @@ pub(super) fn program(kernel: &'static Kernel<Model>) {
 
 /// The first process, as `guest`'s `user_main` does it.
 fn first(sys: &ModelSys) -> i32 {
-    let len = sys.frame().rsi;
+    let frame = sys.frame();
+    let len = frame.rsi;
+    let data = (frame.rdx != 0).then_some((frame.rdx, frame.r8));
     let _ = sys.syscall(nr::TESTBED_FAULT_FIXUP, [0; 6]);
     let _ = sys.syscall(nr::TESTBED_NR_CPUS, [0; 6]);
     let _ = sys.syscall(nr::TESTBED_TLB, [0; 6]);
@@ -74,7 +80,13 @@ fn first(sys: &ModelSys) -> i32 {
     let args = unsafe { std::slice::from_raw_parts(place, len as usize) };
     let args = std::str::from_utf8(args).unwrap_or("");
     let (name, args) = args.split_once('\0').unwrap_or((args, ""));
-    match guest::run(sys, name, args, None) {
+    let data = data.map(|(gva, len)| {
+        let place = sys.0.arch.private(gva);
+        assert!(!place.is_null(), "no data");
+        // SAFETY: the loader has put it into frames that follow each other, and it is mapped read-only.
+        unsafe { std::slice::from_raw_parts(place, len as usize) }
+    });
+    match guest::run(sys, name, args, data) {
         Ok(status) => status,
         Err(error) => {
             guest::sys::print_line(sys, format_args!("{error}"));
@@ -113,7 +125,7 @@ impl ModelSys {
             match decode(status) {
                 Ok(_) => return Ok(loaded),
                 Err(Errno::EAGAIN) => {}
-                Err(_) => return Err(Fault { gva }),
+                Err(errno) => return Err(Fault::new(gva, errno)),
             }
         }
     }
@@ -125,11 +137,17 @@ impl ModelSys {
 
     /// Copies from the program's own memory.
     fn peek(&self, gva: u64, to: &mut [u8]) {
-        for (i, byte) in to.iter_mut().enumerate() {
-            let place = self.0.arch.private(gva + i as u64);
+        let mut gva = gva;
+        let mut to = to;
+        while !to.is_empty() {
+            let place = self.0.arch.private(gva);
             assert!(!place.is_null(), "own memory at {gva:#x} is not mapped");
-            // SAFETY: a byte of guest memory.
-            *byte = unsafe { place.read_volatile() };
+            let part = to.len().min((PAGE_SIZE - gva % PAGE_SIZE) as usize);
+            let (now, later) = to.split_at_mut(part);
+            // SAFETY: bytes of one frame of guest memory, and of a buffer of this process.
+            unsafe { place.copy_to_nonoverlapping(now.as_mut_ptr(), part) };
+            gva += part as u64;
+            to = later;
         }
     }
     /// Copies to the program's own memory.
@@ -252,6 +270,16 @@ impl Sys for ModelSys {
         Ok(unsafe { std::slice::from_raw_parts(place, count) })
     }
 
+    fn maps(&self, start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno> {
+        // Below the stack pointer, which is a coroutine's elsewhere: nobody uses it.
+        let place = (self.scratch() - AREAS) & !(PAGE_SIZE - 1);
+        let room = areas.len().min(PAGE_SIZE as usize / size_of::<Area>());
+        let args = [start, end, place, room as u64, 0, 0];
+        let found = self.syscall(nr::TESTBED_MAPS, args)? as usize;
+        self.peek(place, areas[..found].as_mut_bytes());
+        Ok(found)
+    }
+
     fn nr_cpus(&self) -> usize {
         guest_kernel::arch::Arch::nr_cpus(&self.0.arch)
     }
@@ -280,6 +308,20 @@ impl Sys for ModelSys {
         );
     }
 
+    fn lend<T>(&self, words: &[AtomicU64], f: impl FnOnce(u64) -> T) -> T {
+        let place = self.scratch();
+        let at = |index: usize| place + index as u64 * 8;
+        for (index, word) in words.iter().enumerate() {
+            self.poke(at(index), &word.load(Ordering::SeqCst).to_le_bytes());
+        }
+        let result = f(place);
+        for (index, word) in words.iter().enumerate() {
+            let mut bytes = [0; 8];
+            self.peek(at(index), &mut bytes);
+            word.store(u64::from_le_bytes(bytes), Ordering::SeqCst);
+        }
+        result
+    }
     fn wait(&self, pid: u64) -> Result<WaitStatus, Errno> {
         let status = self.scratch();
         loop {

@@ -1,17 +1,19 @@
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use abi::bug::Bug;
-use abi::channel::EventKind;
+use abi::channel::{EventKind, cr3};
 
 use super::ModelEngine;
+use crate::check::stream::Seen;
 use crate::explore::campaign::{self, Counts, Plan, Strategy, Worker, failure_id};
 use crate::explore::strategy::{Pct, Random, Replay, RoundRobin};
 use crate::explore::{Driver, Ending, Execution, Limits, Scheduler, switches};
 use crate::report::story;
 use crate::scenario::{self, Scenario};
 
-pub(crate) const TESTS: [&str; 12] = [
+pub(crate) const TESTS: [&str; 25] = [
     "unmap",
     "protect",
     "dontneed",
@@ -24,6 +26,19 @@ pub(crate) const TESTS: [&str; 12] = [
     "apart",
     "wake",
     "peek",
+    "pcid",
+    "direct",
+    "punch",
+    "truncate",
+    "mremap",
+    "mremap-table",
+    "migrate",
+    "migrate-mremap",
+    "free",
+    "reclaim",
+    "reclaim-protect",
+    "kswapd",
+    "writeback",
 ];
 
 /// vCPUs that a test needs to show all that it can.
@@ -36,9 +51,22 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
     let bugs = bug.map_or(String::new(), |bug| format!("bugs = [\"{bug}\"]"));
     // More than one where the ranges of flushes matter.
     let pages = 1 + u32::from(test == "protect");
+    // Fewer slots than there are mms: a slot is kept now, and given away then.
+    let more = match test {
+        "pcid" => ", pcid = \"on\", asids = 2",
+        "reclaim" | "reclaim-protect" | "kswapd" => ", swap_slots = 16",
+        "groups-touch" | "groups-move" => ", groups = \"on\"",
+        _ => "",
+    };
+    let (program, args) = match test.split_once('-') {
+        Some(("huge", test)) => ("huge", format!("test = \"{test}\"")),
+        Some(("groups", test)) => ("groups", format!("test = \"{test}\", pages = 1")),
+        _ if test == "writeback" => (test, String::new()),
+        _ => ("litmus", format!("test = \"{test}\", pages = {pages}")),
+    };
     let text = format!(
-        "[machine]\nvcpus = {vcpus}\nmemory = \"16M\"\ninterrupts = \"controlled\"\n[program]\nname = \"litmus\"\nargs = {{ test = \"{test}\", pages = {pages} }}\n\
-         [kernel]\nparams = {{ tlb = \"soft\", stamp = \"ticket\" }}\n{bugs}\n"
+        "[machine]\nvcpus = {vcpus}\nmemory = \"16M\"\ninterrupts = \"controlled\"\n[program]\nname = \"{program}\"\nargs = {{ {args} }}\n\
+         [kernel]\nparams = {{ tlb = \"soft\", stamp = \"ticket\"{more} }}\n{bugs}\n"
     );
     scenario::parse(Path::new("litmus.toml"), &text).unwrap()
 }
@@ -50,6 +78,15 @@ pub(crate) fn driver(test: &str, bug: Option<&str>) -> Driver<ModelEngine> {
 
 fn once(driver: &mut Driver<ModelEngine>, scheduler: &mut dyn Scheduler) -> Execution {
     driver.execute(scheduler, &mut []).unwrap().unwrap()
+}
+
+/// One that comes to its end.
+#[track_caller]
+fn finished(driver: &mut Driver<ModelEngine>, scheduler: &mut dyn Scheduler) -> Execution {
+    let run = once(driver, scheduler);
+    let ending = &run.ending;
+    assert!(matches!(ending, Ending::Finished { .. }), "{ending:?}");
+    run
 }
 
 #[test]
@@ -93,12 +130,7 @@ fn grace_periods_wait_for_readers_and_end() {
     let mut driver = driver("peek", None);
     let mut waited = 0;
     for index in 0..200 {
-        let run = once(&mut driver, &mut Pct::new(1, index, 3, Some(400)));
-        assert!(
-            matches!(run.ending, Ending::Finished { .. }),
-            "{:?}",
-            run.ending
-        );
+        let run = finished(&mut driver, &mut Pct::new(1, index, 3, Some(400)));
         let first = |kind: EventKind| run.events.iter().position(|s| s.event.kind == kind as u32);
         if let Some(wait) = first(EventKind::RcuGpWait) {
             let mut later = run.events[wait..].iter();
@@ -108,8 +140,34 @@ fn grace_periods_wait_for_readers_and_end() {
     assert!(waited > 0, "no grace period waited and ended");
 }
 
+/// A clean `pcid` shows little if its processes do not find their slots as they left them, behind, and taken.
+#[test]
+fn pcids_are_kept_flushed_and_taken() {
+    let mut driver = driver("pcid", None);
+    let (mut kept, mut behind, mut taken) = (0, 0, 0);
+    for index in 0..200 {
+        let run = finished(&mut driver, &mut Pct::new(1, index, 3, Some(400)));
+        let loads = run.events.iter().filter_map(|seen| {
+            let is_load = seen.event.kind == EventKind::Cr3Load as u32 && seen.vcpu == 1;
+            is_load.then_some((seen.event.args[0], seen.event.args[1]))
+        });
+        let mut owners = BTreeMap::new();
+        for (operand, mm) in loads {
+            let before = owners.insert(operand & cr3::PCID, mm);
+            kept += usize::from(operand & cr3::NO_FLUSH != 0);
+            let flushed = operand & cr3::NO_FLUSH == 0;
+            behind += usize::from(flushed && before == Some(mm));
+            taken += usize::from(flushed && before != Some(mm));
+        }
+    }
+    assert!(
+        kept > 0 && behind > 0 && taken > 0,
+        "{kept} kept, {behind} behind, {taken} taken"
+    );
+}
+
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 15] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 32] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -125,10 +183,30 @@ pub(crate) const SHOWN_BY: [(&str, &str); 15] = [
     ("mapcount-after-unlock", "unmap"),
     ("switch-clears-lazy-late", "wake"),
     ("tables-free-without-grace-period", "peek"),
+    ("pcid-reuse-no-flush", "pcid"),
+    ("pcid-skip-stale-gen", "pcid"),
+    ("gup-fast-no-recheck", "direct"),
+    ("fork-shares-pinned", "direct"),
+    ("punch-free-before-flush", "punch"),
+    ("mremap-flush-after-unlock", "mremap"),
+    ("mremap-table-no-flush", "mremap-table"),
+    ("mremap-no-rmap-locks", "migrate-mremap"),
+    ("migrate-copy-before-flush", "migrate"),
+    ("batched-flush-ignored", "reclaim-protect"),
+    ("reclaim-free-before-flush", "reclaim"),
+    ("huge-split-no-flush", "huge-split"),
+    ("collapse-copy-before-flush", "huge-collapse"),
+    ("charge-kept-on-race", "groups-touch"),
+    ("uncharge-current-group", "groups-move"),
+    ("mkclean-no-flush", "writeback"),
+    ("zap-loses-dirty", "writeback"),
 ];
 
 /// What no scheduling point separates: only schedules of instructions show it (`engine::kvm::tests`).
 const BETWEEN_POINTS: [Bug; 1] = [Bug::TlbGenPlainAdd];
+
+/// Both sides must be preempted inside the other's race: random walks do that, few preemptions seldom.
+const WALKS_SHOW: &str = "mremap-no-rmap-locks";
 
 #[test]
 fn every_seeded_bug_is_found_within_2000_schedules() {
@@ -136,9 +214,13 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
         let shown = SHOWN_BY.iter().find(|(name, _)| *name == bug.name());
         let (name, test) = shown.expect("a test for every bug");
         let scenario = litmus(test, Some(name));
+        let mut plan = plan(2_000, true);
+        if *name == WALKS_SHOW {
+            plan.strategy = Strategy::Random { mean: 8 };
+        }
         let summary = campaign::run(
             || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
-            &plan(2_000, true),
+            &plan,
             &Counts::default(),
             &AtomicBool::new(false),
         )
@@ -147,14 +229,64 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
     }
 }
 
-/// One preemption is enough for every bug that points can show but one; and all schedules with one, of long
+/// The thread reclaims with another one's address space lazily loaded.
+#[test]
+fn what_is_wrong_in_reclaim_shows_in_the_thread_too() {
+    let scenario = litmus("kswapd", Some("reclaim-free-before-flush"));
+    let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
+    let never = AtomicBool::new(false);
+    let summary = campaign::run(make, &plan(2_000, true), &Counts::default(), &never).unwrap();
+    assert!(!summary.found.is_empty());
+}
+
+/// A clean `kswapd` shows little if the thread does not reclaim the page, and sleep for the disk meanwhile.
+#[test]
+fn the_thread_reclaims_the_page_and_sleeps() {
+    let mut driver = driver("kswapd", None);
+    let (mut out, mut lazily, mut asleep) = (0, 0, 0);
+    for index in 0..100 {
+        let run = finished(&mut driver, &mut Pct::new(1, index, 3, Some(400)));
+        let count = |kind: EventKind| {
+            let of =
+                move |seen: &&Seen| seen.event.kind == kind as u32 && seen.event.task == KSWAPD;
+            run.events.iter().filter(of)
+        };
+        out += count(EventKind::SwapCache).count();
+        lazily += count(EventKind::LazyEnter).count();
+        asleep += count(EventKind::Switch).count();
+    }
+    assert!(
+        out >= 100 && lazily >= 50 && asleep >= 100,
+        "{out} out, {lazily} lazily, {asleep} asleep"
+    );
+}
+
+/// Its number: it is made after the first process.
+const KSWAPD: u32 = 2;
+
+/// One preemption is enough for every bug that points can show but one (and one that takes too long here); and all schedules with one, of long
 /// tests those with none, are clean without the bug.
 #[test]
 fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
     let search = |test: &str, bug: Option<&str>| {
         let scenario = litmus(test, bug);
         // One preemption makes thousands of executions of these: too many for a debug build.
-        let is_long = ["cow", "fork", "peek", "switch", "wake"].contains(&test);
+        let long = [
+            "cow",
+            "direct",
+            "fork",
+            "kswapd",
+            "migrate-mremap",
+            "pcid",
+            "peek",
+            "punch",
+            "reclaim",
+            "switch",
+            "truncate",
+            "wake",
+            "writeback",
+        ];
+        let is_long = long.contains(&test);
         let preemptions = match bug {
             Some("switch-clears-lazy-late") => 2,
             Some(_) => 1,
@@ -170,7 +302,10 @@ fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
         let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
         campaign::run(make, &plan, &Counts::default(), &AtomicBool::new(false)).unwrap()
     };
-    for (bug, test) in SHOWN_BY {
+    // Hundreds of points all come before those to be preempted at, or it takes two preemptions: minutes in a debug build.
+    let late = ["gup-fast-no-recheck", WALKS_SHOW, "zap-loses-dirty"];
+    let soon = |bug: &str| !late.contains(&bug);
+    for (bug, test) in SHOWN_BY.into_iter().filter(|(bug, _)| soon(bug)) {
         assert!(!search(test, Some(bug)).found.is_empty(), "{bug} by {test}");
     }
     for test in TESTS {
@@ -208,6 +343,42 @@ fn the_correct_kernel_survives_the_same_schedules() {
         assert_eq!(found, [] as [&str; 0], "{test}");
         assert!(summary.verified > 0 && summary.states > 0);
     }
+}
+
+/// Charges that meet, and a move of the process among them: no counter is off, in any schedule.
+#[test]
+fn races_in_memory_groups_are_clean() {
+    for test in ["groups-touch", "groups-move"] {
+        let scenario = litmus(test, None);
+        let summary = campaign::run(
+            || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
+            &Plan {
+                state_every: 1,
+                ..plan(500, false)
+            },
+            &Counts::default(),
+            &AtomicBool::new(false),
+        )
+        .unwrap();
+        let found: Vec<_> = summary
+            .found
+            .iter()
+            .map(|f| story::ending(&f.execution.ending))
+            .collect();
+        assert_eq!(found, [] as [&str; 0], "{test}");
+        assert_eq!(summary.executions, 500);
+    }
+}
+
+#[test]
+fn a_story_tells_who_was_charged() {
+    let driver = driver("groups-touch", Some("charge-kept-on-race"));
+    let mut worker = Worker::new(driver, &plan(1, true)).unwrap();
+    let mut tries = (0..200).map(|i| worker.execute(&mut Random::new(5, i, 4), true).unwrap());
+    let failing = tries.find(|run| failure_id(&run.ending).is_some());
+    let story = story::tell(&failing.expect("the bug shows soon"), 2);
+    assert!(story.contains("G-20"), "{story}");
+    assert!(story.contains("to memory group 2"), "{story}");
 }
 
 #[test]

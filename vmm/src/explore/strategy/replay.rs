@@ -84,9 +84,9 @@ impl Scheduler for Tolerant {
             self.replay.left = 0;
             view.last = None;
         }
-        let stay = view.current().filter(|actor| match actor {
-            Actor::Vcpu(vcpu) => view.standing[usize::from(*vcpu)].wait().is_none(),
-            Actor::Wire(_) => false,
+        let stay = view.current().filter(|actor| {
+            let waits = |vcpu: u8| view.standing[usize::from(vcpu)].wait().is_some();
+            actor.vcpu().is_some_and(|vcpu| !waits(vcpu))
         });
         Some(Choice {
             actor: stay.unwrap_or(view.enabled[0]),

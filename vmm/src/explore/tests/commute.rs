@@ -43,7 +43,7 @@ impl<S: Scheduler> Scheduler for Recorder<S> {
     fn choose(&mut self, view: &View<'_>) -> Option<Choice> {
         let place = |actor| match actor {
             Actor::Vcpu(vcpu) => view.standing[usize::from(vcpu)],
-            Actor::Wire(_) => NOWHERE,
+            Actor::Wire(_) | Actor::Disk(_) => NOWHERE,
         };
         if let Some((actor, from)) = self.under_way.take() {
             let (vcpus, to) = (view.standing.len(), place(actor));
@@ -204,7 +204,12 @@ fn independent_steps_of_the_kernel_commute() {
     let (executions, pairs) = sample();
     let exchanged = TESTS.map(|test| exchange(test, None, executions, pairs));
     // A footprint that conflicts with everything would pass too.
-    let few = exchanged.iter().any(|exchanged| *exchanged < 5);
+    // (Direct I/O does: what the disk does to memory is in no event of its vCPU. So does reclaim: what it takes is up to
+    // lists that every fault changes.)
+    let mut judged = exchanged.iter().zip(TESTS);
+    let few = judged.any(|(exchanged, test)| {
+        *exchanged < 5 && !["direct", "reclaim", "kswapd"].contains(&test)
+    });
     assert!(
         !few && exchanged.iter().sum::<usize>() > 300,
         "{exchanged:?}"

@@ -70,6 +70,9 @@ pub struct RmapReport {
 pub fn frame<M: PhysMem + ?Sized>(mem: &M, snapshot: &Snapshot, gpa: u64) -> FrameReport {
     let folio = snapshot.folio(gpa).copied();
     let anon = folio.filter(|folio| folio.is(FrameKind::Anon));
+    let file = folio
+        .filter(|folio| folio.is(FrameKind::File))
+        .and_then(|folio| snapshot.files.get(&folio.owner));
     let anon_vma = anon.and_then(|folio| snapshot.anon_vmas.get(&folio.owner));
     FrameReport {
         frame: gpa >> PAGE_SHIFT,
@@ -78,8 +81,15 @@ pub fn frame<M: PhysMem + ?Sized>(mem: &M, snapshot: &Snapshot, gpa: u64) -> Fra
         owner: folio.map_or(String::new(), |folio| owner(snapshot, &folio)),
         mappings: mappings(mem, snapshot, gpa),
         anon_vma: anon_vma.cloned(),
-        rmap: match (anon, anon_vma) {
-            (Some(folio), Some(anon_vma)) => rmap(mem, snapshot, &folio, anon_vma),
+        rmap: match (folio, anon_vma, file) {
+            (Some(folio), Some(anon_vma), _) => {
+                let vmas = anon_vma.chains.iter().map(|chain| chain.vma);
+                rmap(mem, snapshot, &folio, vmas)
+            }
+            (Some(folio), None, Some(file)) => {
+                let vmas = file.i_mmap.iter().map(|mapping| mapping.vma);
+                rmap(mem, snapshot, &folio, vmas)
+            }
             _ => Vec::new(),
         },
     }
@@ -109,6 +119,7 @@ fn owner(snapshot: &Snapshot, folio: &FolioView) -> String {
         }
         Some(FrameKind::PerCpu) => format!("free list of CPU {}", folio.owner),
         Some(FrameKind::Anon) => format!("anon_vma {:#x}, index {:#x}", folio.owner, folio.index),
+        Some(FrameKind::File) => format!("file {:#x}, page {:#x}", folio.owner, folio.index),
         Some(FrameKind::Slab) => {
             let slabs = [
                 SlabId::Mm,
@@ -117,6 +128,10 @@ fn owner(snapshot: &Snapshot, folio: &FolioView) -> String {
                 SlabId::AnonVma,
                 SlabId::AnonVmaChain,
                 SlabId::Task,
+                SlabId::File,
+                SlabId::CacheNode,
+                SlabId::OpenFile,
+                SlabId::FileTable,
             ];
             let slab = slabs.iter().find(|slab| **slab as u64 == folio.owner);
             slab.map_or(format!("slab {}", folio.owner), |slab| {
@@ -162,13 +177,13 @@ fn rmap<M: PhysMem + ?Sized>(
     mem: &M,
     snapshot: &Snapshot,
     folio: &FolioView,
-    anon_vma: &AnonVmaView,
+    vmas: impl Iterator<Item = u64>,
 ) -> Vec<RmapReport> {
-    let report = |chain: &crate::inspect::ChainView| {
-        let Some((mm, vma)) = snapshot.vma(chain.vma) else {
+    let report = |vma: u64| {
+        let Some((mm, vma)) = snapshot.vma(vma) else {
             return RmapReport {
                 mm: None,
-                vma: format!("VMA at {:#x}, in no mm's tree", chain.vma),
+                vma: format!("VMA at {vma:#x}, in no mm's tree"),
                 gva: None,
                 mapped: false,
             };
@@ -184,7 +199,7 @@ fn rmap<M: PhysMem + ?Sized>(
             mapped,
         }
     };
-    anon_vma.chains.iter().map(report).collect()
+    vmas.map(report).collect()
 }
 
 impl Display for FrameReport {
@@ -208,8 +223,13 @@ impl Display for FrameReport {
         )?;
         writeln!(
             f,
-            "  counts     refcount {}, mapcount {}",
-            folio.refcount, folio.mapcount
+            "  counts     refcount {}, mapcount {}{}",
+            folio.refcount,
+            folio.mapcount,
+            match folio.pins {
+                0 => String::new(),
+                pins => format!(", pinned {}", super::count(pins, "time")),
+            }
         )?;
         writeln!(f, "  owner      {}", self.owner)?;
         self.fmt_mappings(f)?;

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display};
 
+use abi::objects::{Task, TaskState};
 use abi::pte::Pte;
 use serde::Serialize;
 
@@ -195,7 +196,11 @@ impl MachineReport {
             let mm = self.mms.iter().find(|mm| mm.mm.gpa == task.mm);
             let waits = match task.waits_for {
                 0 => String::new(),
-                1 => ", for a child".into(),
+                _ if task.state() != Some(TaskState::Blocked) => String::new(),
+                Task::WAITS_FOR_CHILD => ", for a child".into(),
+                Task::WAITS_FOR_DISK => ", for the disk".into(),
+                Task::WAITS_FOR_SWAP => ", for the swap area".into(),
+                Task::WAITS_FOR_WORK => ", for work".into(),
                 gva => format!(", on the futex at {gva:#x}"),
             };
             table.row([

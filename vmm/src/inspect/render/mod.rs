@@ -54,12 +54,20 @@ pub fn vma_flag_names(flags: u64) -> Vec<String> {
         (vma_flags::EXEC, "EXEC"),
         (vma_flags::SHARED, "SHARED"),
         (vma_flags::GROWSDOWN, "GROWSDOWN"),
+        (vma_flags::LOCKED, "LOCKED"),
+        (vma_flags::LOCKONFAULT, "LOCKONFAULT"),
+        (vma_flags::DONTCOPY, "DONTCOPY"),
+        (vma_flags::WIPEONFORK, "WIPEONFORK"),
+        (vma_flags::DONTDUMP, "DONTDUMP"),
+        (vma_flags::HUGEPAGE, "HUGEPAGE"),
+        (vma_flags::MERGEABLE, "MERGEABLE"),
         (vma_flags::SEQ_READ, "SEQ_READ"),
         (vma_flags::RAND_READ, "RAND_READ"),
         (vma_flags::ACCOUNT, "ACCOUNT"),
         (vma_flags::NOHUGEPAGE, "NOHUGEPAGE"),
         (vma_flags::HEAP, "HEAP"),
         (vma_flags::NORESERVE, "NORESERVE"),
+        (vma_flags::NOTIFY, "NOTIFY"),
     ];
     let known: u64 = names.iter().map(|(flag, _)| flag).sum();
     let set = names.iter().filter(|(flag, _)| flags & flag != 0);

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::ENTRIES_PER_TABLE;
-use abi::pte::{Pte, level_size};
+use abi::pte::{NonPresent, Pte, level_size};
 use serde::Serialize;
 
 use super::{bytes, pte_flags};
@@ -135,7 +135,11 @@ impl<M: PhysMem + ?Sized> Drawing<'_, M> {
             entries: Vec::new(),
         };
         if !entry.is_present() {
-            node.problem = Some("not present, yet not zero");
+            match entry.non_present().filter(|_| level == 1) {
+                Some(NonPresent::Swap { .. }) => node.flags = "SWAP".into(),
+                Some(NonPresent::Migration { .. }) => node.flags.push_str(" MIGRATION"),
+                None => node.problem = Some("not present, yet not zero"),
+            }
         } else if has_reserved_bits(entry, level) {
             node.problem = Some("reserved bit set");
         } else if !entry.is_leaf(level) {

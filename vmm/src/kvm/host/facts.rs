@@ -58,6 +58,7 @@ pub(super) struct KvmFacts {
     pub(super) dirty_protect: bool,
     pub(super) dirty_ring: bool,
     pub(super) stats_fd: bool,
+    pub(super) pcid: bool,
     pub(super) max_vcpus: usize,
 }
 
@@ -77,6 +78,7 @@ impl KvmFacts {
             dirty_protect: kvm.check_extension_raw(raw_cap::DIRTY_PROTECT) > 0,
             dirty_ring: kvm.check_extension_raw(raw_cap::DIRTY_RING) > 0,
             stats_fd: kvm.check_extension_raw(raw_cap::STATS_FD) > 0,
+            pcid: vm::offers_pcid(kvm).unwrap_or_default(),
             max_vcpus: kvm.get_max_vcpus(),
         }
     }

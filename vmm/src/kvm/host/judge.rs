@@ -199,6 +199,17 @@ fn kvm_capabilities(kvm: &KvmFacts, kind: HostKind) -> Vec<Capability> {
             kvm.stats_fd,
             "counts of emulated instructions, exits and flushes",
         ),
+        optional(
+            "PCIDs",
+            kvm.pcid,
+            if kvm.pcid {
+                "yes"
+            } else {
+                "KVM offers none (CPUID.01H:ECX bit 17)"
+            },
+            "pcid=on with tlb=hw or both: a missed flush of a PCID that shows itself in a parallel run",
+            "a hardware host with PCIDs; tlb=soft has its own on every host",
+        ),
     ]
 }
 

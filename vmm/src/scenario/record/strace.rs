@@ -15,6 +15,8 @@ use crate::scenario::trace::{Call, Entry, Outcome, errno_by_name, signal_by_name
 pub(super) struct Recording {
     pub(super) entries: Vec<Entry>,
     pub(super) tasks: u64,
+    /// Paths of the files that were mapped, by the number that mmap names.
+    pub(super) files: Vec<String>,
     /// Lines without a meaning for us, and calls of tasks that nobody started.
     pub(super) not_understood: u64,
 }
@@ -38,6 +40,7 @@ struct Unfinished {
 struct Reader {
     records: Vec<Record>,
     unfinished: HashMap<u64, Unfinished>,
+    files: Vec<String>,
     not_understood: u64,
 }
 
@@ -96,7 +99,13 @@ impl Reader {
     /// A whole call: `name(arguments) = result`.
     fn finished(&mut self, pid: u64, text: &str, place: Option<usize>) -> Option<()> {
         let (text, result) = text.rsplit_once(" = ")?;
-        let call = call(text.trim_end().strip_suffix(')')?)?;
+        let text = text.trim_end().strip_suffix(')')?;
+        let mut call = call(text)?;
+        if let Call::Mmap { fd, .. } = &mut call
+            && *fd >= 0
+        {
+            *fd = self.file(file_of(text)?);
+        }
         let outcome = match outcome(result)? {
             // brk tells of a failure by returning the old end.
             Outcome::Returned(end) if matches!(call, Call::Brk { addr } if addr != 0 && addr != end) => {
@@ -111,6 +120,16 @@ impl Reader {
             }
         }
         Some(())
+    }
+
+    /// The number of a file: a recording numbers them in the order in which they are mapped.
+    fn file(&mut self, name: &str) -> i64 {
+        let known = self.files.iter().position(|file| file == name);
+        let number = known.unwrap_or_else(|| {
+            self.files.push(name.to_owned());
+            self.files.len() - 1
+        });
+        number as i64
     }
 
     /// `+++ exited with 0 +++` and the like.
@@ -146,6 +165,7 @@ impl Reader {
 fn number_tasks(reader: Reader) -> Recording {
     let mut recording = Recording {
         not_understood: reader.not_understood,
+        files: reader.files,
         ..Recording::default()
     };
     let mut tasks: HashMap<u64, u32> = HashMap::new();
@@ -197,7 +217,10 @@ fn call(text: &str) -> Option<Call> {
     let arguments: Vec<&str> = split(arguments);
     let number_at = |index: usize| number(arguments.get(index)?);
     // An `int` that strace prints signed.
-    let signed = |index: usize| arguments.get(index)?.parse::<i64>().ok();
+    let signed = |index: usize| {
+        let (number, _) = fd_and_path(arguments.get(index)?);
+        number.parse::<i64>().ok()
+    };
     let flags = || {
         let (_, flags) = text.split_once("flags=")?;
         number(&flags[..flags.find([',', ')', '}', ' ']).unwrap_or(flags.len())])
@@ -247,6 +270,21 @@ fn call(text: &str) -> Option<Call> {
         "exit_group" => Call::ExitGroup { status: signed(0)? },
         _ => return None,
     })
+}
+
+/// The path, or where there is none the descriptor, of an mmap.
+fn file_of(text: &str) -> Option<&str> {
+    let (_, arguments) = text.split_once('(')?;
+    let (number, path) = fd_and_path(split(arguments).get(4)?);
+    Some(path.unwrap_or(number))
+}
+
+/// `3</a/path>`, as strace -y writes descriptors.
+fn fd_and_path(text: &str) -> (&str, Option<&str>) {
+    match text.split_once('<') {
+        Some((number, path)) => (number, path.strip_suffix('>')),
+        None => (text, None),
+    }
 }
 
 /// Arguments, at commas outside strings, brackets and braces.
@@ -348,7 +386,7 @@ mod tests {
 700 brk(NULL)                         = 0x564612bc6000
 700 brk(0x564612be7000)               = 0x564612be7000
 700 brk(0x7fffffffffff)               = 0x564612be7000
-700 mmap(0x7fe8c1e1c000, 1400832, 0x5, 0x812, 3, 0x26000) = 0x7fe8c1e1c000
+700 mmap(0x7fe8c1e1c000, 1400832, 0x5, 0x812, 3</lib/libc.so.6>, 0x26000) = 0x7fe8c1e1c000
 700 mmap(NULL, 0, 0x1, 0x2, -1, 0)     = -1 EINVAL (Invalid argument)
 700 madvise(0x7f3244484000, 270336, 0x4) = 0
 700 mremap(0x7f3244484000, 4096, 8192, 0x1) = 0x7f3244490000
@@ -364,7 +402,7 @@ mod tests {
 0 brk(0x0) = 0x564612bc6000
 0 brk(0x564612be7000) = 0x564612be7000
 0 brk(0x7fffffffffff) = -ENOMEM
-0 mmap(0x7fe8c1e1c000, 1400832, PROT_READ|PROT_EXEC, MAP_PRIVATE|MAP_FIXED|MAP_DENYWRITE, 3, 0x26000) = 0x7fe8c1e1c000
+0 mmap(0x7fe8c1e1c000, 1400832, PROT_READ|PROT_EXEC, MAP_PRIVATE|MAP_FIXED|MAP_DENYWRITE, 0, 0x26000) = 0x7fe8c1e1c000
 0 mmap(0x0, 0, PROT_READ, MAP_PRIVATE, -1, 0x0) = -EINVAL
 0 madvise(0x7f3244484000, 270336, MADV_DONTNEED) = 0
 0 mremap(0x7f3244484000, 4096, 8192, 0x1, 0x0) = 0x7f3244490000

@@ -14,6 +14,7 @@ use abi::trace::{Header, MAGIC, Op, OpKind};
 use serde::Serialize;
 use zerocopy::IntoBytes;
 
+use super::places::{Area, Piece, Places, pages};
 use super::{Call, Entry, Outcome, Trace};
 
 /// A trace for the guest.
@@ -126,98 +127,9 @@ struct Task {
 /// An address space of the recording.
 #[derive(Clone, Default)]
 struct Process {
-    /// What is mapped, by first address; disjoint.
-    areas: BTreeMap<u64, Area>,
+    places: Places,
     /// Where the heap starts and ends, once known.
     heap: Option<Range<u64>>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Area {
-    end: u64,
-    slot: u32,
-    /// Address at which the slot starts.
-    base: u64,
-}
-
-/// A part of a slot.
-struct Piece {
-    slot: u32,
-    offset: u64,
-    len: u64,
-}
-
-impl Process {
-    fn overlapping(&self, range: &Range<u64>) -> impl Iterator<Item = (u64, Area)> {
-        let before = self
-            .areas
-            .range(..range.start)
-            .next_back()
-            .map(|(start, area)| (*start, *area));
-        let inside = self
-            .areas
-            .range(range.clone())
-            .map(|(start, area)| (*start, *area));
-        before
-            .filter(|(_, area)| area.end > range.start)
-            .into_iter()
-            .chain(inside)
-    }
-
-    /// The parts of slots that lie in `range`, neighbours of one slot joined.
-    fn pieces(&self, range: &Range<u64>) -> Vec<Piece> {
-        let mut pieces: Vec<Piece> = Vec::new();
-        for (start, area) in self.overlapping(range) {
-            let (start, end) = (start.max(range.start), area.end.min(range.end));
-            let offset = start - area.base;
-            match pieces.last_mut() {
-                Some(last) if last.slot == area.slot && last.offset + last.len == offset => {
-                    last.len += end - start;
-                }
-                _ => pieces.push(Piece {
-                    slot: area.slot,
-                    offset,
-                    len: end - start,
-                }),
-            }
-        }
-        pieces
-    }
-
-    /// The parts of `range` where nothing is mapped.
-    fn gaps(&self, range: &Range<u64>) -> Vec<Range<u64>> {
-        let mut gaps = Vec::new();
-        let mut at = range.start;
-        for (start, area) in self.overlapping(range) {
-            if start > at {
-                gaps.push(at..start);
-            }
-            at = at.max(area.end);
-        }
-        if at < range.end {
-            gaps.push(at..range.end);
-        }
-        gaps
-    }
-
-    fn remove(&mut self, range: &Range<u64>) {
-        let areas: Vec<(u64, Area)> = self.overlapping(range).collect();
-        for (start, area) in areas {
-            self.areas.remove(&start);
-            if start < range.start {
-                self.areas.insert(
-                    start,
-                    Area {
-                        end: range.start,
-                        ..area
-                    },
-                );
-            }
-            if area.end > range.end {
-                self.areas.insert(range.end, area);
-            }
-        }
-    }
 }
 
 impl Compiler {
@@ -264,7 +176,7 @@ impl Compiler {
             Call::Munmap { addr, len } => {
                 let fate = self.each_piece(task, OpKind::Unmap, addr, len, 0, 0);
                 if let Some(range) = pages(addr, len) {
-                    self.process(task).remove(&range);
+                    self.process(task).places.remove(&range);
                 }
                 fate
             }
@@ -299,7 +211,7 @@ impl Compiler {
         let new_flags = map::PRIVATE | map::ANONYMOUS | kept;
         let prot = prot & 7;
         let fixed = flags & (map::FIXED | map::FIXED_NOREPLACE) != 0;
-        let pieces = self.process(task).pieces(&range);
+        let pieces = self.process(task).places.pieces(&range);
         for piece in &pieces {
             if fixed {
                 self.op(OpKind::MapFixed, task, piece, prot, new_flags);
@@ -309,9 +221,9 @@ impl Compiler {
             }
         }
         if !fixed {
-            self.process(task).remove(&range);
+            self.process(task).places.remove(&range);
         }
-        for gap in self.process(task).gaps(&range) {
+        for gap in self.process(task).places.gaps(&range) {
             self.mapped_slots += 1;
             let slot = self.mapped_slots;
             let piece = Piece {
@@ -325,7 +237,7 @@ impl Compiler {
                 slot,
                 base: gap.start,
             };
-            self.process(task).areas.insert(gap.start, area);
+            self.process(task).places.insert(gap.start, area);
         }
         if flags & map::ANONYMOUS == 0 {
             Fate::Changed("private anonymous memory instead of a file's")
@@ -350,7 +262,7 @@ impl Compiler {
         let Some(range) = pages(addr, len) else {
             return Fate::Skipped("an empty range");
         };
-        let pieces = self.process(task).pieces(&range);
+        let pieces = self.process(task).places.pieces(&range);
         for piece in &pieces {
             self.op(kind, task, piece, prot, flags);
         }
@@ -394,15 +306,15 @@ impl Compiler {
         let pages = heap.start..end.next_multiple_of(PAGE_SIZE);
         let dropped = pages.end..heap.end.next_multiple_of(PAGE_SIZE).max(pages.end);
         let process = self.process(task);
-        process.remove(&pages);
-        process.remove(&dropped);
+        process.places.remove(&pages);
+        process.places.remove(&dropped);
         if !pages.is_empty() {
             let area = Area {
                 end: pages.end,
                 slot: 0,
                 base: heap.start,
             };
-            process.areas.insert(heap.start, area);
+            process.places.insert(heap.start, area);
         }
         process.heap = Some(heap.start..end);
     }
@@ -450,6 +362,7 @@ impl Compiler {
         let process = std::mem::take(self.process(task));
         let heap_pages = process.heap.as_ref().is_some_and(|heap| !heap.is_empty());
         for piece in process
+            .places
             .pieces(&(0..USER_END))
             .iter()
             .filter(|piece| piece.slot != 0)
@@ -521,11 +434,4 @@ impl Compiler {
             summary: self.summary,
         }
     }
-}
-
-/// The whole pages of `addr..addr + len`; none of an empty range or one outside user space.
-fn pages(addr: u64, len: u64) -> Option<Range<u64>> {
-    let end = addr.checked_add(len).filter(|end| *end <= USER_END)?;
-    let range = addr / PAGE_SIZE * PAGE_SIZE..end.next_multiple_of(PAGE_SIZE);
-    (len > 0).then_some(range)
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use abi::syscall::Errno;
 
 use super::names::{ADVICE, CLONE, MAP, Names, PROT, errno_by_name};
-use super::{Call, Entry, FORMAT, Outcome, Trace, VERSION};
+use super::{Call, Entry, FORMAT, File, Outcome, Trace, VERSION};
 
 /// Where and why a text is no trace.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -76,6 +76,12 @@ pub fn parse(text: &str) -> Result<Trace, ParseError> {
             (Stage::Header, "status") => {
                 cursor.expect_word("status", "")?;
                 trace.status = Some(cursor.signed("an exit status")?);
+            }
+            (Stage::Header, "file") => {
+                cursor.expect_word("file", "")?;
+                let number = cursor.signed("the number of a file")?;
+                let bytes = cursor.number("its size")?;
+                trace.files.push(File { number, bytes });
             }
             _ => {
                 stage = Stage::Entries;

@@ -37,20 +37,25 @@ fn records(lines: &str) -> (Vec<String>, Summary) {
 
 #[test]
 fn the_documented_example_is_read_and_written() {
-    let text = "stalemate-trace 1\ncommand \"true\"\nstatus 0\n# a comment\n\n\
+    let text = "stalemate-trace 1\ncommand \"true\"\nstatus 0\nfile 3 4711\n# a comment\n\n\
         0 mmap(0x0, 8192, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0) = 0x7f0000000000\n\
         0 clone(CLONE_VM|CLONE_THREAD) = 1\n\
         1 munmap(0x7f0000000000, 8192) = -EINVAL\n\
         1 exit(0) = ?\n";
     let trace = parse(text).unwrap();
     assert_eq!(trace.command, ["true"]);
+    let file = File {
+        number: 3,
+        bytes: 4711,
+    };
+    assert_eq!(trace.files, [file]);
     assert_eq!(
         trace
             .entries
             .iter()
             .map(|entry| entry.line)
             .collect::<Vec<_>>(),
-        [6, 7, 8, 9]
+        [7, 8, 9, 10]
     );
     assert_eq!(trace.entries[2].outcome, Outcome::Failed(Errno::EINVAL));
     let without_comments = text
@@ -316,12 +321,15 @@ fn any_trace() -> impl Strategy<Value = Trace> {
     (
         command,
         any::<Option<i32>>(),
+        prop::collection::vec(any::<(i64, u64)>(), 0..4),
         prop::collection::vec(entry, 0..20),
     )
-        .prop_map(|(command, status, entries)| {
+        .prop_map(|(command, status, files, entries)| {
+            let file = |(number, bytes)| File { number, bytes };
             let mut trace = Trace {
                 command,
                 status,
+                files: files.into_iter().map(file).collect(),
                 entries,
             };
             trace.number_lines();
@@ -386,7 +394,7 @@ fn the_committed_recordings_replay_on_linux() {
         let trace = parse(&text).unwrap();
         assert_eq!(trace.status, Some(0), "{name}");
         let Compiled { blob, summary } = compile(&trace);
-        assert!(summary.records > 200, "{name}: {summary}");
+        assert!(summary.records > 100, "{name}: {summary}");
         let outcome = guest::native::run("replay", "copies=2", Some(&blob)).unwrap();
         assert_eq!(outcome.reports, [], "{name}: {}", outcome.text);
         assert_eq!(outcome.status, 0, "{name}");

@@ -18,20 +18,29 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::vec::Vec;
 
 use abi::channel::Doorbell;
+use abi::disk::{DiskOp, DiskStatus};
+use abi::layout::PAGE_SIZE;
 use abi::objects::{Mm, Pa, SoftEntry};
 use abi::point::Point;
 use abi::pte::{Pte, PteFlags, fault};
 
-use super::{Arch, BY_PRIORITY, Ipi, Model, bit};
+use super::{Arch, Ipi, Model, bit};
 use crate::Kernel;
-use crate::mm::{FaultError, Field};
+use crate::mm::{FaultError, Field, soft_key_in};
 
 /// Turns of a spin loop after which nobody can make it end any more.
 const PATIENCE: usize = 1000;
 /// Tag of an entry of a soft TLB that was removed.
 const REMOVED: u64 = 2;
+/// Set in the tag of a translation of 2 MiB.
+const HUGE: u64 = 0x800;
 /// Where a CPU waits for what others do.
-const WAITS: [Point; 3] = [Point::FlushWait, Point::LockWait, Point::RcuWait];
+const WAITS: [Point; 4] = [
+    Point::FlushWait,
+    Point::LockWait,
+    Point::RcuWait,
+    Point::DiskWait,
+];
 
 type Hook = Box<dyn FnOnce(&Kernel<Model>) + Send>;
 
@@ -40,6 +49,24 @@ type Hook = Box<dyn FnOnce(&Kernel<Model>) + Send>;
 pub(super) struct Script {
     hooks: Mutex<VecDeque<(Point, Hook)>>,
     spins: AtomicUsize,
+    disk: Mutex<TestDisk>,
+}
+
+/// What the swap area and files are on: it does what it is asked for when a CPU waits for it.
+#[derive(Default)]
+pub(crate) struct TestDisk {
+    pages: BTreeMap<u64, [u8; PAGE_SIZE as usize]>,
+    /// Requests of this kind fail.
+    pub(crate) fails: Option<DiskOp>,
+    /// Requests done: reads, writes.
+    pub(crate) done: [usize; 2],
+}
+
+impl TestDisk {
+    /// What it holds from `sector` on.
+    pub(crate) fn page(&mut self, sector: u64) -> &mut [u8; PAGE_SIZE as usize] {
+        self.pages.entry(sector).or_insert([0xdb; _])
+    }
 }
 
 impl Script {
@@ -76,6 +103,8 @@ impl Access {
 pub(crate) struct Tlb {
     /// Leaf entries by page address.
     pub(crate) pages: BTreeMap<u64, Pte>,
+    /// Leaf entries of 2 MiB by the first address that they translate.
+    pub(crate) huge: BTreeMap<u64, Pte>,
     /// Level-1 tables by the first address that they cover.
     pub(crate) tables: BTreeMap<u64, u64>,
 }
@@ -106,8 +135,9 @@ impl Model {
     /// IPIs sent to `cpu` that it has not taken; takes them.
     pub(crate) fn take_pending(&self, cpu: usize) -> Vec<Ipi> {
         let sent = self.cpus[cpu].in_flight.swap(0, Relaxed);
-        let is_sent = |ipi: &Ipi| sent & bit(*ipi) != 0;
-        BY_PRIORITY.into_iter().filter(is_sent).collect()
+        let is_sent = |ipi: &Ipi| sent & bit(*ipi as u8) != 0;
+        let all = [Ipi::Reschedule, Ipi::Shootdown];
+        all.into_iter().filter(is_sent).collect()
     }
 
     /// What kernel code that runs in no coroutine does at a doorbell.
@@ -125,9 +155,43 @@ impl Model {
             let back = self.cpu();
             hook(self.kernel());
             self.become_cpu(back);
+        } else if passed == Point::DiskWait as u64 {
+            self.serve_disk();
         } else if WAITS.iter().any(|wait| *wait as u64 == passed) {
             self.let_others_take_ipis();
         }
+    }
+
+    /// The disk.
+    pub(crate) fn disk(&self) -> MutexGuard<'_, TestDisk> {
+        let disk = &self.script.disk;
+        disk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does all that the disk was asked for.
+    pub(crate) fn serve_disk(&self) {
+        let (k, mut disk) = (self.kernel(), self.disk());
+        for request in &k.root().swap.requests {
+            let asked = &request.disk;
+            if request.folio.get() == 0 || asked.status.get() != DiskStatus::Pending as u32 {
+                continue;
+            }
+            let op = DiskOp::from_u32(asked.op.get()).unwrap();
+            let (sector, gpa) = (asked.sector.get(), asked.gpa.get());
+            disk.done[op as usize] += 1;
+            let status = if disk.fails == Some(op) {
+                DiskStatus::Error
+            } else {
+                let page = disk.page(sector);
+                match op {
+                    DiskOp::Write => k.load_memory(gpa, page),
+                    DiskOp::Read => k.store_memory(gpa, page),
+                }
+                DiskStatus::Done
+            };
+            asked.status.set(status as u32);
+        }
+        self.take_submitted();
     }
 
     fn let_others_take_ipis(&self) {
@@ -240,7 +304,11 @@ impl Kernel<Model> {
         };
         let gpa = found.map_err(|code| code | fetch)?.gpa;
         let page = gva & !0xfff;
-        let entry = self.tlb(self.arch.cpu()).pages[&page];
+        let region = gva & !0x1f_ffff;
+        let held = self.tlb(self.arch.cpu());
+        let entry = held.pages.get(&page).or_else(|| held.huge.get(&region));
+        let entry = *entry.expect("what was used is held");
+        let (page_key, region_key) = (self.soft_key(page), self.soft_key(region));
         let flags = entry.flags();
         assert!(flags.contains(PteFlags::ACCESSED));
         assert!(!flags.contains(PteFlags::WRITE) || flags.contains(PteFlags::DIRTY));
@@ -249,31 +317,50 @@ impl Kernel<Model> {
         }
         // A fault invalidates what was cached for its address (SDM vol. 3A, 5.10.4.1).
         let tlb = self.obj(self.this_cpu().soft_tlb.get());
-        for (entries, key) in [(&tlb.pages[..], page), (&tlb.tables[..], gva & !0x1f_ffff)] {
+        for (entries, key) in [
+            (&tlb.pages[..], page_key),
+            (&tlb.pages[..], region_key | HUGE),
+            (&tlb.tables[..], region_key),
+        ] {
             let held = entries.iter().filter(|entry| entry.tag.get() == key | 1);
             held.for_each(|entry| entry.tag.set(REMOVED));
         }
         Err(fault::USER | fault::FETCH | fault::PRESENT)
     }
 
-    /// What `cpu` has cached.
+    /// What `cpu` has cached of the address space that it has loaded.
     ///
     /// # Panics
     /// Where it was too small for everything: then a test may miss what it is there for.
     pub(crate) fn tlb(&self, cpu: usize) -> Tlb {
-        fn used(entries: &[SoftEntry]) -> impl Iterator<Item = (u64, u64)> {
+        self.tlb_of(cpu, self.root().cpus[cpu].pcid.get())
+    }
+
+    /// What `cpu` has cached under `pcid`, loaded or not.
+    ///
+    /// # Panics
+    /// As [`Kernel::tlb`].
+    pub(crate) fn tlb_of(&self, cpu: usize, pcid: u64) -> Tlb {
+        let used = |entries: &'_ [SoftEntry], size: u64| {
+            let own = soft_key_in(pcid, 0) | 1 | size;
             let words = entries.iter().map(|e| (e.tag.get(), e.value.get()));
+            let words = words.filter(|(tag, _)| tag & 0xfff == own);
             words
-                .filter(|(tag, _)| tag & 1 != 0)
-                .map(|(tag, value)| (tag - 1, value))
-        }
+                .map(|(tag, value)| (tag - own, value))
+                .collect::<Vec<_>>()
+        };
         let tlb = self.obj(self.root().cpus[cpu].soft_tlb.get());
         assert_eq!(tlb.evictions.get(), 0, "the soft TLB of CPU {cpu} is full");
         Tlb {
-            pages: used(&tlb.pages)
+            pages: used(&tlb.pages, 0)
+                .into_iter()
                 .map(|(gva, entry)| (gva, Pte(entry)))
                 .collect(),
-            tables: used(&tlb.tables).collect(),
+            huge: used(&tlb.pages, HUGE)
+                .into_iter()
+                .map(|(gva, entry)| (gva, Pte(entry)))
+                .collect(),
+            tables: used(&tlb.tables, 0).into_iter().collect(),
         }
     }
 }

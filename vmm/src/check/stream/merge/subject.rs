@@ -94,7 +94,9 @@ impl Subject {
             K::FlushLocal | K::FlushAll | K::LazyEnter | K::LazyLeave => self.cached && here,
             K::Cr3Load => self.cached && here || mm(b),
             K::CpumaskSet | K::CpumaskClear => here && mm(a),
-            K::FrameAlloc | K::FrameFree | K::MapcountChange | K::RefcountChange => object(a),
+            K::FrameAlloc | K::FrameFree | K::MapcountChange | K::RefcountChange | K::Pin => {
+                object(a)
+            }
             K::VmaAttach | K::VmaDetach => object(b) || mm(a) && within(c, d),
             K::VmaAlloc | K::VmaFree => object(a),
             K::VmaFound => object(b),

@@ -8,7 +8,7 @@
 
 use abi::pte::Pte;
 
-use super::held::{Held, Rights, Written, combine, drop_range, resolve, through};
+use super::held::{Held, Notes, Rights, Written, combine, through};
 use super::laws::{Law, Laws};
 use super::tables::Tables;
 
@@ -33,8 +33,8 @@ pub(super) struct Context {
     /// Something may be cached that no event told of, but for pages of `settled`.
     pub(super) unknown: bool,
     pub(super) settled: Vec<(u64, u64)>,
-    pub(super) leaves: Vec<Held>,
-    pub(super) pointers: Vec<Held>,
+    pub(super) leaves: Notes,
+    pub(super) pointers: Notes,
 }
 
 impl Context {
@@ -55,14 +55,14 @@ impl Context {
 
     /// Pages of `start..end` are flushed.
     pub(super) fn drop_pages(&mut self, start: u64, end: u64, laws: Laws) {
-        drop_range(&mut self.leaves, start, end, laws);
+        self.leaves.drop_range(start, end, laws);
         if self.unknown && self.settled.len() < MAX_SETTLED {
             self.settled.push((start, end));
         }
     }
 
     /// Writes down that `held` may be cached, and what can be reached through it.
-    fn take_in(&mut self, held: Held, globals: &mut Vec<Held>, tables: &Tables, laws: Laws) {
+    fn take_in(&mut self, held: Held, globals: &mut Notes, tables: &Tables, laws: Laws) {
         let list = if !held.is_leaf() {
             &mut self.pointers
         } else if !held.is_global() || !laws.obey(Law::GlobalSurvivesCr3) {
@@ -75,7 +75,7 @@ impl Context {
         if list.len() >= MAX_HELD {
             self.unknown = true;
             self.settled.clear();
-        } else if !list.iter().any(|other| other.includes(&held)) {
+        } else if !list.include(&held) {
             list.push(held);
             if !held.is_leaf() && laws.obey(Law::FillsThroughHeldPointers) {
                 self.expand(&held, globals, tables, laws);
@@ -84,13 +84,7 @@ impl Context {
     }
 
     /// What is there behind a pointer: everything, or what was there when the PCID was left.
-    pub(super) fn expand(
-        &mut self,
-        via: &Held,
-        globals: &mut Vec<Held>,
-        tables: &Tables,
-        laws: Laws,
-    ) {
+    pub(super) fn expand(&mut self, via: &Held, globals: &mut Notes, tables: &Tables, laws: Laws) {
         if via.level <= 1 || self.leaves.len() >= MAX_HELD {
             return;
         }
@@ -104,7 +98,7 @@ impl Context {
     }
 
     /// Writes down all that was not.
-    pub(super) fn expand_root(&mut self, globals: &mut Vec<Held>, tables: &Tables, laws: Laws) {
+    pub(super) fn expand_root(&mut self, globals: &mut Notes, tables: &Tables, laws: Laws) {
         let root = Held {
             mm: self.mm,
             gva: 0,
@@ -124,12 +118,12 @@ impl Context {
     pub(super) fn written(
         &mut self,
         it: &Written,
-        globals: &mut Vec<Held>,
+        globals: &mut Notes,
         tables: &Tables,
         laws: Laws,
     ) {
-        resolve(&mut self.leaves, it, laws);
-        resolve(&mut self.pointers, it, laws);
+        self.leaves.resolve(it, laws);
+        self.pointers.resolve(it, laws);
         let (mm, level, gva) = it.place;
         let limit = if laws.obey(Law::OnlyTheLoadedPcidFills) {
             self.until

@@ -24,7 +24,7 @@ fn model_after(steps: &[Step], laws: Laws) -> State {
             .insert(mm as u64 + 1, reference::root(mm));
     }
     for vcpu in &mut state.vcpus {
-        vcpu.place(0, reference::KERNEL);
+        vcpu.place(0, reference::KERNEL, 0);
     }
     // The kernel's view of memory: it sees what it writes and what it reads when it writes.
     let mut memory = Mmu::new(Default::default());

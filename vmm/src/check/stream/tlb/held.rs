@@ -1,5 +1,7 @@
 //! One translation that a vCPU may hold, and how entries that change make one.
 
+use std::ops::{Deref, DerefMut};
+
 use abi::pte::{Pte, PteFlags, level_size};
 
 use super::laws::{Law, Laws};
@@ -205,32 +207,89 @@ pub(super) fn combine(path: Rights, entry: Rights, is_leaf: bool, laws: Laws) ->
     if is_leaf { rights.of_walk() } else { rights }
 }
 
-/// What is written down of an entry that changes was taken away now, if it was ever cached.
-pub(super) fn resolve(list: &mut Vec<Held>, it: &Written, laws: Laws) {
-    list.retain_mut(|held| {
-        if held.slot != it.path.slot || held.taken.is_some() {
-            return true;
-        }
-        if it.was_never_cached(laws) {
-            return false;
-        }
-        held.taken = Some(it.change);
-        held.entry = it.old;
-        if laws.obey(Law::OnlyDirtyIsCachedDirty) {
-            let of_entry = Rights::of_gone(it.old, held.level);
-            held.rights = held.rights.and(of_entry);
-        }
-        true
-    });
+/// What is written down of one kind. Most entries that change have nothing written down: a hash of the slots says
+/// so without a look at all of them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Notes {
+    held: Vec<Held>,
+    slots: [u64; 8],
 }
 
-/// A page of any size goes with any address in it (5.10.4.1).
-pub(super) fn drop_range(list: &mut Vec<Held>, start: u64, end: u64, laws: Laws) {
-    list.retain(|held| {
-        if laws.obey(Law::AnyAddressDropsAPage) {
-            !held.overlaps(start, end)
-        } else {
-            !(start..end).contains(&held.gva)
+impl Notes {
+    pub(super) fn push(&mut self, held: Held) {
+        let (word, bit) = Self::hash(held.slot);
+        self.slots[word] |= bit;
+        self.held.push(held);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.held.clear();
+        self.slots = Default::default();
+    }
+
+    /// True where something that is written down includes `held`.
+    pub(super) fn include(&self, held: &Held) -> bool {
+        self.may_have(held.slot) && self.held.iter().any(|other| other.includes(held))
+    }
+
+    /// What is written down of an entry that changes was taken away now, if it was ever cached.
+    pub(super) fn resolve(&mut self, it: &Written, laws: Laws) {
+        if !self.may_have(it.path.slot) {
+            return;
         }
-    });
+        self.held.retain_mut(|held| {
+            if held.slot != it.path.slot || held.taken.is_some() {
+                return true;
+            }
+            if it.was_never_cached(laws) {
+                return false;
+            }
+            held.taken = Some(it.change);
+            held.entry = it.old;
+            if laws.obey(Law::OnlyDirtyIsCachedDirty) {
+                let of_entry = Rights::of_gone(it.old, held.level);
+                held.rights = held.rights.and(of_entry);
+            }
+            true
+        });
+    }
+
+    /// A page of any size goes with any address in it (5.10.4.1).
+    pub(super) fn drop_range(&mut self, start: u64, end: u64, laws: Laws) {
+        self.held.retain(|held| {
+            if laws.obey(Law::AnyAddressDropsAPage) {
+                !held.overlaps(start, end)
+            } else {
+                !(start..end).contains(&held.gva)
+            }
+        });
+        if self.held.is_empty() {
+            self.clear();
+        }
+    }
+
+    fn may_have(&self, slot: u64) -> bool {
+        let (word, bit) = Self::hash(slot);
+        self.slots[word] & bit != 0
+    }
+
+    fn hash(slot: u64) -> (usize, u64) {
+        // Fibonacci hashing: tables of forked processes have the same entries.
+        let hash = (slot / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 55;
+        ((hash / 64) as usize, 1 << (hash % 64))
+    }
+}
+
+impl Deref for Notes {
+    type Target = [Held];
+    fn deref(&self) -> &[Held] {
+        &self.held
+    }
+}
+
+/// Nobody changes the slot of what is written down.
+impl DerefMut for Notes {
+    fn deref_mut(&mut self) -> &mut [Held] {
+        &mut self.held
+    }
 }

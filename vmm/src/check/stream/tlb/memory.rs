@@ -1,6 +1,7 @@
 //! The state that guest memory shows, to start from and to compare with.
 
 use std::mem::offset_of;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::objects::{Cpu, KernelRoot, Mm};
@@ -15,6 +16,8 @@ use crate::memory::PhysMem;
 
 /// Most tables that are read: a guest may tie them into loops.
 const MAX_TABLES: usize = 1 << 14;
+/// Entries that are looked at together, to see that all are none.
+const LINE: usize = 16;
 
 /// An mm as memory shows it.
 struct Space {
@@ -69,14 +72,15 @@ pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> S
         let mask = memory.field(at, offset_of!(Mm, cpumask));
         state.masks.insert(id, mask);
         let root = tour.root(pgd);
-        for_each_present(memory, &mut tour, root, &mut |table, level, gva, pte| {
+        for_each_entry(memory, &mut tour, root, &mut |table, level, gva, pte| {
             state.place(table, level, gva, pte);
         });
         for (index, vcpu) in state.vcpus.iter_mut().enumerate() {
             let cpu = offset_of!(KernelRoot, cpus) + index * size_of::<Cpu>();
             if memory.field(kernel_root, cpu + offset_of!(Cpu, loaded_mm)) == at {
                 vcpu.lazy = memory.field(kernel_root, cpu + offset_of!(Cpu, lazy)) != 0;
-                vcpu.place(id, pgd);
+                let pcid = memory.field(kernel_root, cpu + offset_of!(Cpu, pcid));
+                vcpu.place(id, pgd, pcid);
             }
         }
     }
@@ -93,8 +97,8 @@ pub(super) fn leaf_addresses(
     let mut tour = Tour::new();
     for Space { id, pgd, .. } in spaces(memory, kernel_root) {
         let root = tour.root(pgd);
-        for_each_present(memory, &mut tour, root, &mut |_, level, gva, pte| {
-            if level == 1 && pte.address() == frame {
+        for_each_entry(memory, &mut tour, root, &mut |_, level, gva, pte| {
+            if pte.is_present() && pte.is_leaf(level) && pte.leaf_address(level) == frame {
                 found.push((id, gva));
             }
         });
@@ -172,15 +176,28 @@ fn compare(
         told,
         is,
     };
-    for (index, entry) in entries.iter().take(used(level)).enumerate() {
+    // A table is empty but for a few entries.
+    let ignores_none = tables.none_is_silent();
+    let all_of = |line: &[AtomicU64]| line.iter().fold(0, |all, entry| all | entry.load(Relaxed));
+    let lines = entries[..used(level)].chunks(LINE).enumerate();
+    let told_or_there = lines
+        .filter(|(_, line)| !ignores_none || all_of(line) != 0)
+        .flat_map(|(number, line)| (number * LINE..).zip(line));
+    for (index, entry) in told_or_there {
         let is = Pte(entry.load(Relaxed));
+        if is.is_none() && ignores_none {
+            continue;
+        }
+        let gva = base + index as u64 * level_size(level);
+        let (told, _) = tables.told(slot(table, level, gva));
         if !is.is_present() {
+            // Where a present entry is gone, the count tells.
+            if is != told && !told.is_present() {
+                return Some(unexplained(gva, told, is));
+            }
             continue;
         }
         present += 1;
-        let gva = base + index as u64 * level_size(level);
-        let told = tables.entry(slot(table, level, gva));
-        let told = told.map_or(Pte::NONE, |entry| entry.pte);
         if !same(is, told) {
             return Some(unexplained(gva, told, is));
         }
@@ -207,7 +224,8 @@ fn used(level: u8) -> usize {
     if level == 4 { 256 } else { 512 }
 }
 
-fn for_each_present(
+/// Calls `f` for every entry that is not none.
+fn for_each_entry(
     memory: &dyn PhysMem,
     tour: &mut Tour,
     (table, level, base): (u64, u8, u64),
@@ -221,13 +239,13 @@ fn for_each_present(
     }
     for (index, entry) in entries.iter().take(used(level)).enumerate() {
         let pte = Pte(entry.load(Relaxed));
-        if !pte.is_present() {
+        if pte.is_none() {
             continue;
         }
         let gva = base + index as u64 * level_size(level);
         f(table, level, gva, pte);
-        if !pte.is_leaf(level) {
-            for_each_present(memory, tour, (pte.address(), level - 1, gva), f);
+        if pte.is_present() && !pte.is_leaf(level) {
+            for_each_entry(memory, tour, (pte.address(), level - 1, gva), f);
         }
     }
 }

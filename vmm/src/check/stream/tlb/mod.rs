@@ -74,6 +74,14 @@ pub const INVARIANTS: &[Rule] = &[
         REUSED,
         "a vCPU that loads CR3 holds nothing there that it missed, or that another mm left in the PCID",
     ),
+    (
+        TWO_SIZES,
+        "no vCPU that runs user code may hold a page in one size when it is mapped in another",
+    ),
+    (
+        WRITTEN_BACK,
+        "when the disk is asked to take a page of a file that was made clean, no vCPU that runs user code may write it without a fault",
+    ),
 ];
 
 const FREED: &str = "T-01";
@@ -87,6 +95,8 @@ const UNLISTED: &str = "T-08";
 const IMPOSSIBLE: &str = "T-09";
 const UNEXPLAINED: &str = "T-10";
 const REUSED: &str = "T-11";
+const TWO_SIZES: &str = "T-12";
+const WRITTEN_BACK: &str = "T-13";
 
 /// Frames that were freed or allocated last: so many are remembered, to tell what became of one.
 const MAX_FATES: usize = 128;
@@ -295,6 +305,7 @@ impl Monitor for TlbModel {
                 self.now.state.masks.remove(&args[0]);
             }
             EventKind::Access => self.access(seen, found),
+            EventKind::DiskSubmit => self.written_back(seen, found),
             _ => {}
         }
     }
@@ -317,12 +328,12 @@ impl Monitor for TlbModel {
     }
 }
 
-/// The frames that level-1 entries of any mm map, once for each entry.
-pub(super) fn leaf_frames(memory: &dyn PhysMem, kernel_root: u64) -> Vec<u64> {
+/// The first frames that leaf entries of any mm map, and their level, once for each entry.
+pub(super) fn leaf_frames(memory: &dyn PhysMem, kernel_root: u64) -> Vec<(u64, u8)> {
     memory::read(memory, kernel_root, 0).tables.leaf_frames()
 }
 
-/// The mms, and where in each, whose tables map `frame` with level-1 entries.
+/// The mms, and where in each, whose tables have leaf entries that map `frame` first.
 pub(super) fn leaf_addresses(
     memory: &dyn PhysMem,
     kernel_root: u64,

@@ -1,10 +1,11 @@
 //! What must hold, event by event.
 
 use abi::channel::access;
+use abi::disk::DiskOp;
 use abi::layout::PAGE_SIZE;
 use abi::objects::FrameKind;
 use abi::pte::Pte;
-use abi::syscall::{advice, clone, decode, nr};
+use abi::syscall::{advice, clone, decode, mremap, nr};
 
 use super::held::{Change, Held, Rights};
 use super::state::exceeds;
@@ -12,13 +13,15 @@ use super::tell::{describe, who};
 use super::vcpu::Vcpu;
 use super::{
     ATTACHED, FREED, FREED_MAPPED, FREED_TABLE, IMPOSSIBLE, LAZY, REPLACED, RETURNED, REUSED,
-    TlbModel, UNEXPLAINED, UNLISTED, bit, violation,
+    TWO_SIZES, TlbModel, UNEXPLAINED, UNLISTED, WRITTEN_BACK, bit, violation,
 };
 use crate::check::stream::Seen;
 use crate::check::{Finding, Violation};
 
 /// Everything that a translation covers.
 const EVERYTHING: (u64, u64) = (0, u64::MAX);
+/// Advice that takes pages, or the right to write them, away.
+const TAKES_AWAY: [u64; 3] = [advice::DONTNEED, advice::DONTNEED_LOCKED, advice::FREE];
 
 impl TlbModel {
     pub(super) fn pte_change(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
@@ -38,6 +41,34 @@ impl TlbModel {
                     .gva(gva)
                     .vcpu(seen.vcpu),
             ));
+        }
+        if level == 2 && new.is_present() {
+            self.two_sizes(seen, mm, gva, new, found);
+        }
+    }
+
+    /// The page at `gva` is mapped in the size that `new` says. Which of two a processor uses that holds both is not defined
+    /// (SDM vol. 3A, 5.10.2.3), and some stop over it (AMD erratum 383; Linux __split_huge_pmd_locked).
+    fn two_sizes(&self, seen: &Seen, mm: u64, gva: u64, new: Pte, found: &mut Vec<Violation>) {
+        let state = &self.now.state;
+        if new.is_table() && state.tables.used(new.address()) == 0 {
+            return;
+        }
+        let end = gva.saturating_add(abi::pte::level_size(2));
+        let other = if new.is_leaf(2) { 1 } else { 2 };
+        let is_other = |held: &&Held| {
+            held.is_leaf() && held.level == other && held.mm == mm && held.overlaps(gva, end)
+        };
+        for (index, vcpu) in state.vcpus.iter().enumerate() {
+            if !vcpu.runs_user() {
+                continue;
+            }
+            if let Some(held) = vcpu.usable().find(is_other) {
+                let finding = self.tell(index, held, "is mapped in another size now");
+                let finding = finding.detail(format!("mapped by {}", who(seen)));
+                found.push(violation(TWO_SIZES, finding));
+                return;
+            }
         }
     }
 
@@ -61,7 +92,7 @@ impl TlbModel {
             ));
             return;
         }
-        if kind == FrameKind::Anon as u64 {
+        if FrameKind::from_u64(kind).is_some_and(FrameKind::is_user) {
             let entries = self.now.state.tables.mappings(gpa, bytes);
             if entries > 0 {
                 found.push(still_mapped(seen, gpa, entries));
@@ -109,15 +140,21 @@ impl TlbModel {
         let Some(call) = self.now.calls.remove(&seen.event.task) else {
             return;
         };
-        let [_, start, len, third, _] = call.args;
-        if decode(result).is_err() {
+        let [_, start, len, third, fourth] = call.args;
+        let Ok(returned) = decode(result) else {
             return;
-        }
-        let range = match number {
-            nr::MUNMAP | nr::MPROTECT => (start, start.saturating_add(len)),
-            nr::MADVISE if third == advice::DONTNEED => (start, start.saturating_add(len)),
-            nr::FORK => EVERYTHING,
-            nr::CLONE if start & clone::VM == 0 => EVERYTHING,
+        };
+        let from = |start: u64, len: u64| (start, start.saturating_add(len));
+        let (range, also) = match number {
+            nr::MUNMAP | nr::MPROTECT | nr::TESTBED_MIGRATE => (from(start, len), None),
+            nr::MADVISE if TAKES_AWAY.contains(&third) => (from(start, len), None),
+            // Where it shrinks or moves the old place is gone, and what a fixed place held.
+            nr::MREMAP => {
+                let fixed = fourth & mremap::FIXED != 0;
+                (from(start, len), fixed.then(|| from(returned, third)))
+            }
+            nr::FORK => (EVERYTHING, None),
+            nr::CLONE if start & clone::VM == 0 => (EVERYTHING, None),
             _ => return,
         };
         let mm = self.now.state.vcpus[seen.vcpu].loaded().mm;
@@ -126,7 +163,9 @@ impl TlbModel {
         let blamed = |held: &Held, change: Change| {
             held.mm == mm && (change.at < call.at || change.task == task)
         };
-        if let Some((index, held)) = self.holder(range, |_| true, blamed) {
+        let mut ranges = [Some(range), also].into_iter().flatten();
+        let holder = ranges.find_map(|range| self.holder(range, |_| true, blamed));
+        if let Some((index, held)) = holder {
             found.push(violation(
                 RETURNED,
                 self.tell(index, &held, "has left the tables")
@@ -228,6 +267,26 @@ impl TlbModel {
                 self.tell_pointer(index, &held, what)
             };
             found.push(violation(REUSED, finding));
+        }
+    }
+
+    /// A page of a file goes to the disk: what is written to it from now on must be told by a fault, or it is lost.
+    pub(super) fn written_back(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [op, _, gpa, bytes, is_page] = seen.event.args;
+        if op != DiskOp::Write as u64 || is_page == 0 {
+            return;
+        }
+        let holder = first(&mut self.now.state.vcpus, |_, vcpu| {
+            miss(vcpu.leaves_mut(), |held| {
+                held.rights.contains(Rights::WRITE) && held.covers_frame(gpa, bytes)
+            })
+        });
+        if let Some((index, held)) = holder {
+            found.push(violation(
+                WRITTEN_BACK,
+                self.tell(index, &held, "is being written back, and write")
+                    .detail(format!("the disk was asked by {}", who(seen))),
+            ));
         }
     }
 

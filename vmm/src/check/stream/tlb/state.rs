@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use abi::pte::{ADDRESS_MASK, Pte};
+use abi::pte::{ADDRESS_MASK, Pte, level_size};
 use rustc_hash::FxHashMap;
 
 use super::held::{Change, Held, Rights, Written};
 use super::laws::Laws;
-use super::tables::{Place, Tables, same};
+use super::tables::{Path, Place, Tables, same, slot};
 use super::vcpu::{Flush, Vcpu};
 
 /// Everything.
@@ -19,6 +19,51 @@ pub(super) struct State {
     pub(super) masks: FxHashMap<u64, u64>,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) laws: Laws,
+    near: Near,
+}
+
+/// Tables of level 1 to which a way was found. Most changes are of entries beside others that have changed.
+#[derive(Debug, Default)]
+struct Near {
+    ways: [Option<Way>; 8],
+}
+
+/// From a root to the table of level 1 for `region`, in which any entry of the mm lies.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    mm: u64,
+    region: u64,
+    root: u64,
+    /// To the first entry.
+    path: Path,
+}
+
+impl Near {
+    fn index(mm: u64, region: u64) -> usize {
+        (mm.wrapping_mul(5) ^ region) as usize % 8
+    }
+
+    fn get(&self, (mm, level, gva): Place) -> Option<(u64, Path)> {
+        let region = gva >> level_size(2).trailing_zeros();
+        let way = self.ways[Self::index(mm, region)]?;
+        let path = Path {
+            slot: slot(way.path.slot, 1, gva),
+            ..way.path
+        };
+        (level == 1 && way.mm == mm && way.region == region).then_some((way.root, path))
+    }
+
+    fn note(&mut self, (mm, level, gva): Place, (root, path): (u64, Path)) {
+        if level == 1 {
+            let region = gva >> level_size(2).trailing_zeros();
+            self.ways[Self::index(mm, region)] = Some(Way {
+                mm,
+                region,
+                root,
+                path,
+            });
+        }
+    }
 }
 
 impl Clone for State {
@@ -28,6 +73,7 @@ impl Clone for State {
             masks: self.masks.clone(),
             vcpus: self.vcpus.clone(),
             laws: self.laws,
+            near: Near::default(),
         }
     }
     /// Keeps its memory: once a schedule.
@@ -39,6 +85,7 @@ impl Clone for State {
         self.masks.clone_from(&from.masks);
         self.vcpus.clone_from(&from.vcpus);
         self.laws = from.laws;
+        self.near = Near::default();
     }
 }
 
@@ -51,9 +98,20 @@ impl State {
         }
     }
 
-    /// To be written.
+    /// To be written, wherever.
     pub(super) fn tables_mut(&mut self) -> &mut Tables {
+        self.near = Near::default();
         Arc::make_mut(&mut self.tables)
+    }
+
+    /// The way to the entry of `place` from a root, with the root.
+    fn find(&mut self, place: Place) -> Option<(u64, Path)> {
+        if let Some(found) = self.near.get(place) {
+            return Some(found);
+        }
+        let found = self.tables.linked(place)?;
+        self.near.note(place, found);
+        Some(found)
     }
 
     fn take_unlinked(&mut self, place: Place) -> Vec<(Place, Pte)> {
@@ -75,12 +133,13 @@ impl State {
         new: Pte,
         change: Change,
     ) -> Result<(), Pte> {
-        let (known, found) = self.tables.find(place);
+        let found = self.find(place).or_else(|| self.tables.parked(place));
         let Some((root, path)) = found else {
+            let known = self.tables.unlinked(place);
             self.tables_mut().set_unlinked(place, new);
             return if same(old, known) { Ok(()) } else { Err(known) };
         };
-        let since = self.tables.entry(path.slot).map_or(0, |entry| entry.since);
+        let (known, since) = self.tables.told(path.slot);
         let written = Written {
             place,
             root: root & ADDRESS_MASK,
@@ -93,7 +152,14 @@ impl State {
         for vcpu in &mut self.vcpus {
             vcpu.written(&written, &self.tables, self.laws);
         }
-        self.tables_mut().set(path.slot, place.1, new, change.at);
+        let tables = Arc::make_mut(&mut self.tables);
+        tables.set(path.slot, place.1, new, change.at);
+        if place.1 > 1 {
+            self.near = Near::default();
+        }
+        if place.1 == 2 {
+            self.tables_mut().park(place.0, place.2, old, new);
+        }
         if new.is_present() && !new.is_leaf(place.1) {
             for (below, pte) in self.take_unlinked(place) {
                 // Nothing was there: the table was not linked.
@@ -105,7 +171,7 @@ impl State {
 
     /// Notes an entry that is there from the start.
     pub(super) fn place(&mut self, table: u64, level: u8, gva: u64, pte: Pte) {
-        let slot = super::tables::slot(table, level, gva);
+        let slot = slot(table, level, gva);
         self.tables_mut().set(slot, level, pte, 0);
     }
 
@@ -116,6 +182,7 @@ impl State {
         }
         if self.tables.used(table) != 0 {
             self.tables_mut().forget(table);
+            self.tables_mut().unpark(table);
         }
     }
 

@@ -9,6 +9,8 @@ use rustc_hash::FxHashMap;
 
 use super::held::Rights;
 
+/// Where no level-4 table is.
+const NO_ROOT: u64 = ADDRESS_MASK;
 /// What the processor sets by itself.
 const HARDWARE: u64 = PteFlags::ACCESSED.bits() | PteFlags::DIRTY.bits();
 
@@ -55,6 +57,11 @@ pub(super) struct Tables {
     pub(super) roots: FxHashMap<u64, u64>,
     /// Entries of tables that are filled before they are linked.
     unlinked: FxHashMap<Place, Pte>,
+    /// Entries that are neither none nor present, by their GPA: no processor caches them, but they are explained too.
+    silent: FxHashMap<u64, Pte>,
+    /// Tables of level 1 by the mm and the address at which they were linked last, where nothing is linked since: a collapse
+    /// clears the entries of one that it has unlinked.
+    parked: FxHashMap<(u64, u64), u64>,
     /// Present leaf entries with G.
     pub(super) globals: u32,
 }
@@ -72,6 +79,8 @@ impl Clone for Tables {
         self.mapped.clone_from(&from.mapped);
         self.roots.clone_from(&from.roots);
         self.unlinked.clone_from(&from.unlinked);
+        self.silent.clone_from(&from.silent);
+        self.parked.clone_from(&from.parked);
         self.globals = from.globals;
     }
 }
@@ -85,12 +94,16 @@ fn target(pte: Pte, level: u8) -> u64 {
     }
 }
 
+fn is_global(pte: Pte, level: u8) -> bool {
+    pte.is_leaf(level) && pte.flags().contains(PteFlags::GLOBAL)
+}
+
 /// True where both are the same but for what the processor sets.
 pub(super) fn same(a: Pte, b: Pte) -> bool {
     if a.is_present() {
         (a.0 ^ b.0) & !HARDWARE == 0
     } else {
-        !b.is_present()
+        a == b
     }
 }
 
@@ -98,6 +111,24 @@ impl Tables {
     /// The entry at `slot`.
     pub(super) fn entry(&self, slot: u64) -> Option<Entry> {
         self.entries.get(&slot).copied()
+    }
+
+    /// What the events say of the entry at `slot`, present or not, and since when where it is present.
+    pub(super) fn told(&self, slot: u64) -> (Pte, u64) {
+        if let Some(entry) = self.entry(slot) {
+            return (entry.pte, entry.since);
+        }
+        let silent = if self.silent.is_empty() {
+            None
+        } else {
+            self.silent.get(&slot).copied()
+        };
+        (silent.unwrap_or(Pte::NONE), 0)
+    }
+
+    /// True where the events tell of no entry that is neither none nor present.
+    pub(super) fn none_is_silent(&self) -> bool {
+        self.silent.is_empty()
     }
 
     /// The present entries of the table at `table`, with their indices.
@@ -148,20 +179,51 @@ impl Tables {
         Err(1)
     }
 
-    /// What the tables say at `place`, and where the entry lies, if its table is linked.
-    pub(super) fn find(&self, (mm, level, gva): Place) -> (Pte, Option<(u64, Path)>) {
-        let root = self.roots.get(&mm).copied();
-        let path = root.and_then(|root| Some((root, self.path(root, level, gva)?)));
-        let known = match &path {
-            Some((_, path)) => self.entry(path.slot).map(|entry| entry.pte),
-            None => self.unlinked.get(&(mm, level, gva)).copied(),
+    /// The way to the entry of `place` from the root of its mm, and that root, if its table is linked.
+    pub(super) fn linked(&self, (mm, level, gva): Place) -> Option<(u64, Path)> {
+        let root = *self.roots.get(&mm)?;
+        Some((root, self.path(root, level, gva)?))
+    }
+
+    /// What the events say of an entry whose table is not linked.
+    pub(super) fn unlinked(&self, place: Place) -> Pte {
+        self.unlinked.get(&place).copied().unwrap_or(Pte::NONE)
+    }
+
+    /// An entry in a table that was unlinked and not yet emptied. No root leads to it.
+    pub(super) fn parked(&self, (mm, level, gva): Place) -> Option<(u64, Path)> {
+        if self.parked.is_empty() || level != 1 {
+            return None;
+        }
+        let table = self.parked.get(&(mm, gva & !(level_size(2) - 1)))?;
+        let slot = slot(*table, 1, gva);
+        self.entry(slot)?;
+        let path = Path {
+            slot,
+            rights: Rights::ALL,
+            newest: 0,
         };
-        (known.unwrap_or(Pte::NONE), path)
+        Some((NO_ROOT, path))
+    }
+
+    /// The entry of level 2 at an address of `mm` changes.
+    pub(super) fn park(&mut self, mm: u64, gva: u64, old: Pte, new: Pte) {
+        if new.is_table() && !self.parked.is_empty() {
+            self.unpark(new.address());
+        }
+        if old.is_table() && self.used(old.address()) > 0 {
+            self.parked.insert((mm, gva), old.address());
+        }
+    }
+
+    /// The table at `table` is linked again, or freed.
+    pub(super) fn unpark(&mut self, table: u64) {
+        self.parked.retain(|_, parked| *parked != table);
     }
 
     /// Notes an entry of a table that is not linked.
     pub(super) fn set_unlinked(&mut self, place: Place, new: Pte) {
-        if new.is_present() {
+        if !new.is_none() {
             self.unlinked.insert(place, new);
         } else {
             self.unlinked.remove(&place);
@@ -193,6 +255,7 @@ impl Tables {
 
     /// The table at `table` is no longer one: there is nothing in it to fill from.
     pub(super) fn forget(&mut self, table: u64) {
+        self.silent.retain(|slot, _| slot & ADDRESS_MASK != table);
         let slots: Vec<u64> = self.present(table).map(|(i, _)| table + i * 8).collect();
         for slot in slots {
             self.set(slot, 1, Pte::NONE, 0);
@@ -202,20 +265,39 @@ impl Tables {
     /// Writes the entry at `slot`.
     pub(super) fn set(&mut self, slot: u64, level: u8, new: Pte, at: u64) {
         let table = slot & ADDRESS_MASK;
-        if let Some(old) = self.entries.remove(&slot) {
+        if !new.is_present() && !new.is_none() {
+            self.silent.insert(slot, new);
+        } else if !self.silent.is_empty() {
+            self.silent.remove(&slot);
+        }
+        let entry = Entry {
+            pte: new,
+            since: at,
+            level,
+        };
+        // Most changes leave the frame as it is, and so all counts.
+        let before = if new.is_present() {
+            self.entries.insert(slot, entry)
+        } else {
+            self.entries.remove(&slot)
+        };
+        let counts = |pte: Pte, level| (target(pte, level), is_global(pte, level));
+        if let Some(old) = before {
+            if new.is_present() && counts(old.pte, old.level) == counts(new, level) {
+                return;
+            }
             self.count(old.pte, old.level, false);
-            let used = self.used.entry(table).or_default();
-            *used = used.saturating_sub(1);
         }
         if new.is_present() {
-            let entry = Entry {
-                pte: new,
-                since: at,
-                level,
-            };
-            self.entries.insert(slot, entry);
             self.count(new, level, true);
-            *self.used.entry(table).or_default() += 1;
+        }
+        if before.is_some() != new.is_present() {
+            let used = self.used.entry(table).or_default();
+            *used = if new.is_present() {
+                used.saturating_add(1)
+            } else {
+                used.saturating_sub(1)
+            };
         }
     }
 
@@ -228,7 +310,7 @@ impl Tables {
             };
         };
         add(self.mapped.entry(target(pte, level)).or_default());
-        if pte.is_leaf(level) && pte.flags().contains(PteFlags::GLOBAL) {
+        if is_global(pte, level) {
             add(&mut self.globals);
         }
     }
@@ -252,12 +334,13 @@ impl Tables {
         self.mapped.get(&table).copied().unwrap_or(0)
     }
 
-    /// The frames of all level-1 entries, once for each.
-    pub(super) fn leaf_frames(&self) -> Vec<u64> {
+    /// The first frames of all leaf entries, and their level, once for each.
+    pub(super) fn leaf_frames(&self) -> Vec<(u64, u8)> {
         let mut frames = Vec::new();
         for (key, count) in &self.mapped {
-            if key & 0xfff == 1 {
-                frames.extend(std::iter::repeat_n(key & ADDRESS_MASK, *count as usize));
+            if key & 0xfff != 0 {
+                let leaf = (key & ADDRESS_MASK, (key & 0xfff) as u8);
+                frames.extend(std::iter::repeat_n(leaf, *count as usize));
             }
         }
         frames

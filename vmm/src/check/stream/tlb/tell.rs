@@ -1,6 +1,6 @@
 //! The words in which a violation is told.
 
-use abi::pte::{Pte, PteFlags};
+use abi::pte::{NonPresent, Pte, PteFlags};
 
 use super::TlbModel;
 use super::held::{Change, Held, Rights};
@@ -168,8 +168,14 @@ pub(super) fn who(seen: &Seen) -> String {
 
 /// An entry as the tables have it.
 pub(super) fn describe(entry: Pte, level: u8) -> String {
-    if !entry.is_present() {
-        return "nothing".into();
+    match entry.non_present() {
+        Some(NonPresent::Swap { slot, .. }) => return format!("swap slot {slot:#x}"),
+        Some(NonPresent::Migration { gpa, .. }) => {
+            return format!("migration of frame {:#x}", gpa >> 12);
+        }
+        None if entry.is_none() => return "nothing".into(),
+        None if !entry.is_present() => return format!("{:#x}, not present", entry.0),
+        None => {}
     }
     if level > 1 && !entry.is_leaf(level) {
         return format!("a table at {:#x}", entry.address());

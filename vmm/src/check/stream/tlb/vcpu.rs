@@ -3,7 +3,7 @@
 use abi::pte::level_size;
 
 use super::caches::Context;
-use super::held::{Change, Held, Rights, Written, drop_range, resolve};
+use super::held::{Change, Held, Notes, Rights, Written};
 use super::laws::{Law, Laws};
 use super::tables::Tables;
 
@@ -39,7 +39,7 @@ pub(super) struct Vcpu {
     /// PCIDs that were not loaded since the start may have something cached.
     unknown: bool,
     /// Global translations that may be cached though the loaded tables do not say them.
-    pub(super) globals: Vec<Held>,
+    pub(super) globals: Notes,
     /// The last invalidation, and its event.
     pub(super) last_flush: Option<(Flush, u64)>,
 }
@@ -56,17 +56,17 @@ impl Default for Vcpu {
             contexts: vec![context],
             loaded: 0,
             unknown: false,
-            globals: Vec::new(),
+            globals: Notes::default(),
             last_flush: None,
         }
     }
 }
 
 impl Vcpu {
-    /// Has `root` of `mm` loaded from the start.
-    pub(super) fn place(&mut self, mm: u64, root: u64) {
+    /// Has `root` of `mm` loaded from the start, with this PCID.
+    pub(super) fn place(&mut self, mm: u64, root: u64, pcid: u64) {
         let context = &mut self.contexts[self.loaded];
-        (context.mm, context.root) = (mm, root);
+        (context.mm, context.root, context.pcid) = (mm, root, pcid);
     }
 
     /// Nobody knows what it has cached at the start.
@@ -117,7 +117,7 @@ impl Vcpu {
 
     /// An entry changes. `tables`: before it has.
     pub(super) fn written(&mut self, it: &Written, tables: &Tables, laws: Laws) {
-        resolve(&mut self.globals, it, laws);
+        self.globals.resolve(it, laws);
         for context in &mut self.contexts {
             context.written(it, &mut self.globals, tables, laws);
         }
@@ -132,8 +132,8 @@ impl Vcpu {
             }
         }
         let lists = self.contexts.iter_mut();
-        let lists = lists.flat_map(|it| it.leaves.iter_mut().chain(&mut it.pointers));
-        for held in lists.chain(&mut self.globals) {
+        let lists = lists.flat_map(|it| it.leaves.iter_mut().chain(it.pointers.iter_mut()));
+        for held in lists.chain(self.globals.iter_mut()) {
             if held.slot & !0xfff == table && held.taken.is_none() {
                 held.taken = Some(by);
             }
@@ -143,8 +143,8 @@ impl Vcpu {
     /// What may be used in the PCID that is loaded.
     pub(super) fn usable(&self) -> impl Iterator<Item = &Held> {
         let context = self.loaded();
-        let leaves = context.leaves.iter().chain(&self.globals);
-        leaves.chain(&context.pointers)
+        let leaves = context.leaves.iter().chain(self.globals.iter());
+        leaves.chain(context.pointers.iter())
     }
 
     /// CR3 becomes `cr3`.
@@ -204,8 +204,8 @@ impl Vcpu {
         }
         let context = &self.contexts[self.loaded];
         let mut all = Context {
-            leaves: Vec::new(),
-            pointers: Vec::new(),
+            leaves: Notes::default(),
+            pointers: Notes::default(),
             settled: Vec::new(),
             ..*context
         };
@@ -227,12 +227,12 @@ impl Vcpu {
                         if start < end && laws.obey(Law::InvlpgDropsAllPointers) {
                             context.pointers.clear();
                         } else {
-                            drop_range(&mut context.pointers, start, end, laws);
+                            context.pointers.drop_range(start, end, laws);
                         }
                     }
                 }
                 if laws.obey(Law::InvlpgDropsGlobal) {
-                    drop_range(&mut self.globals, start, end, laws);
+                    self.globals.drop_range(start, end, laws);
                 }
             }
             Flush::Current => self.contexts[self.loaded].clear(at),
@@ -246,7 +246,7 @@ impl Vcpu {
                 }
                 context.drop_pages(start, end, laws);
                 if laws.obey(Law::InvpcidKeepsOtherPointers) {
-                    drop_range(&mut context.pointers, start, end, laws);
+                    context.pointers.drop_range(start, end, laws);
                 } else {
                     context.pointers.clear();
                 }
@@ -260,8 +260,8 @@ impl Vcpu {
                 let (start, end) = (gva & !0xfff, (gva | 0xfff).saturating_add(1));
                 let context = &mut self.contexts[self.loaded];
                 context.drop_pages(start, end, laws);
-                drop_range(&mut context.pointers, start, end, laws);
-                drop_range(&mut self.globals, start, end, laws);
+                context.pointers.drop_range(start, end, laws);
+                self.globals.drop_range(start, end, laws);
             }
             Flush::AllAndGlobal | Flush::All => {
                 self.unknown = false;
@@ -282,7 +282,7 @@ impl Vcpu {
             let frame = leaf.pte.leaf_address(leaf.level) + offset;
             f(frame, leaf.rights.of_walk());
         }
-        for held in context.leaves.iter().chain(&self.globals) {
+        for held in context.leaves.iter().chain(self.globals.iter()) {
             if held.overlaps(page, page + 1) {
                 let first = held.entry.leaf_address(held.level);
                 f(first + (page - held.gva), held.rights);

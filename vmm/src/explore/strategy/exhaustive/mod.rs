@@ -240,7 +240,7 @@ impl Exhaustive {
     fn cost(&self, last: Option<(u8, bool)>, actor: Actor) -> u32 {
         let preempts = match (last, actor) {
             (Some((vcpu, true)), Actor::Vcpu(next)) => next != vcpu,
-            (Some((vcpu, true)), Actor::Wire(to)) => to == vcpu,
+            (Some((vcpu, true)), Actor::Wire(to) | Actor::Disk(to)) => to == vcpu,
             _ => false,
         };
         (preempts && self.preemptions.is_some()).into()
@@ -266,10 +266,7 @@ impl Exhaustive {
     fn was_seen(&self, node: &Node, actor: Actor, next: u64, left: u32) -> bool {
         // The step is one that gets on, or an IPI: nobody is held after it, and whether the vCPU that ran
         // last could go on is the same wherever this state was visited.
-        let vcpu = match actor {
-            Actor::Vcpu(vcpu) => Some(vcpu),
-            Actor::Wire(_) => node.last.map(|(vcpu, _)| vcpu),
-        };
+        let vcpu = actor.vcpu().or(node.last.map(|(vcpu, _)| vcpu));
         let visit = Visit {
             last: vcpu.map(|vcpu| (vcpu, true)),
             left,
@@ -329,10 +326,8 @@ impl Exhaustive {
             self.at = until;
             return;
         }
-        let to = match actor {
-            Actor::Vcpu(vcpu) => view.standing[usize::from(vcpu)],
-            Actor::Wire(_) => NOWHERE,
-        };
+        let standing = |vcpu: u8| view.standing[usize::from(vcpu)];
+        let to = actor.vcpu().map_or(NOWHERE, standing);
         let print = self.footprints.step(actor, vcpus, from, to, view.events);
         self.trace.step(actor, &print);
         let node = &mut self.nodes[self.at];
@@ -391,7 +386,7 @@ impl Exhaustive {
             let could = matches!(view.standing[vcpu].wait(), None | Some(Wait::Anyone));
             could && !view.can(Actor::Vcpu(vcpu as u8))
         };
-        let is_wire = |actor: &Actor| matches!(actor, Actor::Wire(_));
+        let is_wire = |actor: &Actor| actor.vcpu().is_none();
         Visit {
             last: last.map(|vcpu| (vcpu, view.can(Actor::Vcpu(vcpu)))),
             left: match self.nodes.last() {
@@ -458,7 +453,7 @@ impl Scheduler for Exhaustive {
                 self.turns.ran(vcpu);
                 view.standing[usize::from(vcpu)]
             }
-            Actor::Wire(_) => NOWHERE,
+            Actor::Wire(_) | Actor::Disk(_) => NOWHERE,
         };
         self.under_way = Some((actor, from));
         Some(Choice { actor, points })

@@ -57,6 +57,7 @@ impl Node {
     pub(super) fn print_of(&self, actor: Actor) -> Option<Cow<'_, Footprint>> {
         match actor {
             Actor::Wire(to) => Some(Cow::Owned(Footprint::of_wire(to.into()))),
+            Actor::Disk(of) => Some(Cow::Owned(Footprint::of_disk(of.into()))),
             Actor::Vcpu(_) => {
                 let known = self.known.iter().find(|(known, _)| *known == actor);
                 known.map(|(_, print)| Cow::Borrowed(print))

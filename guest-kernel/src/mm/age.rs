@@ -1,0 +1,118 @@
+//! What programs say of their pages' future: MADV_COLD, MADV_PAGEOUT and MADV_WILLNEED of anonymous memory (Linux's
+//! mm/madvise.c).
+
+use core::convert::Infallible;
+use core::sync::atomic::Ordering::{Acquire, Relaxed};
+
+use abi::channel::Walker;
+use abi::layout::PAGE_SIZE;
+use abi::objects::{FrameKind, Mm, Pa, folio_state};
+use abi::pte::{NonPresent, Pte, PteFlags};
+
+use super::lru::Isolated;
+use super::reclaim::Used;
+use super::swap_io::Waiting;
+use super::{Field, Slot};
+use crate::Kernel;
+use crate::arch::Arch;
+
+/// What is to become of pages that will not be used soon.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Age {
+    /// They are the next to be reclaimed (MADV_COLD).
+    Cold,
+    /// They are reclaimed now (MADV_PAGEOUT).
+    PageOut,
+}
+
+impl<A: Arch> Kernel<A> {
+    /// Ages the pages of `start..end` that nobody else maps (Linux's `madvise_cold_or_pageout_pte_range`). Under the
+    /// mmap_lock held for reading.
+    pub(super) fn age(&self, mm: Pa<Mm>, (start, end): (u64, u64), age: Age) {
+        if !self.has_swap() {
+            return;
+        }
+        let space = self.obj(mm);
+        let Ok(()) =
+            self.for_each_leaf_table(space, Walker::Protect, (start, end), |table, from, to| {
+                let mut gva = from;
+                while gva < to {
+                    let mut taken = Isolated::new();
+                    gva = self.age_table(mm, (table, gva, to), age, &mut taken);
+                    // Not under the page-table lock.
+                    match age {
+                        Age::PageOut => {
+                            self.shrink_folios(&taken, Used::Ignored);
+                        }
+                        Age::Cold => taken
+                            .frames()
+                            .iter()
+                            .for_each(|gpa| self.lru_put_back(*gpa)),
+                    }
+                }
+                Ok::<(), Infallible>(())
+            });
+    }
+
+    /// Takes a cluster of pages off their lists; returns where it stopped.
+    fn age_table(
+        &self,
+        mm: Pa<Mm>,
+        (table, start, end): (u64, u64, u64),
+        age: Age,
+        taken: &mut Isolated,
+    ) -> u64 {
+        let _guard = self.lock_table(table);
+        self.flush_batched_pending(mm);
+        let mut rest = start;
+        while !taken.is_full() {
+            let Some((gva, entry)) = self.next_entry((table, 1), rest, end) else {
+                return end;
+            };
+            rest = gva + PAGE_SIZE;
+            if !self.is_aged_alone(entry) || !self.lru_isolate_one(entry.address()) {
+                continue;
+            }
+            let used = folio_state::ACTIVE | folio_state::REFERENCED | folio_state::UNEVICTABLE;
+            let state = &self.folio(entry.address()).state;
+            state.fetch_and(!used, Relaxed);
+            taken.push(entry.address());
+            let unused = entry.without(PteFlags::ACCESSED);
+            if age == Age::Cold && unused != entry {
+                self.set_pte(self.obj(mm), gva, Slot::new(table, 1, gva), entry, unused);
+            }
+        }
+        rest
+    }
+
+    /// True where `entry` maps an anonymous folio that nobody else maps: what others think of it is not known here.
+    fn is_aged_alone(&self, entry: Pte) -> bool {
+        if !entry.is_present() {
+            return false;
+        }
+        let folio = self.folio(entry.address());
+        folio.kind.get() == FrameKind::Anon as u8 && folio.mapcount.load(Acquire) == 1
+    }
+
+    /// Reads what of `start..end` is on the disk (Linux's `swapin_walk_pmd_entry`), as far as there are free frames.
+    pub(super) fn read_ahead(&self, mm: Pa<Mm>, (start, end): (u64, u64)) {
+        if !self.has_swap() {
+            return;
+        }
+        let space = self.obj(mm);
+        let Ok(()) =
+            self.for_each_leaf_table(space, Walker::Fault, (start, end), |table, from, to| {
+                let mut gva = from;
+                while gva < to {
+                    let entry = self.read_pte(Slot::new(table, 1, gva));
+                    if let Some(NonPresent::Swap { slot, .. }) = entry.non_present()
+                        && self.read_if_free(slot)
+                    {
+                        self.swap_read_done(slot, Waiting::Spinning);
+                    }
+                    gva += PAGE_SIZE;
+                }
+                Ok::<(), Infallible>(())
+            });
+    }
+}

@@ -1,0 +1,167 @@
+//! What reclaim asks of the entries that map a folio: were they used, and their removal (Linux's mm/rmap.c,
+//! `folio_referenced` and `try_to_unmap_one`).
+//!
+//! Reclaim may run inside an allocation, whose caller holds the lock of some family of anon_vmas; so it tries that of a
+//! folio's and passes the folio by where it does not get it. Nothing keeps the anon_vma to which an isolated folio points:
+//! with its lock held, a folio that is mapped is (Linux's `folio_lock_anon_vma_read`), for a root is not freed while its
+//! lock is held.
+
+use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
+use core::sync::atomic::fence;
+
+use abi::channel::cause;
+use abi::layout::PAGE_SIZE;
+use abi::lock::LockClass;
+use abi::objects::{AnonVma, Pa, Vma, folio_flags, folio_state, vma_flags};
+use abi::point::Point;
+use abi::pte::{NonPresent, Pte, PteFlags};
+
+use super::batch::Batch;
+use super::rmap::MappedAt;
+use super::{Field, FreedTables};
+use crate::Kernel;
+use crate::arch::Arch;
+use crate::sync::Guard;
+
+/// What the entries of a folio say.
+#[derive(Clone, Copy, Default)]
+pub(super) struct References {
+    /// Entries that were used since they were last asked.
+    pub(super) used: u32,
+    /// Some mapping of it is locked, or the program's own.
+    pub(super) locked: bool,
+}
+
+/// What takes the place of an entry.
+#[derive(Clone, Copy)]
+enum Replacement {
+    /// An entry that names this slot.
+    Swap(u64),
+    /// Nothing, where the program has given the contents up and has not written since.
+    Nothing,
+}
+
+impl<A: Arch> Kernel<A> {
+    /// Asks every entry of the folio whether it was used, and makes it forget. None where the family is busy.
+    ///
+    /// A goes without a flush: a CPU that still has the translation does not set it again, so a use may be missed, which
+    /// costs a fault at worst (Linux's `ptep_clear_flush_young`, arch/x86/mm/pgtable.c).
+    pub(super) fn folio_referenced(&self, gpa: u64) -> Option<References> {
+        let mut found = References::default();
+        let (anon, _family) = self.try_lock_family(gpa)?;
+        self.walk_family(anon, gpa, |at| {
+            if is_kept(self.obj(at.vma)) {
+                found.locked = true;
+            } else if at.entry.flags().contains(PteFlags::ACCESSED) {
+                found.used += 1;
+                let unused = at.entry.without(PteFlags::ACCESSED);
+                self.set_pte(self.obj(at.mm), at.gva, at.slot, at.entry, unused);
+            }
+        });
+        Some(found)
+    }
+
+    /// Replaces every entry that maps the folio, which is in the swap cache, by one that names its slot, as far as it goes:
+    /// pinned folios and locked mappings stay. The batch is to be flushed before anybody relies on it.
+    pub(super) fn unmap_to_swap(&self, gpa: u64, slot: u64, batch: &mut Batch) {
+        self.unmap_folio(gpa, Replacement::Swap(slot), batch);
+    }
+
+    /// Removes the entries that map a folio that the program has given up (MADV_FREE), if it has not written to it since.
+    pub(super) fn unmap_lazyfree(&self, gpa: u64, batch: &mut Batch) {
+        self.unmap_folio(gpa, Replacement::Nothing, batch);
+    }
+
+    fn unmap_folio(&self, gpa: u64, by: Replacement, batch: &mut Batch) {
+        let Some((anon, _family)) = self.try_lock_family(gpa) else {
+            return;
+        };
+        let mut goes_on = true;
+        self.walk_family(anon, gpa, |at| {
+            goes_on = goes_on
+                && !is_kept(self.obj(at.vma))
+                && batch.takes(at.mm)
+                && self.unmap_entry(at, gpa, by, batch);
+        });
+    }
+
+    /// Linux's `try_to_unmap_one`, under the entry's page-table lock. False where the folio stays mapped.
+    fn unmap_entry(
+        &self,
+        MappedAt {
+            mm,
+            gva,
+            slot: place,
+            entry,
+            ..
+        }: MappedAt,
+        gpa: u64,
+        by: Replacement,
+        batch: &mut Batch,
+    ) -> bool {
+        let (space, folio) = (self.obj(mm), self.folio(gpa));
+        let exclusive = self.folio_is_exclusive(gpa);
+        let new = match by {
+            Replacement::Swap(slot) => NonPresent::Swap { slot, exclusive }.entry(),
+            Replacement::Nothing => Pte::NONE,
+        };
+        let old = self.set_pte(space, gva, place, entry, new);
+        // Who pins without a lock takes the pin and then looks whether the entry is still there; here it is the other
+        // way round (Linux's folio_try_share_anon_rmap_pte). Nothing was lost: the entry comes back as it was.
+        fence(SeqCst);
+        let given_up = matches!(by, Replacement::Nothing);
+        let dirty = folio.state.load(Acquire) & folio_state::DIRTY != 0;
+        let written = given_up && (dirty || old.flags().contains(PteFlags::DIRTY));
+        if self.folio_is_pinned(gpa) || written {
+            self.set_pte(space, gva, place, new, old);
+            if written {
+                folio.flags.fetch_and(!folio_flags::LAZYFREE, Relaxed);
+            }
+            return false;
+        }
+        match by {
+            Replacement::Swap(slot) => self.swap_slot_dup(slot),
+            // Before the address can be touched again: that would find another page than who still reads this one.
+            Replacement::Nothing => self.flush_range(mm, gva, gva + PAGE_SIZE, FreedTables::No),
+        }
+        if exclusive {
+            folio.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
+        }
+        if old.flags().contains(PteFlags::DIRTY) {
+            folio.state.fetch_or(folio_state::DIRTY, Relaxed);
+        }
+        self.folio_unmap(gpa);
+        self.batch_add(batch, mm, gva);
+        point!(self, Point::PteClear, [space.id.get(), gva]);
+        // Not the last one: the folio is isolated.
+        self.folio_put(gpa, cause::UNMAP);
+        true
+    }
+
+    /// The lock of the family that the mapped folio belongs to, and its anon_vma.
+    fn try_lock_family(&self, gpa: u64) -> Option<(Pa<AnonVma>, Guard<'_, A>)> {
+        let folio = self.folio(gpa);
+        let anon = Pa::<AnonVma>::new(folio.owner.get()).some()?;
+        let root = self.obj(anon).root.get().some()?;
+        let family = self.try_lock(&self.obj(root).lock, LockClass::AnonVma)?;
+        let same = folio.mapcount.load(Acquire) > 0
+            && folio.owner.get() == anon.0
+            && self.obj(anon).root.get() == root;
+        same.then_some((anon, family))
+    }
+
+    /// Calls `f` for every present entry that maps the folio. Under the lock of its family.
+    fn walk_family(&self, anon: Pa<AnonVma>, gpa: u64, mut f: impl FnMut(MappedAt)) {
+        let index = self.folio(gpa).index.get();
+        self.walk_chains(anon, index, &mut |at: MappedAt| {
+            if at.entry.is_present() && at.entry.address() == gpa {
+                f(at);
+            }
+        });
+    }
+}
+
+/// True where the pages of a VMA stay in memory.
+fn is_kept(area: &Vma) -> bool {
+    area.flags.get() & (vma_flags::LOCKED | vma_flags::WIRED) != 0
+}

@@ -122,16 +122,29 @@ stubs_of!(
 );
 
 /// Exceptions and interrupts, with vector and error code on the stack.
+///
+/// An IPI where interrupts are off is one that QEMU 7.2 delivers twice: its VMRUN hands an injected interrupt to the
+/// guest and leaves it noted as an exception to come (`helper_vmrun`, `cs->exception_index`), which its main loop
+/// then delivers too if something asks for the loop before the guest's next exit, that is, somewhere
+/// between the gate and the end of interrupt. The second one goes back to the first.
 #[unsafe(naked)]
 extern "sysv64" fn entry() {
     naked_asm!(
         "test byte ptr [rsp + 3 * 8], 3", // CPL of the interrupted code, in its CS
-        "jz 2f",
+        "jz 3f",
         "swapgs",
         "2:",
         save!(),
         "call {trap}",
         "jmp {leave}",
+        "3:",
+        "cmp qword ptr [rsp], {first_ipi}",
+        "jb 2b",
+        "test byte ptr [rsp + 4 * 8 + 1], 2", // IF, in the interrupted code's RFLAGS
+        "jnz 2b",
+        "add rsp, 16",
+        "iretq",
+        first_ipi = const FIRST_IPI,
         trap = sym trap::trap,
         leave = sym leave,
     )

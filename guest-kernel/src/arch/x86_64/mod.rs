@@ -18,7 +18,8 @@
 //! 2. *Maskable interrupts at CPL 0* arrive only between the `sti` and the `cli` of
 //!    [`registers::relax`] and [`registers::wait_for_interrupt`]: every gate is an interrupt gate and
 //!    FMASK has IF, so every entry starts with IF = 0, and nothing else sets it but the `iretq` back
-//!    to CPL 3 or into such a window. Both windows move `rsp` down by 128 first.
+//!    to CPL 3 or into such a window. Both windows move `rsp` down by 128 first. One that QEMU delivers
+//!    twice meets the entry path of the first, which has no red zone.
 //! 3. *Page faults at CPL 0* are legal at one instruction only, the `rep movsb` of `user`'s copy
 //!    routine, an out-of-line assembly function with nothing below its `rsp`; its caller is not a
 //!    leaf, so it has no red zone.

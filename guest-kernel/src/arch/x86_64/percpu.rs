@@ -14,7 +14,7 @@ use super::descriptors::{
     TSS_SELECTOR, rflags,
 };
 use super::entry;
-use super::registers::{msr, write_msr};
+use super::registers::{msr, read_msr, write_msr};
 
 /// Bytes of a CPU's first stack, on which its scheduler loop runs for good.
 pub(super) const BOOT_STACK_BYTES: usize = 16 << 10;
@@ -189,6 +189,15 @@ unsafe fn load_idt() {
     };
     // SAFETY: the table is a static and complete.
     unsafe { asm!("lidt [{}]", in(reg) &raw const pointer, options(nostack, preserves_flags)) };
+}
+
+/// Puts the GS base right where a trap at CPL 0 came with a program's: without its area a CPU cannot even say what
+/// happened, and the traps of its attempts would run over its stack and those of others.
+pub(super) fn recover() {
+    if read_msr(msr::GS_BASE).cast_signed() >= 0 {
+        // SAFETY: the area's address is a negative one, a program's base never is, so the kernel's is in the other register.
+        unsafe { asm!("swapgs", options(nomem, nostack, preserves_flags)) };
+    }
 }
 
 /// The CPU that executes this.

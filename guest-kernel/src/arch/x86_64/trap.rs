@@ -8,7 +8,7 @@ use super::boot::kernel;
 use super::descriptors::{exception_name, user_rflags};
 use super::entry::{self, EntryFrame, FIRST_IPI, SYSCALL_VECTOR};
 use super::registers::fault_address;
-use super::{apic, registers, user};
+use super::{apic, percpu, registers, user};
 
 const PAGE_FAULT: u64 = 14;
 const LAST_EXCEPTION: u64 = 31;
@@ -94,6 +94,7 @@ pub(super) extern "sysv64" fn fatal_trap(entry: &EntryFrame) -> ! {
 
 /// An exception that a correct kernel on a correct machine never sees.
 fn fatal(frame: &UserFrame) -> ! {
+    percpu::recover();
     panic!(
         "{} at CPL {}: rip {:#x} rsp {:#x} error {:#x} cr2 {:#x} rflags {:#x}",
         exception_name(frame.vector),

@@ -8,6 +8,9 @@
 //! it has written it does not keep in its hands until the disk is done: the folios are on the lists meanwhile, where
 //! who needs memory at once finds them, and waits for them.
 //!
+//! While no slot of the swap area is free neither reclaims (Linux's `can_reclaim_anon_pages`): every allocation would look at all
+//! lists for the few folios that need none. Only who finds no free frame at all does.
+//!
 //! It frees to the buddy allocator: what would stay on the list of its CPU is out of the reach of others.
 
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
@@ -96,7 +99,9 @@ impl<A: Arch> Kernel<A> {
     /// True where the thread has something to do that it has not failed at.
     pub(crate) fn is_memory_low(&self) -> bool {
         let state = &self.root().kswapd;
-        self.free_frames_left() < state.low.get() && state.failures.get() == 0
+        self.free_frames_left() < state.low.get()
+            && state.failures.get() == 0
+            && !self.swap_is_full()
     }
 
     /// Last part of every allocation. Under no lock that comes last.
@@ -111,7 +116,7 @@ impl<A: Arch> Kernel<A> {
     #[cold]
     fn memory_is_low(&self, shortage: Shortage) {
         let state = &self.root().kswapd;
-        let hopeless = || state.failures.get() >= Kswapd::MAX_FAILURES;
+        let hopeless = || state.failures.get() >= Kswapd::MAX_FAILURES || self.swap_is_full();
         let short = self.free_frames_left() < state.min.get();
         if shortage == Shortage::Reclaims && short && !hopeless() {
             self.direct_reclaim(FROM_SHORTAGE);
@@ -167,6 +172,9 @@ impl<A: Arch> Kernel<A> {
         let state = &self.root().kswapd;
         let (mut left, mut rescued) = (self.clusters_to_scan(), false);
         while self.free_frames_left() < state.high.get() {
+            if self.swap_is_full() {
+                return;
+            }
             if self.balance_cluster() > 0 {
                 state.failures.set(0);
                 left = self.clusters_to_scan();

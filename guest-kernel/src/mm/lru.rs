@@ -58,7 +58,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Folios on one of the lists.
-    pub(super) fn lru_count(&self, list: usize) -> u64 {
+    pub(crate) fn lru_count(&self, list: usize) -> u64 {
         self.root().lru[list].count.get()
     }
 

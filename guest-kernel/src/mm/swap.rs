@@ -72,6 +72,12 @@ impl<A: Arch> Kernel<A> {
         self.config.swap_slots != 0
     }
 
+    /// True where nothing new can be written out. Of this moment only.
+    pub(super) fn swap_is_full(&self) -> bool {
+        let area = &self.root().swap;
+        area.used.get() == area.nr_slots.get()
+    }
+
     pub(super) fn lock_swap(&self) -> Guard<'_, A> {
         self.lock(&self.root().swap.lock, LockClass::Swap)
     }
@@ -222,7 +228,7 @@ impl<A: Arch> Kernel<A> {
     fn find_free_slot(&self) -> Option<u64> {
         let area = &self.root().swap;
         let (slots, from) = (area.nr_slots.get(), area.next.get());
-        if area.used.get() == slots {
+        if self.swap_is_full() {
             return None;
         }
         (from..slots).chain(0..from).find(|&slot| {

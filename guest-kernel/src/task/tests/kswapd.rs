@@ -6,7 +6,7 @@ use std::vec::Vec;
 
 use abi::disk::DiskOp;
 use abi::layout::PAGE_SIZE;
-use abi::objects::{FrameKind, Kswapd, SlabId, Task, TaskState, task_flags};
+use abi::objects::{FrameKind, Kswapd, SlabId, Task, TaskState, lru, task_flags};
 use abi::syscall::{Errno, advice, nr};
 use proptest::prelude::*;
 
@@ -151,14 +151,15 @@ fn there_is_none_without_swap_or_where_it_is_switched_off() {
 
 /// Each allocation below the mark tries it again, up to a number of times; direct reclaim that succeeds revives it.
 #[test]
-fn with_a_full_swap_area_it_frees_nothing_and_gives_up() {
+fn where_nothing_can_be_freed_it_gives_up() {
     let program: Program = |user| {
         let k = user.0;
         let state = &k.root().kswapd;
         let base = user.map(PAGES);
         fill(user, base, PAGES, 100);
+        assert_eq!(user.call(nr::MLOCK, [base, PAGES * PAGE_SIZE, 0, 0]), Ok(0));
         let mut taken = starve(user, state.low.get());
-        // The first times it fills the slots that there are.
+        // The first times it finds the few pages that are not locked.
         let (mut tries, mut failures) = (0, 0);
         while failures < Kswapd::MAX_FAILURES {
             taken.push(k.alloc_frames(0, FrameKind::Stack).unwrap());
@@ -172,14 +173,53 @@ fn with_a_full_swap_area_it_frees_nothing_and_gives_up() {
         assert!(rests(k), "it is given up");
         assert_eq!(state.failures.get(), Kswapd::MAX_FAILURES);
         look(user, base, PAGES, 100);
-        // Room in the area again: an allocation that finds no frame gets one, and the thread is worth a try.
-        assert_eq!(user.call(nr::MUNMAP, [base, 40 * PAGE_SIZE, 0, 0]), Ok(0));
+        // Pages that are not locked any more: an allocation that finds no frame gets one, and the thread is worth a try.
+        assert_eq!(user.call(nr::MUNLOCK, [base, 40 * PAGE_SIZE, 0, 0]), Ok(0));
         taken.extend(starve(user, 0));
         taken.push(k.alloc_frames(0, FrameKind::Stack).unwrap());
         assert!(state.failures.get() < Kswapd::MAX_FAILURES);
         let_it_work(user);
-        look(user, base + 40 * PAGE_SIZE, PAGES - 40, 140);
         feed(user, taken);
+        look(user, base, PAGES, 100);
+        0
+    };
+    run(
+        2,
+        "swap_slots=256 min_free=40 pcp_batch=0",
+        leak(program),
+        5,
+    );
+}
+
+/// As long as no slot is free neither the thread nor an allocation below the marks looks for what it could not write.
+#[test]
+fn with_a_full_swap_area_nobody_looks_for_pages_before_no_frame_is_left() {
+    const SLOTS: u64 = 4;
+    let program: Program = |user| {
+        let k = user.0;
+        let state = &k.root().kswapd;
+        let base = user.map(PAGES);
+        fill(user, base, PAGES, 100);
+        let mut taken = starve(user, state.low.get());
+        while k.root().swap.used.get() < SLOTS {
+            taken.push(k.alloc_frames(0, FrameKind::Stack).unwrap());
+            let_it_work(user);
+        }
+        let lists = || [lru::INACTIVE, lru::ACTIVE].map(|list| k.lru_count(list));
+        let before = lists();
+        while k.root().free_frames.get() > state.min.get() / 2 {
+            taken.push(k.alloc_frames(0, FrameKind::Stack).unwrap());
+            assert!(rests(k), "it was woken");
+        }
+        assert_eq!((lists(), state.failures.get()), (before, 0));
+        // With room in the area it works again.
+        assert_eq!(user.call(nr::MUNMAP, [base, 40 * PAGE_SIZE, 0, 0]), Ok(0));
+        taken.extend(starve(user, state.low.get()));
+        taken.push(k.alloc_frames(0, FrameKind::Stack).unwrap());
+        let_it_work(user);
+        assert_eq!(k.root().swap.used.get(), SLOTS);
+        feed(user, taken);
+        look(user, base + 40 * PAGE_SIZE, PAGES - 40, 140);
         0
     };
     run(2, "swap_slots=4 min_free=40 pcp_batch=0", leak(program), 5);

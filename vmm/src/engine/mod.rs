@@ -318,7 +318,9 @@ pub struct Costs {
     pub guest: std::time::Duration,
     /// Returns from the guest to the host (model: coroutine switches).
     pub exits: u64,
-    /// In [`Engine::reset`].
+    /// In the guest once more, from boot to the saved state, where that state cannot be copied.
+    pub set_up: std::time::Duration,
+    /// In the rest of [`Engine::reset`].
     pub reset: std::time::Duration,
     /// Resets.
     pub resets: u64,
@@ -333,6 +335,7 @@ impl Costs {
         Self {
             guest: self.guest + other.guest,
             exits: self.exits + other.exits,
+            set_up: self.set_up + other.set_up,
             reset: self.reset + other.reset,
             resets: self.resets + other.resets,
             pages: self.pages + other.pages,
@@ -345,6 +348,7 @@ impl Costs {
         Self {
             guest: self.guest - before.guest,
             exits: self.exits - before.exits,
+            set_up: self.set_up - before.set_up,
             reset: self.reset - before.reset,
             resets: self.resets - before.resets,
             pages: self.pages - before.pages,

@@ -361,17 +361,20 @@ fn headline(
 fn split(summary: &Summary) -> String {
     let runs = summary.costs.resets.max(1) as f64;
     let each = |time: Duration| format!("{:.0} us", time.as_secs_f64() * 1e6 / runs);
-    let rest = summary
-        .worked
-        .saturating_sub(summary.costs.guest + summary.costs.reset + summary.checks);
+    let costs = &summary.costs;
+    let known = costs.guest + costs.set_up + costs.reset + summary.checks;
+    let set_up = match costs.set_up {
+        Duration::ZERO => String::new(),
+        time => format!("and {} for its set-up, ", each(time)),
+    };
     format!(
-        "each: guest {} ({:.1} exits), reset {} ({:.0} pages), checks {}, other work of the host {}",
-        each(summary.costs.guest),
-        summary.costs.exits as f64 / runs,
-        each(summary.costs.reset),
-        summary.costs.pages as f64 / runs,
+        "each: guest {} ({:.1} exits), {set_up}reset {} ({:.0} pages), checks {}, other work of the host {}",
+        each(costs.guest),
+        costs.exits as f64 / runs,
+        each(costs.reset),
+        costs.pages as f64 / runs,
         each(summary.checks),
-        each(rest),
+        each(summary.worked.saturating_sub(known)),
     )
 }
 

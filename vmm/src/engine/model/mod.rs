@@ -314,6 +314,7 @@ impl Engine for ModelEngine {
         always_dirty(self.kernel.root_pa().0, self.stops.len()).for_each(&mut restore);
         self.costs.pages += pages;
         self.disk.clone_from(&self.fresh_disk);
+        let restored = Instant::now();
         Model::start(self.kernel, &self.info);
         for index in 0..self.set_up.len() {
             match self.set_up[index] {
@@ -325,7 +326,8 @@ impl Engine for ModelEngine {
             }
         }
         self.kernel.arch.drop_events();
-        self.costs.reset += started.elapsed();
+        self.costs.reset += restored - started;
+        self.costs.set_up += restored.elapsed();
         self.costs.resets += 1;
         self.fresh = true;
         Ok(())

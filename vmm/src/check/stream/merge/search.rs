@@ -59,56 +59,102 @@ pub(super) fn search(
     state: Option<&State<'_>>,
 ) -> Outcome {
     let order = line.order();
-    let from = line.earliest().max(at.saturating_sub(BACK));
+    let last = order.len().min(at + LOOKAHEAD);
+    let window = Window {
+        line,
+        actions,
+        from: line.earliest().max(at.saturating_sub(BACK)),
+        last,
+        state,
+    };
     // Past everything that may have come before it.
     let shown = &actions[order[at]];
-    let last = order.len().min(at + LOOKAHEAD);
     let later = (at + 1..last).rev();
     let unordered = later
         .into_iter()
         .find(|place| !shown.precedes(&actions[order[*place]]));
-    let end = unordered.unwrap_or(at) + 1;
-
-    let hash = |order: &[usize]| FxBuildHasher.hash_one(order);
-    let mut known = FxHashSet::from_iter([hash(&order[from..end])]);
-    let mut open = vec![Node {
-        order: order[from..end].to_vec(),
-        at: at - from,
-        violation: violation.clone(),
-        first: end - from,
-    }];
-    let outside = Outside {
-        before: &order[..from],
-        behind: &order[last..],
-        floor: line.floor(actions),
-    };
-    let mut whole = true;
-    while let Some(node) = furthest(&mut open) {
-        let concerned = Concerned::of(actions, &node);
-        whole &= concerned.is_whole(actions, &node, &outside);
-        for (order, first) in exchanges(actions, &node, &concerned) {
-            if !known.insert(hash(&order)) {
-                continue;
-            }
-            if known.len() > ORDERS {
-                return Outcome::TooMany;
-            }
-            let first = first.min(node.first);
-            match line.attempt(actions, from, &order, first, state) {
-                None => return Outcome::Clean { from, order },
-                Some((at, violation)) => open.push(Node {
-                    order,
-                    at,
-                    violation,
-                    first,
-                }),
-            }
+    let mut end = unordered.unwrap_or(at) + 1;
+    loop {
+        match window.search(end, at, violation) {
+            Ok(outcome) => return outcome,
+            Err(further) => end = further,
         }
     }
-    if whole {
-        Outcome::Every
-    } else {
-        Outcome::TooMany
+}
+
+/// Where orders may differ.
+struct Window<'a> {
+    line: &'a Line,
+    actions: &'a [Action],
+    from: usize,
+    /// Actions from here on are not looked at.
+    last: usize,
+    state: Option<&'a State<'a>>,
+}
+
+impl Window<'_> {
+    /// Tries other orders of what lies before place `end`.
+    ///
+    /// # Errors
+    /// One of them shows a violation elsewhere, before which something may have come that lies behind `end`: up to where.
+    fn search(&self, end: usize, at: usize, violation: &Violation) -> Result<Outcome, usize> {
+        let &Window {
+            line,
+            actions,
+            from,
+            last,
+            state,
+        } = self;
+        let order = line.order();
+        let hash = |order: &[usize]| FxBuildHasher.hash_one(order);
+        let mut known = FxHashSet::from_iter([hash(&order[from..end])]);
+        let mut open = vec![Node {
+            order: order[from..end].to_vec(),
+            at: at - from,
+            violation: violation.clone(),
+            first: end - from,
+        }];
+        let outside = Outside {
+            before: &order[..from],
+            behind: &order[last..],
+            floor: line.floor(actions),
+        };
+        let mut whole = true;
+        while let Some(node) = furthest(&mut open) {
+            let concerned = Concerned::of(actions, &node);
+            let shown = &actions[node.order[node.at]];
+            let may_come_first = |place: &usize| {
+                let later = &actions[order[*place]];
+                !shown.precedes(later) && concerned.subject.concerns(later)
+            };
+            if let Some(place) = (end..last).rev().find(may_come_first) {
+                return Err(place + 1);
+            }
+            whole &= concerned.is_whole(actions, &node, &outside);
+            for (order, first) in exchanges(actions, &node, &concerned) {
+                if !known.insert(hash(&order)) {
+                    continue;
+                }
+                if known.len() > ORDERS {
+                    return Ok(Outcome::TooMany);
+                }
+                let first = first.min(node.first);
+                match line.attempt(actions, from, &order, first, state) {
+                    None => return Ok(Outcome::Clean { from, order }),
+                    Some((at, violation)) => open.push(Node {
+                        order,
+                        at,
+                        violation,
+                        first,
+                    }),
+                }
+            }
+        }
+        Ok(if whole {
+            Outcome::Every
+        } else {
+            Outcome::TooMany
+        })
     }
 }
 

@@ -388,7 +388,8 @@ fn ids(judged: &Judged) -> Vec<&'static str> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    // More where PROPTEST_CASES asks for more.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.max(400)))]
 
     /// The true history has no violation, so there is none in every possible one.
     #[test]

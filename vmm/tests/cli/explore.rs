@@ -252,24 +252,22 @@ fn a_test_that_is_too_long_is_no_livelock() {
 #[test]
 fn stress_catches_what_is_not_flushed() {
     let directory = tempfile::tempdir().expect("a directory");
-    let explore = |more: &[&str]| {
-        let out = directory.path().to_str().expect("UTF-8");
-        let fixed = [
-            "explore",
-            "stress-short",
-            "--schedules",
-            "300",
-            "--seed",
-            "1",
-            "--out",
-            out,
-        ];
-        stalemate(&[&fixed[..], more].concat())
+    let out = directory.path().to_str().expect("UTF-8");
+    let explore = |scenario, schedules, more: &[&str]| {
+        let fixed = ["explore", scenario, "--schedules", schedules];
+        let common = ["--seed", "1", "--out", out];
+        stalemate(&[&fixed[..], &common, more].concat())
     };
-    let clean = explore(&[]);
-    assert_eq!(clean.status.code(), Some(0), "{}", stdout(&clean));
+    for (scenario, schedules) in [
+        ("stress-short", "300"),
+        ("stress", "40"),
+        ("pressure", "20"),
+    ] {
+        let clean = explore(scenario, schedules, &[]);
+        assert_eq!(clean.status.code(), Some(0), "{}", stdout(&clean));
+    }
     for bug in ["shootdown-skip-remote", "free-before-flush"] {
-        let found = explore(&["--bug", bug]);
+        let found = explore("stress-short", "300", &["--bug", bug]);
         assert_eq!(found.status.code(), Some(1), "{}", stdout(&found));
         assert!(stdout(&found).contains("T-01"), "{}", stdout(&found));
     }

@@ -243,8 +243,7 @@ impl<S: Sys> Owner<'_, S> {
         let (shared, index) = (self.shared, self.index);
         let child = self.sys.fork(|sys| {
             let findings = Findings::default();
-            // Its own numbers are of no interest to anybody: the parent's are stored elsewhere.
-            Owner::new(sys, shared, index).watch(&findings, part.start(), part.pages);
+            Owner::forked(sys, shared, index).watch(&findings, part.start(), part.pages);
             findings.status()
         });
         match child {

@@ -17,6 +17,8 @@ pub(super) struct Owner<'a, S> {
     pub(super) index: usize,
     random: u64,
     written: u64,
+    /// Whether others are told how many values it has written.
+    tells: bool,
 }
 
 /// Pages that a thread has to itself at a time, at most.
@@ -33,6 +35,16 @@ impl<'a, S: Sys> Owner<'a, S> {
             index,
             random: mix(shared.seed ^ (index as u64 + 1) << 48),
             written: 0,
+            tells: true,
+        }
+    }
+
+    /// The same in a forked child, which looks at nothing but what is its own. It tells nobody: where parent and child
+    /// are one program of the host (the model engine), the numbers are still the parent's.
+    pub(super) fn forked(sys: &'a S, shared: &'a Shared, index: usize) -> Self {
+        Self {
+            tells: false,
+            ..Self::new(sys, shared, index)
         }
     }
 
@@ -57,8 +69,10 @@ impl<'a, S: Sys> Owner<'a, S> {
             page,
             slot: self.index as u64,
         };
-        // Before the value is there for anybody to see.
-        self.shared.written[self.index].store(self.written, Ordering::Release);
+        if self.tells {
+            // Before the value is there for anybody to see.
+            self.shared.written[self.index].store(self.written, Ordering::Release);
+        }
         let value = tag.encode();
         self.sys.write(gva, value).is_ok().then_some(value)
     }

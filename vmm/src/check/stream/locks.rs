@@ -162,6 +162,12 @@ pub(super) fn holder(seen: &Seen, class: LockClass) -> Holder {
     }
 }
 
+/// True for the number of a class that a mmap_lock is held by.
+pub(super) fn is_mmap_lock(class: u64) -> bool {
+    use LockClass::{MmapRead, MmapWrite};
+    class == MmapRead as u64 || class == MmapWrite as u64
+}
+
 fn finding(seen: &Seen, title: &str, class: LockClass, word: u64) -> Finding {
     Finding::new(title)
         .object(class.name(), word)

@@ -2,9 +2,9 @@
 
 use abi::channel::EventKind;
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
-use abi::lock::LockClass;
 use abi::pte::{Pte, level_size};
 
+use super::super::locks::is_mmap_lock;
 use super::Action;
 use crate::check::Violation;
 
@@ -115,9 +115,4 @@ impl Subject {
         };
         about || event.stamp == self.ticket
     }
-}
-
-fn is_mmap_lock(class: u64) -> bool {
-    use LockClass::{MmapRead, MmapWrite};
-    matches!(LockClass::from_u64(class), Some(MmapRead | MmapWrite))
 }

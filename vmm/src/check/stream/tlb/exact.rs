@@ -43,6 +43,7 @@ fn model_after(steps: &[Step], laws: Laws) -> State {
                 vcpu: 0,
                 task: 1,
                 at,
+                guarded: true,
             };
             assert_eq!(state.change((mm, level, gva), old, new, change), Ok(()));
         }

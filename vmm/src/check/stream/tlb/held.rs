@@ -89,6 +89,9 @@ pub(super) struct Change {
     pub(super) task: u32,
     /// Number of the event in the stream.
     pub(super) at: u64,
+    /// The task held the mmap_lock of the mm. Who does not, reclaim or migration, comes by the folio, and takes nothing
+    /// from the mapping.
+    pub(super) guarded: bool,
 }
 
 /// A translation, or a pointer to a table, that a vCPU may hold.

@@ -71,6 +71,7 @@ pub(super) fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> S
         state.tables_mut().roots.insert(id, pgd);
         let mask = memory.field(at, offset_of!(Mm, cpumask));
         state.masks.insert(id, mask);
+        state.mmap_locks.created(id, at);
         let root = tour.root(pgd);
         for_each_entry(memory, &mut tour, root, &mut |table, level, gva, pte| {
             state.place(table, level, gva, pte);

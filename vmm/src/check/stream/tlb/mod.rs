@@ -164,10 +164,13 @@ impl TlbModel {
     }
 
     fn change_of(&self, seen: &Seen) -> Change {
+        let [mm, ..] = seen.event.args;
+        let task = seen.event.task;
         Change {
             vcpu: seen.vcpu,
-            task: seen.event.task,
+            task,
             at: self.now.at,
+            guarded: self.now.state.mmap_locks.guards(mm, task),
         }
     }
 
@@ -297,12 +300,16 @@ impl Monitor for TlbModel {
             EventKind::CpumaskClear => {
                 *self.now.state.masks.entry(args[0]).or_default() &= !bit(vcpu);
             }
+            EventKind::LockAcquire => self.now.state.mmap_locks.acquired(task, args),
+            EventKind::LockRelease => self.now.state.mmap_locks.released(task, args),
             EventKind::MmCreate => {
                 self.now.state.tables_mut().roots.insert(args[0], args[1]);
+                self.now.state.mmap_locks.created(args[0], args[2]);
             }
             EventKind::MmDestroy => {
                 self.now.state.tables_mut().roots.remove(&args[0]);
                 self.now.state.masks.remove(&args[0]);
+                self.now.state.mmap_locks.destroyed(args[0]);
             }
             EventKind::Access => self.access(seen, found),
             EventKind::DiskSubmit => self.written_back(seen, found),

@@ -192,7 +192,9 @@ impl TlbModel {
 
     pub(super) fn attach(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [mm, _, start, end, _] = seen.event.args;
-        let blamed = |held: &Held, _| held.mm == mm;
+        // What is unmapped by its folio, and not yet flushed, belongs to the mapping still, which may be linked in anew,
+        // merged or split.
+        let blamed = |held: &Held, change: Change| held.mm == mm && change.guarded;
         if let Some((index, held)) = self.holder((start, end), |_| true, blamed) {
             found.push(violation(
                 ATTACHED,

@@ -1,14 +1,20 @@
 //! The page tables and what each vCPU may hold besides, as events change them.
 
+use std::mem::offset_of;
 use std::sync::Arc;
 
+use abi::objects::Mm;
 use abi::pte::{ADDRESS_MASK, Pte, level_size};
 use rustc_hash::FxHashMap;
 
+use super::super::locks::is_mmap_lock;
 use super::held::{Change, Held, Rights, Written};
 use super::laws::Laws;
 use super::tables::{Path, Place, Tables, same, slot};
 use super::vcpu::{Flush, Vcpu};
+
+/// Most holders of mmap_locks that are followed.
+const MAX_HOLDERS: usize = 1 << 10;
 
 /// Everything.
 #[derive(Debug, Default)]
@@ -17,9 +23,52 @@ pub(super) struct State {
     pub(super) tables: Arc<Tables>,
     /// Mask of vCPUs by mm.
     pub(super) masks: FxHashMap<u64, u64>,
+    pub(super) mmap_locks: MmapLocks,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) laws: Laws,
     near: Near,
+}
+
+/// Who holds the mmap_lock of which mm.
+#[derive(Clone, Debug, Default)]
+pub(super) struct MmapLocks {
+    /// The lock of each mm.
+    locks: FxHashMap<u64, u64>,
+    /// Tasks, and what they hold, for reading or writing.
+    held: Vec<(u32, u64)>,
+}
+
+impl MmapLocks {
+    /// Mm `mm`, whose object is at `object`.
+    pub(super) fn created(&mut self, mm: u64, object: u64) {
+        let lock = object.wrapping_add(offset_of!(Mm, mmap_lock) as u64);
+        self.locks.insert(mm, lock);
+    }
+
+    pub(super) fn destroyed(&mut self, mm: u64) {
+        self.locks.remove(&mm);
+    }
+
+    pub(super) fn acquired(&mut self, task: u32, [lock, class, ..]: [u64; 5]) {
+        // As many as there are tasks that a guest of ours has: a hostile one cannot make the list grow for ever.
+        if is_mmap_lock(class) && self.held.len() < MAX_HOLDERS {
+            self.held.push((task, lock));
+        }
+    }
+
+    pub(super) fn released(&mut self, task: u32, [lock, class, ..]: [u64; 5]) {
+        if is_mmap_lock(class)
+            && let Some(at) = self.held.iter().position(|held| *held == (task, lock))
+        {
+            self.held.swap_remove(at);
+        }
+    }
+
+    /// True where `task` holds the mmap_lock of `mm`.
+    pub(super) fn guards(&self, mm: u64, task: u32) -> bool {
+        let lock = self.locks.get(&mm);
+        lock.is_some_and(|lock| self.held.contains(&(task, *lock)))
+    }
 }
 
 /// Tables of level 1 to which a way was found. Most changes are of entries beside others that have changed.
@@ -71,6 +120,7 @@ impl Clone for State {
         Self {
             tables: Arc::clone(&self.tables),
             masks: self.masks.clone(),
+            mmap_locks: self.mmap_locks.clone(),
             vcpus: self.vcpus.clone(),
             laws: self.laws,
             near: Near::default(),
@@ -83,6 +133,7 @@ impl Clone for State {
             None => self.tables = Arc::new(Tables::clone(&from.tables)),
         }
         self.masks.clone_from(&from.masks);
+        self.mmap_locks.clone_from(&from.mmap_locks);
         self.vcpus.clone_from(&from.vcpus);
         self.laws = from.laws;
         self.near = Near::default();

@@ -41,7 +41,7 @@ impl TlbModel {
         fates
             .filter(|fate| fate.change.at > since && held.covers_frame(fate.gpa, fate.bytes))
             .map(|fate| {
-                let Change { vcpu, task, at } = fate.change;
+                let Change { vcpu, task, at, .. } = fate.change;
                 format!(
                     "its frame was {} by vCPU {vcpu} (task {task}, {})",
                     if fate.freed {
@@ -76,7 +76,7 @@ impl TlbModel {
 
     fn taken(&self, held: &Held) -> String {
         match held.change() {
-            Some(Change { vcpu, task, at }) => {
+            Some(Change { vcpu, task, at, .. }) => {
                 let what = if held.taken.is_some() {
                     "changed the entry"
                 } else {

@@ -1,6 +1,9 @@
+use std::mem::offset_of;
+
 use abi::channel::{Event, EventKind, access, cr3, flush};
 use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
-use abi::objects::FrameKind;
+use abi::lock::LockClass;
+use abi::objects::{FrameKind, Mm};
 use abi::pte::{Pte, PteFlags};
 use abi::syscall::nr;
 use proptest::prelude::*;
@@ -21,6 +24,8 @@ const RW: PteFlags = TABLE.union(PteFlags::DIRTY);
 /// Tables of mm 1, from level 4 to level 1, and the level-4 table of mm 2.
 const TABLES: [u64; 4] = [0x1000, 0x2000, 0x3000, 0x4000];
 const OTHER: u64 = 0x8000;
+/// The object of mm 1.
+const MM: u64 = 0xa000;
 /// In mm 1, of 4 KiB and (not there at first) of 2 MiB.
 const PAGE: u64 = 0x20_0000;
 const HUGE: u64 = 0x40_0000;
@@ -34,6 +39,7 @@ fn model() -> TlbModel {
         vcpu.place(1, TABLES[0], 0);
     }
     state.masks.insert(1, 0b11);
+    state.mmap_locks.created(1, MM);
     state.tables_mut().roots.insert(1, TABLES[0]);
     state.tables_mut().roots.insert(2, OTHER);
     state.place(TABLES[0], 4, PAGE, Pte::new(TABLES[1], TABLE));
@@ -317,8 +323,28 @@ fn a_mapping_over_what_may_still_be_cached_is_t_06() {
         EventKind::VmaAttach,
         [1, 0x9000, PAGE, PAGE + PAGE_SIZE, 3],
     );
-    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), attach]), ["T-06"]);
-    assert_eq!(ids(&[pte(rw(), 0), invlpg(0), invlpg(1), attach]), [""; 0]);
+    let locked = |kind| {
+        let lock = MM + offset_of!(Mm, mmap_lock) as u64;
+        seen(0, kind, [lock, LockClass::MmapWrite as u64, 0, 0, 0])
+    };
+    let (lock, unlock) = (
+        locked(EventKind::LockAcquire),
+        locked(EventKind::LockRelease),
+    );
+    let unmapped = [lock, pte(rw(), 0), unlock, invlpg(0)];
+    assert_eq!(ids(&[&unmapped[..], &[attach]].concat()), ["T-06"]);
+    let flushed = [&unmapped[..], &[invlpg(1), attach]].concat();
+    assert_eq!(ids(&flushed), [""; 0]);
+    // Reclaim unmaps what belongs to the mapping still, which its merge with another links in anew.
+    let merged = [lock, unlock, pte(rw(), 0), invlpg(0), attach];
+    assert_eq!(ids(&merged), [""; 0]);
+    // The mmap_lock of another mm says nothing.
+    let other = seen(
+        0,
+        EventKind::LockAcquire,
+        [0x100, LockClass::MmapWrite as u64, 0, 0, 0],
+    );
+    assert_eq!(ids(&[other, pte(rw(), 0), invlpg(0), attach]), [""; 0]);
 }
 
 #[test]

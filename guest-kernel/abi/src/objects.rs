@@ -658,6 +658,9 @@ pub struct Mm {
     pub data_vm: AtomicU64,
     /// Pages of those that are locked ([`vma_flags::LOCKED`]).
     pub locked_vm: AtomicU64,
+    /// Pages that count against RLIMIT_MEMLOCK too: mremap with DONTUNMAP has unlocked them, and Linux goes on counting them
+    /// in its locked_vm (mm/mremap.c, dontunmap_complete).
+    pub locked_before: AtomicU64,
     /// Flags that every new mapping gets: those of mlockall(MCL_FUTURE).
     pub def_flags: AtomicU64,
     /// Commands of membarrier that the process has registered for (Linux's membarrier_state).

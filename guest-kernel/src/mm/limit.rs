@@ -103,11 +103,16 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// EAGAIN.
     pub(super) fn may_lock(&self, mm: &Mm, flags: u64, bytes: u64) -> Result<(), Errno> {
-        let locked = mm.locked_vm.get() + pages(bytes);
+        let locked = self.counted_as_locked(mm) + pages(bytes);
         if flags & vma_flags::LOCKED != 0 && locked > pages(self.limit(mm, rlimit::MEMLOCK)) {
             return Err(Errno::EAGAIN);
         }
         Ok(())
+    }
+
+    /// Pages that count against RLIMIT_MEMLOCK.
+    pub(super) fn counted_as_locked(&self, mm: &Mm) -> u64 {
+        mm.locked_vm.get() + mm.locked_before.get()
     }
 
     /// Counts `bytes` more, or where negative fewer, in mappings with `flags`. Under the mmap_lock held for writing.

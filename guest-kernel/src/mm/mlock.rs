@@ -32,7 +32,7 @@ impl<A: Arch> Kernel<A> {
         {
             let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
             let limit = pages(self.limit(space, rlimit::MEMLOCK));
-            let wanted = pages(bytes).saturating_add(space.locked_vm.get());
+            let wanted = pages(bytes).saturating_add(self.counted_as_locked(space));
             // What is locked already does not count twice.
             if wanted > limit && wanted - self.locked_pages(space, start, bytes) > limit {
                 return Err(Errno::ENOMEM);

@@ -337,8 +337,14 @@ impl<A: Arch> Kernel<A> {
     /// where all of it has moved no folio is left that a walk could look for there.
     fn keep_emptied(&self, request: Request, source: Pa<Vma>, copy: Pa<Vma>) {
         let (space, area) = (self.obj(request.mm), self.obj(source));
-        let flags = area.flags.get() & !vma_flags::LOCKED_MASK;
-        self.set_vma_flags(space, source, flags);
+        let flags = area.flags.get();
+        self.set_vma_flags(space, source, flags & !vma_flags::LOCKED_MASK);
+        if flags & vma_flags::LOCKED != 0 {
+            // What has moved is locked at its new place.
+            let stays = area.end.get() - area.start.get() - request.old_len;
+            let before = &space.locked_before;
+            before.set(before.get() + pages(stays));
+        }
         let is_whole =
             area.start.get() == request.old && area.end.get() == request.old + request.old_len;
         if copy != source && is_whole {

@@ -1,7 +1,7 @@
 //! What `stalemate oracle` found to differ from Linux, each as a test of its own.
 
 use abi::pte::fault;
-use abi::syscall::{Errno, advice, map, membarrier, prot, rlimit};
+use abi::syscall::{Errno, advice, map, membarrier, mremap, prot, rlimit};
 
 use super::{ANON, AT, PAGE, RW, map_at, maps, with_space};
 use crate::mm::{Backing, FaultError, Field, Size};
@@ -181,5 +181,23 @@ fn what_fallocate_makes_is_in_memory_when_somebody_uses_it() {
         assert_eq!(k.user_read(0, AT + PAGE), Ok(0));
         assert_eq!(resident(), [0, 1, 0]);
         k.file_put(file);
+    });
+}
+
+#[test]
+fn what_dontunmap_leaves_behind_stays_counted_as_locked() {
+    with_space(|k, mm| {
+        map_at(k, mm, AT, 8, RW);
+        k.mlock(mm, AT, 8 * PAGE, 0).unwrap();
+        let keep = mremap::MAYMOVE | mremap::DONTUNMAP;
+        let sizes = (2 * PAGE, 2 * PAGE);
+        let moved = k.mremap(mm, AT, sizes, keep, 0).unwrap();
+        let counted = || k.counted_as_locked(k.obj(mm));
+        assert_eq!((maps(k, mm).len(), counted()), (2, 8));
+        // All of the VMA is unlocked now: to unmap it takes nothing away.
+        k.munmap(mm, AT, 8 * PAGE).unwrap();
+        assert_eq!(counted(), 8);
+        k.munmap(mm, moved, 2 * PAGE).unwrap();
+        assert_eq!((counted(), k.obj(mm).locked_vm.get()), (6, 0));
     });
 }

@@ -216,7 +216,8 @@ impl<A: Arch> Kernel<A> {
         self.folio(gpa).flags.get() & folio_flags::FRESH != 0
     }
 
-    /// fallocate without a mode, and with KEEP_SIZE: pages for `offset..end`.
+    /// fallocate without a mode, and with KEEP_SIZE: pages for `offset..end`. Those that another one has made count as used
+    /// then (Linux's shmem_get_folio_gfp, which clears what is there and not uptodate).
     ///
     /// # Errors
     /// ENOMEM; the pages that it has made are gone again (Linux's shmem_fallocate).
@@ -237,6 +238,8 @@ impl<A: Arch> Kernel<A> {
                         self.folio(page.gpa)
                             .flags
                             .fetch_or(folio_flags::FRESH, Relaxed);
+                    } else {
+                        self.touched(page.gpa);
                     }
                     self.page_release(page);
                 }

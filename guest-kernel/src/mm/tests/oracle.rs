@@ -180,6 +180,10 @@ fn what_fallocate_makes_is_in_memory_when_somebody_uses_it() {
         assert_eq!(k.file_read(file, 0, &mut [0; 8]), Ok(8));
         assert_eq!(k.user_read(0, AT + PAGE), Ok(0));
         assert_eq!(resident(), [0, 1, 0]);
+        // A second fallocate is.
+        k.file_allocate(file, 2 * PAGE, 3 * PAGE, Size::Grows)
+            .unwrap();
+        assert_eq!(resident(), [0, 1, 1]);
         k.file_put(file);
     });
 }

@@ -340,10 +340,9 @@ impl<A: Arch> Kernel<A> {
         let flags = area.flags.get();
         self.set_vma_flags(space, source, flags & !vma_flags::LOCKED_MASK);
         if flags & vma_flags::LOCKED != 0 {
-            // What has moved is locked at its new place.
-            let stays = area.end.get() - area.start.get() - request.old_len;
+            // What has moved is locked at its new place as well.
             let before = &space.locked_before;
-            before.set(before.get() + pages(stays));
+            before.set(before.get() + pages(area.end.get() - area.start.get()));
         }
         let is_whole =
             area.start.get() == request.old && area.end.get() == request.old + request.old_len;

@@ -89,8 +89,8 @@ pub(super) struct Change {
     pub(super) task: u32,
     /// Number of the event in the stream.
     pub(super) at: u64,
-    /// The task held the mmap_lock of the mm. Who does not, reclaim or migration, comes by the folio, and takes nothing
-    /// from the mapping.
+    /// False where the task did not hold the mmap_lock of the mm: reclaim or migration, which comes by the folio, and takes
+    /// nothing from the mapping. What goes with its table is gone.
     pub(super) guarded: bool,
 }
 

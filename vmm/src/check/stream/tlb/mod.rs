@@ -164,13 +164,11 @@ impl TlbModel {
     }
 
     fn change_of(&self, seen: &Seen) -> Change {
-        let [mm, ..] = seen.event.args;
-        let task = seen.event.task;
         Change {
             vcpu: seen.vcpu,
-            task,
+            task: seen.event.task,
             at: self.now.at,
-            guarded: self.now.state.mmap_locks.guards(mm, task),
+            guarded: true,
         }
     }
 

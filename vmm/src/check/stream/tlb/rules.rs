@@ -28,7 +28,11 @@ impl TlbModel {
         let [mm, gva, level, old, new] = seen.event.args;
         let level = level.clamp(1, 4) as u8;
         let gva = gva & !(abi::pte::level_size(level) - 1);
-        let change = self.change_of(seen);
+        let by = self.change_of(seen);
+        let change = Change {
+            guarded: self.now.state.mmap_locks.guards(mm, by.task),
+            ..by
+        };
         let (old, new) = (Pte(old), Pte(new));
         let place = (mm, level, gva);
         if let Err(known) = self.now.state.change(place, old, new, change) {

@@ -365,11 +365,11 @@ impl Subject for Live {
         }
         let waits = matches!(stop, Stop::Deadline | Stop::RingFull { .. });
         if waits && self.lookout.is_suspicious(self.machine.progress()) {
-            match parallel::ask(&mut self.machine)? {
+            let patience = self.lookout.patience();
+            match parallel::ask(&mut self.machine, patience)? {
                 Asked::Well => self.lookout.is_well(),
                 Asked::Stopped(other) => stop = other,
                 Asked::Hang(waits) => {
-                    let patience = self.lookout.patience();
                     let hang = super::crash::hang(&self.machine, &waits, patience)?;
                     return Ok(Halt::Crashed(hang));
                 }

@@ -18,7 +18,7 @@ use crate::report::{StreamFacts, Violation, story};
 /// All events that a monitor follows. One who spins would fill the ring with its waiting.
 pub(super) const MONITORED: u64 =
     !(1 << EventKind::LockWait as u32 | 1 << EventKind::RcuGpWait as u32);
-/// How long a vCPU has to get to its next point when everybody is asked where it stands.
+/// How long a vCPU has to get to its next point when everybody is asked where it stands, before it is looked at.
 const ASK: Duration = Duration::from_millis(200);
 
 /// The merged streams of a run, judged.
@@ -184,47 +184,57 @@ pub(super) enum Asked {
     Hang(Vec<WaitsFor>),
 }
 
-/// Lets every vCPU run to its next point, and says whether any of them can get further.
-pub(super) fn ask(machine: &mut Machine) -> Result<Asked, MachineError> {
-    let mut standing: Vec<Option<(Point, [u64; 2])>> = vec![None; machine.nr_vcpus()];
+/// Lets every vCPU run to its next point, and says whether any of them can get further. A busy host may need up to
+/// `patience` for that.
+pub(super) fn ask(machine: &mut Machine, patience: Duration) -> Result<Asked, MachineError> {
     let before = machine.progress();
-    let until = Instant::now() + ASK;
-    for vcpu in 0..standing.len() {
-        machine.set_budget(vcpu, 1)?;
-    }
-    let mut other = None;
-    while standing.iter().any(Option::is_none) && other.is_none() {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
+    // Not by their budgets: a vCPU counts its own down, and may be paused between its load and its store.
+    let asked_for = machine.set_traps([u64::MAX; 4]);
+    let standing = stand(machine, Instant::now() + patience);
+    machine.set_traps(asked_for);
+    Ok(match standing? {
+        Err(stop) => Asked::Stopped(stop),
+        Ok(_) if machine.progress() != before => Asked::Well,
+        Ok(standing) => judge(&standing, |gpa| word(machine, gpa)).map_or(Asked::Well, Asked::Hang),
+    })
+}
+
+/// Where a vCPU was last: a point with its arguments; none where it was at none.
+type Standing = Option<(Point, [u64; 2])>;
+
+/// Runs until each vCPU was at a point or is where none is, or `until`. `Err`: something else stopped the machine.
+fn stand(
+    machine: &mut Machine,
+    until: Instant,
+) -> Result<Result<Vec<Standing>, Stop>, MachineError> {
+    let mut standing: Vec<Standing> = vec![None; machine.nr_vcpus()];
+    while standing.iter().any(Option::is_none) {
+        match machine.run_until(Some(ASK))? {
+            Stop::Point { vcpu, point, args } => standing[vcpu] = Some((point, args)),
+            Stop::Deadline if Instant::now() >= until || passes_none(machine, &standing)? => break,
+            Stop::Deadline => {}
+            stop => return Ok(Err(stop)),
         }
-        match machine.run_until(Some(left))? {
-            Stop::Point { vcpu, point, args } => {
-                standing[vcpu] = Some((point, args));
-                machine.set_budget(vcpu, u64::MAX)?;
+    }
+    Ok(Ok(standing))
+}
+
+/// True where each of the paused vCPUs that stands nowhere idles or runs its program: neither passes points.
+fn passes_none(machine: &Machine, standing: &[Standing]) -> Result<bool, MachineError> {
+    for (vcpu, standing) in standing.iter().enumerate() {
+        if standing.is_none() {
+            let state = machine.vcpu_state(vcpu)?;
+            if !state.halted && state.cpl() == 0 {
+                return Ok(false);
             }
-            Stop::Deadline => break,
-            stop => other = Some(stop),
         }
     }
-    for vcpu in 0..standing.len() {
-        machine.set_budget(vcpu, u64::MAX)?;
-    }
-    if let Some(stop) = other {
-        return Ok(Asked::Stopped(stop));
-    }
-    if machine.progress() != before {
-        return Ok(Asked::Well);
-    }
-    Ok(judge(&standing, |gpa| word(machine, gpa)).map_or(Asked::Well, Asked::Hang))
+    Ok(true)
 }
 
 /// Who waits for what, where nobody who stands at a point can go on and somebody spins. One who is at no point
 /// idles or runs a program that does nothing else.
-fn judge(
-    standing: &[Option<(Point, [u64; 2])>],
-    word: impl Fn(u64) -> u64,
-) -> Option<Vec<WaitsFor>> {
+fn judge(standing: &[Standing], word: impl Fn(u64) -> u64) -> Option<Vec<WaitsFor>> {
     let (mut waits, nr) = (Vec::new(), standing.len());
     for (vcpu, standing) in standing.iter().enumerate() {
         let Some((point, args)) = standing else {
@@ -260,6 +270,9 @@ mod tests {
     use abi::objects::{Cpu, CpuRcu};
 
     use super::*;
+    use crate::boot::ProgramSpec;
+    use crate::control::{Interrupts, MachineConfig};
+    use crate::scenario::Disturb;
 
     const LOCK: [u64; 2] = [0x100, LockClass::PageTable as u64];
     const FLUSH: [u64; 2] = [0x200, 0b10];
@@ -305,6 +318,36 @@ mod tests {
         assert!(judge(&waits, grace(9)).is_none());
         // All idle: the watchdog's business.
         assert!(judge(&[Some((Point::IdleEnter, [0; 2])), None], hung).is_none());
+    }
+
+    /// Asking must not depend on where in the code of a point the vCPUs happened to be paused.
+    #[test]
+    fn everybody_who_spins_is_found_however_often_one_asks() {
+        let mut machine = Machine::new(MachineConfig {
+            interrupts: Interrupts::Controlled,
+            program: ProgramSpec {
+                name: "mprotect-race".into(),
+                ..ProgramSpec::default()
+            },
+            disturb: Disturb {
+                ipis: vec!["shootdown:nth20=drop".parse().expect("a rule")],
+                ..Disturb::default()
+            },
+            watchdog: Duration::from_secs(60),
+            ..MachineConfig::default()
+        })
+        .unwrap_or_else(|error| panic!("this test boots a guest on /dev/kvm: {error}"));
+        let mut lookout = Lookout::new(Duration::from_secs(2));
+        while !lookout.is_suspicious(machine.progress()) {
+            let stop = machine.run_until(Some(ASK)).expect("it runs");
+            assert_eq!(stop, Stop::Deadline, "{}", machine.serial_output());
+        }
+        for _ in 0..300 {
+            match ask(&mut machine, Duration::from_secs(10)).expect("it runs") {
+                Asked::Hang(waits) => assert_eq!(waits.len(), 2, "{waits:?}"),
+                _ => panic!("no hang"),
+            }
+        }
     }
 
     /// A violation of `id` on `vcpu`, through the page at 0x5000.

@@ -28,9 +28,9 @@ impl Machine {
     }
 
     /// Makes exactly the points in `mask` always stop, on every vCPU: bit `p % 64` of word `p / 64`
-    /// for point `p`.
-    pub fn set_traps(&mut self, mask: [u64; 4]) {
-        self.traps = mask;
+    /// for point `p`. Returns what was set before.
+    pub fn set_traps(&mut self, mask: [u64; 4]) -> [u64; 4] {
+        let before = std::mem::replace(&mut self.traps, mask);
         let disturber = self.board.disturber();
         for vcpu in 0..self.vcpus.len() {
             let also = disturber.map_or([0; 4], |disturber| disturber.traps(vcpu));
@@ -42,6 +42,7 @@ impl Machine {
                 word.store(bits, std::sync::atomic::Ordering::Relaxed);
             }
         }
+        before
     }
 
     /// Makes `vcpu` stop at the point after `points` more.

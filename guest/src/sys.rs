@@ -288,6 +288,16 @@ pub trait Sys: Sized + Sync + 'static {
     fn disk_file(&self, sector: u64, len: u64) -> Result<u64, Errno> {
         self.syscall(nr::TESTBED_DISK_FILE, [sector, len, 0, 0, 0, 0])
     }
+    /// A file of so many bytes: from the start of the disk, or in memory where there is no disk.
+    fn file(&self, len: u64) -> Result<u64, Errno> {
+        match self.disk_file(0, len) {
+            Err(Errno::ENOSYS) => {
+                let fd = self.memfd()?;
+                self.ftruncate(fd, len).map(|_| fd)
+            }
+            opened => opened,
+        }
+    }
     /// fsync(2).
     ///
     /// # Errors

@@ -130,6 +130,10 @@ bugs! {
     /// Unmapping a dirty page of a file counts its mapping less before the flush (class C6, B7; Linux 5df397dec7c4):
     /// write-back finds it unmapped, does not wait, and cleans it while other CPUs still write it.
     ZapLosesDirty = 57, "zap-loses-dirty";
+    /// Reclaim takes the entry of a dirty page of a file away and flushes with the rest of its batch, though the page counts
+    /// as not mapped already (class C6; Linux keeps the folio locked until try_to_unmap_flush_dirty): write-back finds it
+    /// unmapped and cleans it while other CPUs still write it.
+    ReclaimLosesDirty = 58, "reclaim-loses-dirty";
 }
 
 /// A set of seeded bugs.

@@ -339,7 +339,7 @@ events! {
     RefcountChange = 16, "refcount", ["frame", "new", "old", "cause"];
     VmaAttach = 17, "vma-attach", ["mm", "vma", "start", "end", "flags"];
     VmaDetach = 18, "vma-detach", ["mm", "vma", "start", "end"];
-    LockAcquire = 19, "lock-acquire", ["lock", "class"];
+    LockAcquire = 19, "lock-acquire", ["lock", "class", "tried"];
     LockRelease = 20, "lock-release", ["lock", "class"];
     Switch = 21, "switch", ["from", "to"];
     MmCreate = 22, "mm-create", ["mm", "pgd", "object"];

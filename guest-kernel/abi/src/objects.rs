@@ -312,24 +312,39 @@ pub struct SwapArea {
 
 /// The LRU lists, by number.
 pub mod lru {
-    /// Folios that are reclaimed next.
+    /// Anonymous folios that are reclaimed next.
     pub const INACTIVE: usize = 0;
-    /// Folios that were used more than once.
+    /// Anonymous folios that were used more than once.
     pub const ACTIVE: usize = 1;
     /// Folios that a locked mapping keeps in memory, as far as reclaim has met them.
     pub const UNEVICTABLE: usize = 2;
+    /// Pages of files on the disk that are reclaimed next.
+    pub const INACTIVE_FILE: usize = 3;
+    /// Pages of files on the disk that were used more than once.
+    pub const ACTIVE_FILE: usize = 4;
     /// Their number.
-    pub const LISTS: usize = 3;
+    pub const LISTS: usize = 5;
+    /// Their names.
+    pub const NAMES: [&str; LISTS] = [
+        "inactive",
+        "active",
+        "unevictable",
+        "inactive file",
+        "active file",
+    ];
 
-    /// The list on which a folio of this [`super::folio_state`] belongs.
+    /// The list on which a folio of this [`super::folio_state`] belongs: a page of a file, or an anonymous one.
     #[must_use]
-    pub const fn list_of(state: u8) -> usize {
+    pub const fn list_of(state: u8, is_file: bool) -> usize {
+        let is_active = state & super::folio_state::ACTIVE != 0;
         if state & super::folio_state::UNEVICTABLE != 0 {
-            UNEVICTABLE
-        } else if state & super::folio_state::ACTIVE != 0 {
-            ACTIVE
-        } else {
-            INACTIVE
+            return UNEVICTABLE;
+        }
+        match (is_file, is_active) {
+            (false, false) => INACTIVE,
+            (false, true) => ACTIVE,
+            (true, false) => INACTIVE_FILE,
+            (true, true) => ACTIVE_FILE,
         }
     }
 }

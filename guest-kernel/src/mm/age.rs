@@ -85,13 +85,14 @@ impl<A: Arch> Kernel<A> {
         rest
     }
 
-    /// True where `entry` maps an anonymous folio that nobody else maps: what others think of it is not known here.
+    /// True where `entry` maps a folio that can be reclaimed and nobody else maps: what others think of it is not known here.
     fn is_aged_alone(&self, entry: Pte) -> bool {
         if !entry.is_present() {
             return false;
         }
         let folio = self.folio(entry.address());
-        folio.kind.get() == FrameKind::Anon as u8 && folio.mapcount.load(Acquire) == 1
+        let is_user = FrameKind::from_u8(folio.kind.get()).is_some_and(FrameKind::is_user);
+        is_user && folio.mapcount.load(Acquire) == 1
     }
 
     /// Reads what of `start..end` is on the disk (Linux's `swapin_walk_pmd_entry`), as far as there are free frames.

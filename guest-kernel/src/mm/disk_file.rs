@@ -185,13 +185,28 @@ impl<A: Arch> Kernel<A> {
             let Some(page) = self.lock_page(file, gpa) else {
                 continue;
             };
-            if self.cache_evict(file, index, gpa) {
-                self.folio(gpa).owner.set(0);
-                self.folio_put(gpa, cause::CACHE);
-                evicted += 1;
-            }
+            evicted += u64::from(self.page_evict(file, index, gpa));
             self.page_release(page);
         }
         evicted
+    }
+
+    /// Takes the page, which is locked and to which the caller alone refers but the cache, out of it. False where it stays.
+    fn page_evict(&self, file: Pa<File>, index: u64, gpa: u64) -> bool {
+        let evicted = self.cache_evict(file, index, gpa);
+        if evicted {
+            self.folio(gpa).owner.set(0);
+            self.folio_put(gpa, cause::CACHE);
+        }
+        evicted
+    }
+
+    /// The same for reclaim, of a page that it has isolated. True where it is in no cache any more.
+    pub(super) fn page_detach(&self, gpa: u64) -> bool {
+        let folio = self.folio(gpa);
+        match self.try_lock_cached(gpa) {
+            Some(_page) => self.page_evict(Pa::new(folio.owner.get()), folio.index.get(), gpa),
+            None => folio.owner.get() == 0,
+        }
     }
 }

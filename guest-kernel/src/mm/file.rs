@@ -11,7 +11,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use abi::channel::cause;
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::lock::LockClass;
-use abi::objects::{File, FrameKind, Pa, folio_flags};
+use abi::objects::{File, FrameKind, Pa, folio_flags, folio_state};
 use abi::syscall::Errno;
 
 use super::disk_file::Wanted;
@@ -137,6 +137,9 @@ impl<A: Arch> Kernel<A> {
             folio.flags.fetch_or(folio_flags::FRESH, Relaxed);
         }
         let result = self.cache_insert(file, index, within, gpa);
+        if result == Ok(true) && self.file_on_disk(file) {
+            self.lru_add(gpa);
+        }
         // Without the cache's reference this is the last one.
         self.folio_put(gpa, cause::HOLD);
         result.map(|_| ())
@@ -158,6 +161,7 @@ impl<A: Arch> Kernel<A> {
             let page = self
                 .file_page(file, pages(position), Within::Size)
                 .map_err(io_error)?;
+            self.page_accessed(&page);
             self.load_memory(page.gpa + position % PAGE_SIZE, to);
             self.page_release(page);
             return Ok(bytes);
@@ -190,6 +194,7 @@ impl<A: Arch> Kernel<A> {
         self.touched(page.gpa);
         self.store_memory(page.gpa + position % PAGE_SIZE, from);
         if on_disk {
+            self.page_accessed(&page);
             if !from.is_empty() {
                 self.mark_page_dirty(page.gpa);
             }
@@ -200,6 +205,15 @@ impl<A: Arch> Kernel<A> {
         }
         self.page_release(page);
         Ok(())
+    }
+
+    /// A call reads or writes a page of a file on the disk: reclaim passes it by once (of Linux's folio_mark_accessed the first
+    /// step; there the second makes it active).
+    fn page_accessed(&self, page: &LockedPage<'_, A>) {
+        if self.has_swap() {
+            let state = &self.folio(page.gpa).state;
+            state.fetch_or(folio_state::REFERENCED, Relaxed);
+        }
     }
 
     /// Somebody uses the page, which a fallocate may have made: it has contents now (Linux's folio_mark_uptodate). To read

@@ -28,7 +28,13 @@ impl<A: Arch> Kernel<A> {
             return freed;
         }
         for _ in 0..ROUNDS {
-            for list in [lru::INACTIVE, lru::ACTIVE, lru::UNEVICTABLE] {
+            for list in [
+                lru::INACTIVE_FILE,
+                lru::INACTIVE,
+                lru::ACTIVE_FILE,
+                lru::ACTIVE,
+                lru::UNEVICTABLE,
+            ] {
                 freed += self.shrink_group_list(group, list, wanted - freed);
                 if freed >= wanted {
                     return freed;
@@ -41,10 +47,10 @@ impl<A: Arch> Kernel<A> {
     /// One look at what a list has of the group.
     fn shrink_group_list(&self, group: u64, list: usize, wanted: u64) -> u64 {
         // Each of the group's once: those that stay come to the front of a list.
-        let anon = self
-            .group(group)
-            .map_or(0, |group| group.stats[group_stat::ANON].get());
-        let (mut freed, mut left) = (0, anon.min(self.lru_count(list)));
+        let pages = self.group(group).map_or(0, |group| {
+            group.stats[group_stat::ANON].get() + group.stats[group_stat::FILE].get()
+        });
+        let (mut freed, mut left) = (0, pages.min(self.lru_count(list)));
         while left > 0 && freed < wanted {
             let isolated =
                 self.lru_isolate_where(list, CLUSTER, |gpa| self.is_charged_below(gpa, group));

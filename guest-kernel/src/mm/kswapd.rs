@@ -8,8 +8,8 @@
 //! it has written it does not keep in its hands until the disk is done: the folios are on the lists meanwhile, where
 //! who needs memory at once finds them, and waits for them.
 //!
-//! While no slot of the swap area is free neither reclaims (Linux's `can_reclaim_anon_pages`): every allocation would look at all
-//! lists for the few folios that need none. Only who finds no free frame at all does.
+//! While no slot of the swap area is free, and there are no pages of files, neither reclaims (Linux's `can_reclaim_anon_pages`): every
+//! allocation would look at all lists for the few folios that need none. Only who finds no free frame at all does.
 //!
 //! It frees to the buddy allocator: what would stay on the list of its CPU is out of the reach of others.
 
@@ -101,7 +101,7 @@ impl<A: Arch> Kernel<A> {
         let state = &self.root().kswapd;
         self.free_frames_left() < state.low.get()
             && state.failures.get() == 0
-            && !self.swap_is_full()
+            && !self.reclaim_is_hopeless()
     }
 
     /// Last part of every allocation. Under no lock that comes last.
@@ -116,7 +116,8 @@ impl<A: Arch> Kernel<A> {
     #[cold]
     fn memory_is_low(&self, shortage: Shortage) {
         let state = &self.root().kswapd;
-        let hopeless = || state.failures.get() >= Kswapd::MAX_FAILURES || self.swap_is_full();
+        let hopeless =
+            || state.failures.get() >= Kswapd::MAX_FAILURES || self.reclaim_is_hopeless();
         let short = self.free_frames_left() < state.min.get();
         if shortage == Shortage::Reclaims && short && !hopeless() {
             self.direct_reclaim(FROM_SHORTAGE);
@@ -172,10 +173,10 @@ impl<A: Arch> Kernel<A> {
         let state = &self.root().kswapd;
         let (mut left, mut rescued) = (self.clusters_to_scan(), false);
         while self.free_frames_left() < state.high.get() {
-            if self.swap_is_full() {
+            if self.reclaim_is_hopeless() {
                 return;
             }
-            if self.balance_cluster() > 0 {
+            if self.balance_cluster(left) > 0 {
                 state.failures.set(0);
                 left = self.clusters_to_scan();
             } else if left > 1 {
@@ -194,10 +195,10 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Reclaims of one cluster what it can. Returns how many are free.
-    fn balance_cluster(&self) -> u64 {
+    fn balance_cluster(&self, turn: u64) -> u64 {
         let (mut freed, written) = {
             let _reclaiming = self.reclaim_begins();
-            let cluster = self.isolate_cluster();
+            let cluster = self.isolate_cluster(turn);
             self.shrink_without_waiting(&cluster)
         };
         if !written.frames().is_empty() {

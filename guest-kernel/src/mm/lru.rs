@@ -1,5 +1,6 @@
-//! The LRU lists of anonymous folios (Linux's mm/swap.c and the lists of mm/vmscan.c): inactive, from whose end folios are
-//! reclaimed, active, and unevictable. A new folio comes to the inactive one (Linux b518154e59aa). Without swap there are none.
+//! The LRU lists (Linux's mm/swap.c and the lists of mm/vmscan.c): of anonymous folios and of pages of files on the disk an
+//! inactive one each, from whose end folios are reclaimed, and an active one; and unevictable ones of both. A new folio comes
+//! to the inactive one (Linux b518154e59aa). Without swap there are none.
 //!
 //! Being listed is no reference. Who takes a folio off to work on it takes one under the lists' lock, and who gives the
 //! last one up takes the folio off under the same lock first: so neither finds the folio gone.
@@ -13,7 +14,7 @@ use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use abi::channel::{EventKind, cause};
 use abi::layout::PAGE_SHIFT;
 use abi::lock::LockClass;
-use abi::objects::{folio_state, lru};
+use abi::objects::{FrameKind, folio_state, lru};
 use abi::point::Point;
 
 use super::Field;
@@ -69,6 +70,11 @@ impl<A: Arch> Kernel<A> {
             let _guard = self.lock_lru();
             self.lru_link(gpa);
         }
+    }
+
+    /// True where the folio, to which the caller has a reference or whose list's lock it holds, is a page of a file.
+    pub(super) fn is_of_file(&self, gpa: u64) -> bool {
+        self.folio(gpa).kind.get() == FrameKind::File as u8
     }
 
     /// Takes up to a cluster of folios off the end of a list.
@@ -165,7 +171,7 @@ impl<A: Arch> Kernel<A> {
         let (frame, folio) = (gpa >> PAGE_SHIFT, self.folio(gpa));
         let state = folio.state.fetch_or(folio_state::LRU, Relaxed);
         assert!(state & folio_state::LRU == 0, "folio {gpa:#x} listed twice");
-        let number = lru::list_of(state);
+        let number = lru::list_of(state, self.is_of_file(gpa));
         let list = &self.root().lru[number];
         let first = list.first.get();
         folio.next.set(first);
@@ -183,7 +189,7 @@ impl<A: Arch> Kernel<A> {
         let folio = self.folio(gpa);
         let state = folio.state.fetch_and(!folio_state::LRU, Relaxed);
         assert!(state & folio_state::LRU != 0, "folio {gpa:#x} not listed");
-        let list = &self.root().lru[lru::list_of(state)];
+        let list = &self.root().lru[lru::list_of(state, self.is_of_file(gpa))];
         let (next, prev) = (folio.next.get(), folio.prev.get());
         match next {
             0 => list.last.set(prev),

@@ -22,7 +22,7 @@ use core::sync::atomic::fence;
 use abi::bug::Bug;
 use abi::channel::cause;
 use abi::layout::PAGE_SIZE;
-use abi::objects::{FrameKind, folio_flags, vma_flags};
+use abi::objects::{FrameKind, folio_flags, folio_state, vma_flags};
 use abi::point::Point;
 use abi::pte::{NonPresent, Pte, PteFlags};
 use abi::syscall::Errno;
@@ -103,7 +103,7 @@ impl<A: Arch> Kernel<A> {
                 break;
             }
         }
-        if result.is_ok() && self.folio(to).kind.get() == FrameKind::Anon as u8 {
+        if result.is_ok() && !self.is_of_file(to) {
             self.lru_add(to);
         }
         self.put_isolated(folio);
@@ -173,7 +173,8 @@ impl<A: Arch> Kernel<A> {
                 new.owner.set(old.owner.get());
             }
             RmapOwner::File(file) => {
-                new.state.set(old.state.get());
+                // The old one is still on its list.
+                new.state.set(old.state.get() & !folio_state::LRU);
                 let expected = self.expected_references(from);
                 new.owner.set(file.0);
                 if !self.cache_replace(file, index, (from, expected), to) {
@@ -181,6 +182,9 @@ impl<A: Arch> Kernel<A> {
                     return false;
                 }
                 old.owner.set(0);
+                if self.file_on_disk(file) {
+                    self.lru_add(to);
+                }
                 self.folio_put(from, cause::CACHE);
             }
         }

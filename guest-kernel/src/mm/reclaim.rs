@@ -16,7 +16,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use abi::bug::Bug;
 use abi::channel::cause;
-use abi::objects::{FrameKind, folio_flags, folio_state, lru};
+use abi::objects::{folio_flags, folio_state, lru};
 
 use super::Field;
 use super::batch::Batch;
@@ -28,6 +28,22 @@ use crate::arch::Arch;
 
 /// Times that all of the lists are looked at in vain: the first finds most pages used, and makes them forget it.
 const ROUNDS: u64 = 4;
+
+/// The two lists that folios of a sort are on.
+#[derive(Clone, Copy)]
+struct Lists {
+    inactive: usize,
+    active: usize,
+}
+
+const ANON: Lists = Lists {
+    inactive: lru::INACTIVE,
+    active: lru::ACTIVE,
+};
+const FILE: Lists = Lists {
+    inactive: lru::INACTIVE_FILE,
+    active: lru::ACTIVE_FILE,
+};
 
 /// Whether it counts that a page was used.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,9 +76,9 @@ impl<A: Arch> Kernel<A> {
 
     fn reclaim_evictable(&self, wanted: u64) -> u64 {
         let mut freed = 0;
-        for _ in 0..self.clusters_to_scan() {
+        for turn in 0..self.clusters_to_scan() {
             let _reclaiming = self.reclaim_begins();
-            let isolated = self.isolate_cluster();
+            let isolated = self.isolate_cluster(turn);
             freed += self.shrink_folios(&isolated, Used::Counts);
             if freed >= wanted {
                 break;
@@ -73,22 +89,40 @@ impl<A: Arch> Kernel<A> {
 
     /// Clusters to look at before there is nothing to be reclaimed.
     pub(super) fn clusters_to_scan(&self) -> u64 {
-        let all = self.lru_count(lru::INACTIVE) + self.lru_count(lru::ACTIVE);
-        ROUNDS * (all / CLUSTER as u64 + 1)
+        let clusters = |lists: Lists| {
+            let all = self.lru_count(lists.inactive) + self.lru_count(lists.active);
+            all.div_ceil(CLUSTER as u64)
+        };
+        // Where there are both they take turns.
+        let (anon, file) = (clusters(ANON), clusters(FILE));
+        ROUNDS * (anon.max(file) + anon.min(file).max(u64::from(file > 0)) + 1)
     }
 
-    /// A cluster of the inactive list, after as many of the active one came there where that is the longer (Linux's
-    /// `shrink_lruvec`, `inactive_is_low`).
-    pub(super) fn isolate_cluster(&self) -> Isolated {
-        if self.lru_count(lru::ACTIVE) > self.lru_count(lru::INACTIVE) {
-            self.shrink_active();
+    /// True where nothing can be reclaimed but what costs a look at all lists for a few: no slot is free, and there are no
+    /// pages of files (Linux's `can_reclaim_anon_pages`).
+    pub(super) fn reclaim_is_hopeless(&self) -> bool {
+        self.swap_is_full() && !self.has_listed_files()
+    }
+
+    fn has_listed_files(&self) -> bool {
+        self.lru_count(FILE.inactive) + self.lru_count(FILE.active) > 0
+    }
+
+    /// A cluster of an inactive list, after as many of the active one came there where that is the longer (Linux's
+    /// `shrink_lruvec`, `inactive_is_low`). Files and anonymous memory take turns, files first. (Linux's `get_scan_count`
+    /// weighs what either has cost.)
+    pub(super) fn isolate_cluster(&self, turn: u64) -> Isolated {
+        let files = turn.is_multiple_of(2) && self.has_listed_files();
+        let lists = if files { FILE } else { ANON };
+        if self.lru_count(lists.active) > self.lru_count(lists.inactive) {
+            self.shrink_active(lists.active);
         }
-        self.lru_isolate(lru::INACTIVE, CLUSTER)
+        self.lru_isolate(lists.inactive, CLUSTER)
     }
 
-    /// Linux's `shrink_active_list`: who used them does not count for anonymous folios, it only is forgotten.
-    fn shrink_active(&self) {
-        for &gpa in self.lru_isolate(lru::ACTIVE, CLUSTER).frames() {
+    /// Linux's `shrink_active_list`: who used them does not count, it only is forgotten. (Linux keeps pages of programs.)
+    fn shrink_active(&self, list: usize) {
+        for &gpa in self.lru_isolate(list, CLUSTER).frames() {
             let found = self.folio_referenced(gpa).unwrap_or_default();
             let state = &self.folio(gpa).state;
             state.fetch_and(!folio_state::ACTIVE, Relaxed);
@@ -156,7 +190,11 @@ impl<A: Arch> Kernel<A> {
             self.batch_flush(&mut batch);
         }
         for &gpa in isolated.frames() {
-            self.swap_write(gpa);
+            if self.is_of_file(gpa) {
+                self.write_reclaimed(gpa);
+            } else {
+                self.swap_write(gpa);
+            }
         }
         let mut freed = 0;
         for &gpa in isolated.frames() {
@@ -174,20 +212,27 @@ impl<A: Arch> Kernel<A> {
 
     fn judge(&self, gpa: u64, used: Used) -> Verdict {
         let folio = self.folio(gpa);
-        let is_anon = folio.kind.get() == FrameKind::Anon as u8;
-        if !is_anon || self.folio_is_pinned(gpa) {
+        if self.folio_is_pinned(gpa) {
             return Verdict::Activate;
         }
+        let is_file = self.is_of_file(gpa);
         // A reference each: of its mappings, of the cache, of who has isolated it.
-        let known = folio.mapcount.load(Acquire) + u32::from(self.slot_of(gpa).is_some()) + 1;
+        let is_cached = is_file || self.slot_of(gpa).is_some();
+        let known = folio.mapcount.load(Acquire) + u32::from(is_cached) + 1;
         if folio.refcount.load(Acquire) > known {
             // It would not be free. Who copies it on a write, and reclaims for the copy's frame, would never come to an
             // end if it were unmapped again and again.
             return Verdict::Keep;
         }
         if folio.mapcount.load(Acquire) == 0 {
-            // It was read ahead, or its programs are gone.
-            return Verdict::Reclaim;
+            // It was read ahead, or its programs are gone; or it was read by a call since the last look.
+            let used = folio.state.fetch_and(!folio_state::REFERENCED, Relaxed);
+            let keep = is_file && used & folio_state::REFERENCED != 0;
+            return if keep {
+                Verdict::Keep
+            } else {
+                Verdict::Reclaim
+            };
         }
         let Some(found) = self.folio_referenced(gpa) else {
             return Verdict::Keep;
@@ -217,6 +262,9 @@ impl<A: Arch> Kernel<A> {
         if folio.mapcount.load(Acquire) == 0 || folio.state.load(Acquire) & IN_TRANSFER != 0 {
             return;
         }
+        if self.is_of_file(gpa) {
+            return self.unmap_cached(gpa, batch);
+        }
         let slot = self.slot_of(gpa);
         if slot.is_none() && folio.flags.get() & folio_flags::LAZYFREE != 0 {
             self.unmap_lazyfree(gpa, batch);
@@ -234,9 +282,13 @@ impl<A: Arch> Kernel<A> {
         if folio.state.load(Acquire) & folio_state::WRITEBACK != 0 {
             self.swap_wait(gpa, Waiting::Spinning);
         }
-        let is_free = self.swap_detach(gpa)
-            && folio.mapcount.load(Acquire) == 0
-            && folio.refcount.load(Acquire) == 1;
+        let is_detached = if self.is_of_file(gpa) {
+            self.page_detach(gpa)
+        } else {
+            self.swap_detach(gpa)
+        };
+        let is_free =
+            is_detached && folio.mapcount.load(Acquire) == 0 && folio.refcount.load(Acquire) == 1;
         if is_free {
             self.folio_put(gpa, cause::HOLD);
         } else {

@@ -265,9 +265,7 @@ impl<A: Arch> Kernel<A> {
             RmapOwner::Anon(anon) => self.rmap_walk_anon(anon, index, &mut f),
             RmapOwner::File(file) => {
                 let _i_mmap = self.lock_i_mmap(file);
-                self.for_each_mapping(file, &(index..index + 1), |vma, gva, _| {
-                    self.rmap_place(vma, gva, &mut f);
-                });
+                self.walk_mappings(file, index, &mut f);
             }
         }
     }
@@ -325,6 +323,13 @@ impl<A: Arch> Kernel<A> {
     /// As [`Kernel::rmap_walk_places`], under the lock of the family of `anon`.
     pub(super) fn walk_chains(&self, anon: Pa<AnonVma>, index: u64, f: &mut impl FnMut(MappedAt)) {
         self.for_each_vma_of(anon, index..index + 1, |vma, _, gva| {
+            self.rmap_place(vma, gva, f);
+        });
+    }
+
+    /// As [`Kernel::rmap_walk_places`], under the i_mmap lock of `file`.
+    pub(super) fn walk_mappings(&self, file: Pa<File>, index: u64, f: &mut impl FnMut(MappedAt)) {
+        self.for_each_mapping(file, &(index..index + 1), |vma, gva, _| {
             self.rmap_place(vma, gva, f);
         });
     }

@@ -1,23 +1,26 @@
 //! What reclaim asks of the entries that map a folio: were they used, and their removal (Linux's mm/rmap.c,
 //! `folio_referenced` and `try_to_unmap_one`).
 //!
-//! Reclaim may run inside an allocation, whose caller holds the lock of some family of anon_vmas; so it tries that of a
-//! folio's and passes the folio by where it does not get it. Nothing keeps the anon_vma to which an isolated folio points:
-//! with its lock held, a folio that is mapped is (Linux's `folio_lock_anon_vma_read`), for a root is not freed while its
-//! lock is held.
+//! Reclaim may run inside an allocation, whose caller holds the lock of some family of anon_vmas, of some i_mmap, or of some
+//! page of a file; so it tries those of a folio's and passes the folio by where it does not get them. Nothing keeps the
+//! anon_vma to which an isolated folio points: with its lock held, a folio that is mapped is (Linux's
+//! `folio_lock_anon_vma_read`), for a root is not freed while its lock is held. The file of a page stays while the page is
+//! locked and still the file's.
 
 use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 use core::sync::atomic::fence;
 
+use abi::bug::Bug;
 use abi::channel::cause;
 use abi::layout::PAGE_SIZE;
 use abi::lock::LockClass;
-use abi::objects::{AnonVma, Pa, Vma, folio_flags, folio_state, vma_flags};
+use abi::objects::{AnonVma, File, Pa, Vma, folio_flags, folio_state, vma_flags};
 use abi::point::Point;
 use abi::pte::{NonPresent, Pte, PteFlags};
 
 use super::batch::Batch;
-use super::rmap::MappedAt;
+use super::rmap::{MappedAt, RmapOwner};
+use super::writeback::WRITTEN;
 use super::{Field, FreedTables};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -39,17 +42,28 @@ enum Replacement {
     Swap(u64),
     /// Nothing, where the program has given the contents up and has not written since.
     Nothing,
+    /// Nothing: the page cache has the page.
+    Cached,
+}
+
+/// The way back from a folio to its entries, held open.
+struct WayBack<'k, A: Arch> {
+    owner: RmapOwner,
+    /// Of the family of anon_vmas, or the i_mmap.
+    _list: Guard<'k, A>,
+    /// Of a page of a file.
+    _folio: Option<Guard<'k, A>>,
 }
 
 impl<A: Arch> Kernel<A> {
-    /// Asks every entry of the folio whether it was used, and makes it forget. None where the family is busy.
+    /// Asks every entry of the folio whether it was used, and makes it forget. None where somebody else is at work.
     ///
     /// A goes without a flush: a CPU that still has the translation does not set it again, so a use may be missed, which
     /// costs a fault at worst (Linux's `ptep_clear_flush_young`, arch/x86/mm/pgtable.c).
     pub(super) fn folio_referenced(&self, gpa: u64) -> Option<References> {
         let mut found = References::default();
-        let (anon, _family) = self.try_lock_family(gpa)?;
-        self.walk_family(anon, gpa, |at| {
+        let way = self.try_lock_way_back(gpa)?;
+        self.walk_back(&way, gpa, |at| {
             if is_kept(self.obj(at.vma)) {
                 found.locked = true;
             } else if at.entry.flags().contains(PteFlags::ACCESSED) {
@@ -72,12 +86,17 @@ impl<A: Arch> Kernel<A> {
         self.unmap_folio(gpa, Replacement::Nothing, batch);
     }
 
+    /// Removes the entries that map a page of a file.
+    pub(super) fn unmap_cached(&self, gpa: u64, batch: &mut Batch) {
+        self.unmap_folio(gpa, Replacement::Cached, batch);
+    }
+
     fn unmap_folio(&self, gpa: u64, by: Replacement, batch: &mut Batch) {
-        let Some((anon, _family)) = self.try_lock_family(gpa) else {
+        let Some(way) = self.try_lock_way_back(gpa) else {
             return;
         };
         let mut goes_on = true;
-        self.walk_family(anon, gpa, |at| {
+        self.walk_back(&way, gpa, |at| {
             goes_on = goes_on
                 && !is_kept(self.obj(at.vma))
                 && batch.takes(at.mm)
@@ -103,7 +122,7 @@ impl<A: Arch> Kernel<A> {
         let exclusive = self.folio_is_exclusive(gpa);
         let new = match by {
             Replacement::Swap(slot) => NonPresent::Swap { slot, exclusive }.entry(),
-            Replacement::Nothing => Pte::NONE,
+            Replacement::Nothing | Replacement::Cached => Pte::NONE,
         };
         let old = self.set_pte(space, gva, place, entry, new);
         // Who pins without a lock takes the pin and then looks whether the entry is still there; here it is the other
@@ -123,6 +142,15 @@ impl<A: Arch> Kernel<A> {
             Replacement::Swap(slot) => self.swap_slot_dup(slot),
             // Before the address can be touched again: that would find another page than who still reads this one.
             Replacement::Nothing => self.flush_range(mm, gva, gva + PAGE_SIZE, FreedTables::No),
+            // Before the page counts as mapped no more: who writes back what nobody maps asks no entry (`gather`).
+            Replacement::Cached
+                if old.flags().intersects(WRITTEN)
+                    && !self.config.bugs.has(Bug::ReclaimLosesDirty) =>
+            {
+                self.flush_range(mm, gva, gva + PAGE_SIZE, FreedTables::No);
+            }
+            // Who touches the address again finds this page, as long as a CPU may still read it here.
+            Replacement::Cached => {}
         }
         if exclusive {
             folio.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
@@ -138,8 +166,16 @@ impl<A: Arch> Kernel<A> {
         true
     }
 
-    /// The lock of the family that the mapped folio belongs to, and its anon_vma.
-    fn try_lock_family(&self, gpa: u64) -> Option<(Pa<AnonVma>, Guard<'_, A>)> {
+    /// None where it is busy, or the folio is mapped no more.
+    fn try_lock_way_back(&self, gpa: u64) -> Option<WayBack<'_, A>> {
+        if self.is_of_file(gpa) {
+            self.try_lock_mappings(gpa)
+        } else {
+            self.try_lock_family(gpa)
+        }
+    }
+
+    fn try_lock_family(&self, gpa: u64) -> Option<WayBack<'_, A>> {
         let folio = self.folio(gpa);
         let anon = Pa::<AnonVma>::new(folio.owner.get()).some()?;
         let root = self.obj(anon).root.get().some()?;
@@ -147,17 +183,43 @@ impl<A: Arch> Kernel<A> {
         let same = folio.mapcount.load(Acquire) > 0
             && folio.owner.get() == anon.0
             && self.obj(anon).root.get() == root;
-        same.then_some((anon, family))
+        same.then_some(WayBack {
+            owner: RmapOwner::Anon(anon),
+            _list: family,
+            _folio: None,
+        })
     }
 
-    /// Calls `f` for every present entry that maps the folio. Under the lock of its family.
-    fn walk_family(&self, anon: Pa<AnonVma>, gpa: u64, mut f: impl FnMut(MappedAt)) {
+    fn try_lock_mappings(&self, gpa: u64) -> Option<WayBack<'_, A>> {
+        let page = self.try_lock_cached(gpa)?;
+        let file = Pa::<File>::new(self.folio(gpa).owner.get());
+        let i_mmap = self.try_lock(&self.obj(file).i_mmap_lock, LockClass::IMmap)?;
+        Some(WayBack {
+            owner: RmapOwner::File(file),
+            _list: i_mmap,
+            _folio: Some(page),
+        })
+    }
+
+    /// The lock of a page of a file to which the caller has a reference, where it is free and the page still the file's.
+    pub(super) fn try_lock_cached(&self, gpa: u64) -> Option<Guard<'_, A>> {
+        let folio = self.folio(gpa);
+        let lock = self.try_lock(&folio.lock, LockClass::Folio)?;
+        (folio.owner.get() != 0).then_some(lock)
+    }
+
+    /// Calls `f` for every present entry that maps the folio.
+    fn walk_back(&self, way: &WayBack<'_, A>, gpa: u64, mut f: impl FnMut(MappedAt)) {
         let index = self.folio(gpa).index.get();
-        self.walk_chains(anon, index, &mut |at: MappedAt| {
+        let mut maps = |at: MappedAt| {
             if at.entry.is_present() && at.entry.address() == gpa {
                 f(at);
             }
-        });
+        };
+        match way.owner {
+            RmapOwner::Anon(anon) => self.walk_chains(anon, index, &mut maps),
+            RmapOwner::File(file) => self.walk_mappings(file, index, &mut maps),
+        }
     }
 }
 

@@ -37,7 +37,7 @@ use crate::Kernel;
 use crate::arch::Arch;
 
 /// What a write needs in an entry, and what is left of it there.
-const WRITTEN: PteFlags = PteFlags::WRITE.union(PteFlags::DIRTY);
+pub(super) const WRITTEN: PteFlags = PteFlags::WRITE.union(PteFlags::DIRTY);
 
 impl<A: Arch> Kernel<A> {
     /// The page may differ from what the disk holds (Linux's folio_mark_dirty). Whoever makes it so has locked it, or holds
@@ -107,12 +107,34 @@ impl<A: Arch> Kernel<A> {
         }
         // In this order (Linux's folio_clear_dirty_for_io): an entry that is writable is a dirty page's at any time.
         self.clean_entries(page);
+        self.begin_writing(gpa);
+    }
+
+    /// Has the disk take the page, which is locked, dirty and not being moved, and which no entry lets anybody write.
+    fn begin_writing(&self, gpa: u64) {
+        let state = &self.folio(gpa).state;
         self.swap_transfer(DiskOp::Write, gpa, || {
             debug_assert!(state.load(Acquire) & IN_TRANSFER == 0);
             state.fetch_or(folio_state::WRITEBACK, Relaxed);
             state.fetch_and(!folio_state::DIRTY, Relaxed);
             Some(self.page_sector(gpa))
         });
+    }
+
+    /// For reclaim, which has isolated the page and removed its entries: begins to write it if it is dirty and nobody has
+    /// come to it since (Linux's `pageout`, while it did so for files).
+    pub(super) fn write_reclaimed(&self, gpa: u64) {
+        let folio = self.folio(gpa);
+        let Some(_page) = self.try_lock_cached(gpa) else {
+            return;
+        };
+        // Of the cache, and of who has isolated it.
+        let is_alone = folio.mapcount.load(Acquire) == 0 && folio.refcount.load(Acquire) == 2;
+        let is_dirty =
+            folio.state.load(Acquire) & (folio_state::DIRTY | IN_TRANSFER) == folio_state::DIRTY;
+        if is_alone && is_dirty {
+            self.begin_writing(gpa);
+        }
     }
 
     /// Takes the right to write away from every entry that maps the page: when it returns, no CPU writes it without a fault

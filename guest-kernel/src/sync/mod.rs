@@ -42,6 +42,15 @@ pub struct Guard<'k, A: Arch> {
     class: LockClass,
 }
 
+/// How a lock was taken.
+#[derive(Clone, Copy)]
+enum Taken {
+    /// Whoever wants it waits.
+    Waiting = 0,
+    /// It was free; else it would not have been taken, so no order with others matters.
+    Trying = 1,
+}
+
 /// A spin lock word is the holder's CPU plus one, 0 while free.
 impl<A: Arch> Kernel<A> {
     /// Takes the spin lock `word`.
@@ -54,7 +63,7 @@ impl<A: Arch> Kernel<A> {
             assert!(holder != me, "{class:?} lock taken twice by CPU {}", me - 1);
             self.wait(word, class);
         }
-        self.acquired(word, class)
+        self.acquired(word, class, Taken::Waiting)
     }
 
     /// Takes the spin lock `word` if nobody holds it, this CPU included.
@@ -66,7 +75,7 @@ impl<A: Arch> Kernel<A> {
         let me = self.arch.cpu() as u64 + 1;
         // It may fail where the lock is free: whoever only tries it takes that for held.
         spin::try_acquire(word, me).ok()?;
-        Some(self.acquired(word, class))
+        Some(self.acquired(word, class, Taken::Trying))
     }
 
     /// The guard of a spin lock that this CPU took on another stack: the scheduler's lock is held
@@ -93,14 +102,14 @@ impl<A: Arch> Kernel<A> {
         while !rwlock::try_read(word) {
             self.wait(word, class);
         }
-        self.acquired(word, class)
+        self.acquired(word, class, Taken::Waiting)
     }
 
     /// Takes the reader-writer lock `word` for writing: alone.
     pub fn write_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
         loop {
             match rwlock::try_write(word) {
-                Ok(()) => return self.acquired(word, class),
+                Ok(()) => return self.acquired(word, class, Taken::Waiting),
                 Err(rwlock::Refused::Raced) => {}
                 Err(rwlock::Refused::Held) => {
                     rwlock::claim(word);
@@ -120,11 +129,11 @@ impl<A: Arch> Kernel<A> {
         self.spin(Point::LockWait, [self.lock_id(word), class as u64]);
     }
 
-    fn acquired<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
+    fn acquired<'k>(&'k self, word: &'k AtomicU64, class: LockClass, taken: Taken) -> Guard<'k, A> {
         event!(
             self,
             EventKind::LockAcquire,
-            [self.lock_id(word), class as u64, 0, 0, 0],
+            [self.lock_id(word), class as u64, taken as u64, 0, 0],
         );
         point!(self, Point::LockAcquire, [self.lock_id(word), class as u64]);
         Guard {

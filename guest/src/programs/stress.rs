@@ -1,7 +1,7 @@
 //! `stress`: many threads do everything at once to overlapping parts of one region.
 //!
 //! Each thread draws one act after the other ([`acts::ACTS`]): it writes and reads, maps, unmaps, protects, drops, ages,
-//! moves, forks, takes pages away for a while; has them reclaimed, migrated and collapsed. Word `i` of every page belongs to thread `i`: nobody else writes it, and
+//! moves, forks, takes pages away for a while; has them reclaimed, migrated and collapsed. All map a [file](file), too. Word `i` of every page belongs to thread `i`: nobody else writes it, and
 //! what it writes says who, when and where.
 //!
 //! # What is wrong
@@ -11,6 +11,7 @@
 //! - *In what a thread has to itself*: pages that it has moved out of the region (mremap), what it has mapped for itself
 //!   alone, and in a forked child the whole region. There no word may change between two looks, and a word that was
 //!   written must hold what was written (`ChangedUnderneath`); what could be accessed once can be again.
+//! - *In the file* a word does not hold what its owner wrote last (`ChangedUnderneath`).
 //! - A call that fails and cannot on a correct kernel (`WrongResult`).
 //!
 //! # Why it is never a false alarm
@@ -22,6 +23,7 @@
 //! mremap, ENOMEM of mprotect and madvise.
 
 mod acts;
+mod file;
 mod words;
 
 use core::sync::atomic::AtomicU64;
@@ -87,13 +89,17 @@ struct Shared {
     /// How many values each thread has written.
     written: [AtomicU64; MAX_OWNERS],
     findings: Findings,
+    /// Descriptor of the file.
+    fd: u64,
 }
 
 pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let members = args
         .auto("threads")
         .map_or_else(|| natural_members(sys), |n| n as usize);
+    let file = file::map(sys);
     let shared = Shared {
+        fd: file.unwrap_or(0),
         pages: args.number("pages"),
         rounds: args.number("rounds"),
         looks: args.number("looks"),
@@ -106,7 +112,9 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let bytes = shared.pages * PAGE_SIZE;
     let flags = ANONYMOUS | map::FIXED_NOREPLACE;
     let base = sys.mmap(SUBJECT_GVA, bytes, prot::READ | prot::WRITE, flags);
-    if !must(sys, &shared.findings, SUBJECT_GVA, SUBJECT_GVA, base) {
+    if !must(sys, &shared.findings, 0, 0, file.map(|_| 0))
+        || !must(sys, &shared.findings, SUBJECT_GVA, SUBJECT_GVA, base)
+    {
         return shared.findings.status();
     }
     let result = team(sys, &shared, members, member, || {
@@ -117,6 +125,8 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     sys.end();
     let unmapped = sys.munmap(SUBJECT_GVA, bytes);
     must(sys, &shared.findings, SUBJECT_GVA, 0, unmapped);
+    let closed = file::unmap(sys, &shared);
+    must(sys, &shared.findings, 0, 0, closed);
     let (rounds, pages, threads) = (shared.rounds, shared.pages, shared.owners);
     print_line(
         sys,

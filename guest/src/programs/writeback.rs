@@ -3,6 +3,8 @@
 //! is the only one who writes, so it always finds what it wrote last, and that is still there when all is over and the pages
 //! were dropped once more: whoever makes a page clean while somebody can still write it loses that write.
 //!
+//! With `reclaim=1` the leader has pages reclaimed instead, dirty or not, without asking whether they were synced.
+//!
 //! Where there is no disk (ENOSYS) the file is one in memory, which nobody may lose either. Where the disk fails (`[disk]
 //! faults`), a sync says EIO and loses nothing, and an access may fail once, with SIGBUS.
 
@@ -33,6 +35,12 @@ pub(super) const PROGRAM: Program = Program {
             default: "1",
             range: 1..=1000,
             help: "times that each thread does what it does",
+        },
+        Arg {
+            name: "reclaim",
+            default: "0",
+            range: 0..=1,
+            help: "1: pages are reclaimed, and neither synced nor dropped by the leader; needs swap_slots",
         },
     ],
     data: Data::Ignored,
@@ -73,8 +81,9 @@ impl Shared {
 
 pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let (pages, passes) = (args.number("pages"), args.number("passes"));
+    let reclaims = args.number("reclaim") == 1;
     let bytes = pages * PAGE_SIZE;
-    let fd = open_file(sys, bytes);
+    let fd = sys.file(bytes);
     let shared = Shared {
         pages,
         passes,
@@ -96,8 +105,12 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         shared.go.store(1, Ordering::Release);
         sys.begin();
         for _ in 0..passes {
-            sync(sys, &shared);
-            drop_pages(sys, &shared);
+            if reclaims {
+                sys.reclaim(pages);
+            } else {
+                sync(sys, &shared);
+                drop_pages(sys, &shared);
+            }
         }
     });
     must(sys, findings, 0, 0, result.map(|()| 0));
@@ -110,16 +123,6 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     let _ = sys.close(shared.fd);
     print_line(sys, format_args!("writeback: over"));
     findings.status()
-}
-
-fn open_file<S: Sys>(sys: &S, bytes: u64) -> Result<u64, Errno> {
-    match sys.disk_file(0, bytes) {
-        Err(Errno::ENOSYS) => {
-            let fd = sys.memfd()?;
-            sys.ftruncate(fd, bytes).map(|_| fd)
-        }
-        opened => opened,
-    }
 }
 
 /// The other thread.
@@ -196,7 +199,7 @@ mod tests {
 
     #[test]
     fn linux_is_clean() {
-        for args in ["", "pages=3\0passes=200"] {
+        for args in ["", "pages=3\0passes=200", "reclaim=1\0passes=20"] {
             let outcome = native::run("writeback", args, None).unwrap();
             assert_eq!(outcome.reports, [], "{args:?}");
             assert_eq!(outcome.status, 0);

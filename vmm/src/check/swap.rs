@@ -7,8 +7,9 @@ use abi::objects::{FrameKind, lru};
 use abi::pte::NonPresent;
 
 use super::non_present::said;
+use super::writeback::disk_file;
 use super::{Applies, Context, Family, Finding, Findings, Invariant};
-use crate::inspect::SlotView;
+use crate::inspect::{FolioView, SlotView};
 
 pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
@@ -38,7 +39,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "S-23",
         family: Family::NonPresent,
-        predicate: "with swap every anonymous folio of one page is on exactly one LRU list, and nothing else is",
+        predicate: "with swap every anonymous folio of one page, and every page of a file on the disk, is on exactly one LRU list, and nothing else is",
         applies: Applies::QuiescentKernel,
         source: "Linux mm/swap.c, folio_add_lru; include/linux/mm_inline.h, lruvec_add_folio",
         run: listed_once,
@@ -139,18 +140,20 @@ fn listed_once(context: &Context<'_>, findings: &mut Findings) {
     let snapshot = context.snapshot;
     let mut listed = HashSet::new();
     for (number, list) in snapshot.swap.lists.iter().enumerate() {
-        let name = ["inactive", "active", "unevictable"][number];
+        let name = lru::NAMES[number];
         let (mut previous, mut next, mut count) = (0, list.first, 0);
         while next != 0 {
             let folio = snapshot.folios.get(next as usize);
             let wrong = match folio {
                 None => Some("which does not exist"),
                 Some(_) if !listed.insert(next) => Some("which is listed already"),
-                Some(folio) if !folio.is(FrameKind::Anon) => Some("which is not anonymous"),
+                Some(folio) if !folio.is(FrameKind::Anon) && !may_be_listed(context, folio) => {
+                    Some("which is neither anonymous nor of a file on the disk")
+                }
                 Some(folio) if !folio.is_listed() || folio.prev != previous => {
                     Some("which does not know")
                 }
-                Some(folio) if lru::list_of(folio.state) != number => {
+                Some(folio) if lru::list_of(folio.state, folio.is(FrameKind::File)) != number => {
                     Some("which belongs on another one")
                 }
                 Some(_) => None,
@@ -158,7 +161,7 @@ fn listed_once(context: &Context<'_>, findings: &mut Findings) {
             if let Some(wrong) = wrong {
                 findings.report(|| {
                     Finding::new(format!("the {name} list leads to a wrong frame"))
-                        .expected("anonymous folios, each once, linked both ways")
+                        .expected("folios that can be reclaimed, each once, linked both ways")
                         .found(format!("frame {next:#x}, {wrong}"))
                         .frame(next)
                 });
@@ -174,17 +177,24 @@ fn listed_once(context: &Context<'_>, findings: &mut Findings) {
                 .found(format!("last = {:#x}, count = {}", list.last, list.count))
         });
     }
-    for folio in context.anonymous_folios() {
+    let pages = snapshot.folios.iter();
+    let pages = pages.filter(|folio| disk_file(context, folio).is_some());
+    for folio in context.anonymous_folios().chain(pages) {
         let is_listed = listed.contains(&folio.frame);
         // Those of 2 MiB are not reclaimed.
         let is_wanted = snapshot.swap.is_on() && folio.order == 0;
         findings.require(is_listed == is_wanted, || {
-            Finding::new("an anonymous folio that reclaim does not find, or should not")
+            Finding::new("a folio that reclaim does not find, or should not")
                 .expected(if is_wanted { "on a list" } else { "on none" })
                 .found(if is_listed { "on a list" } else { "on none" })
                 .frame(folio.frame)
         });
     }
+}
+
+/// A page of a file on the disk, or one that has left its file and is in use still.
+fn may_be_listed(context: &Context<'_>, folio: &FolioView) -> bool {
+    folio.is(FrameKind::File) && (folio.owner == 0 || disk_file(context, folio).is_some())
 }
 
 fn cached_for_somebody(context: &Context<'_>, findings: &mut Findings) {

@@ -36,7 +36,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
 ];
 
 /// The file on the disk that the folio is a page of, and is not about to leave.
-fn disk_file<'a>(context: &Context<'a>, folio: &FolioView) -> Option<&'a FileView> {
+pub(super) fn disk_file<'a>(context: &Context<'a>, folio: &FolioView) -> Option<&'a FileView> {
     let of_file = folio.is(FrameKind::File).then_some(folio.owner)?;
     context
         .snapshot
@@ -78,7 +78,9 @@ fn written_is_dirty(context: &Context<'_>, findings: &mut Findings) {
 fn states_agree(context: &Context<'_>, findings: &mut Findings) {
     const UPTODATE: u8 = folio_state::UPTODATE;
     const NEEDS_CONTENTS: u8 = folio_state::DIRTY | folio_state::WRITEBACK;
-    const KNOWN: u8 = UPTODATE | NEEDS_CONTENTS | folio_state::READING;
+    /// What the LRU lists know of it.
+    const LISTED: u8 =
+        folio_state::LRU | folio_state::ACTIVE | folio_state::REFERENCED | folio_state::UNEVICTABLE;
     let pages = context.snapshot.folios.iter();
     for folio in pages.filter(|folio| folio.is(FrameKind::File)) {
         let Some(file) = context.snapshot.files.get(&folio.owner) else {
@@ -86,7 +88,7 @@ fn states_agree(context: &Context<'_>, findings: &mut Findings) {
         };
         let (state, fresh) = (folio.state, folio.flags & folio_flags::FRESH != 0);
         let right = if file.on_disk {
-            state & !KNOWN == 0
+            (context.snapshot.swap.is_on() || state & LISTED == 0)
                 && fresh == (state & UPTODATE == 0)
                 && !(fresh && state & NEEDS_CONTENTS != 0)
                 && (fresh || state & folio_state::READING == 0)

@@ -17,7 +17,11 @@ pub(super) fn audit_disk_pages<A: Arch>(kernel: &Kernel<A>, found: &Found) {
         if folio.kind.get() != FrameKind::File as u8 {
             continue;
         }
-        let state = folio.state.get();
+        let of_lists = folio_state::LRU
+            | folio_state::ACTIVE
+            | folio_state::REFERENCED
+            | folio_state::UNEVICTABLE;
+        let state = folio.state.get() & !of_lists;
         if !kernel.file_on_disk(Pa::<File>::new(folio.owner.get())) {
             assert_eq!(state, 0, "a page of a file in memory knows of the disk");
             continue;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use abi::layout::PAGE_SHIFT;
-use abi::objects::{FrameKind, folio_state, lru};
+use abi::objects::{FrameKind, Pa, folio_state, lru};
 
 use super::audit::Found;
 use crate::Kernel;
@@ -39,7 +39,10 @@ pub(super) fn audit_swap<A: Arch>(kernel: &Kernel<A>, found: &Found) {
     let listed = audit_lists(kernel);
     for frame in 1..kernel.root().nr_frames.get() {
         let folio = kernel.frame_folio(frame);
-        if folio.kind.get() != FrameKind::Anon as u8 {
+        let file = Pa::new(folio.owner.get()).some();
+        let on_disk = folio.kind.get() == FrameKind::File as u8
+            && file.is_some_and(|file| kernel.file_on_disk(file));
+        if folio.kind.get() != FrameKind::Anon as u8 && !on_disk {
             continue;
         }
         let is_listed = listed.contains(&frame);
@@ -63,11 +66,12 @@ fn audit_lists<A: Arch>(kernel: &Kernel<A>) -> BTreeSet<u64> {
         while frame != 0 {
             let folio = kernel.frame_folio(frame);
             assert!(listed.insert(frame), "frame {frame:#x} is listed twice");
-            assert_eq!(folio.kind.get(), FrameKind::Anon as u8);
+            let kind = FrameKind::from_u8(folio.kind.get()).unwrap();
+            assert!(kind.is_user(), "{kind:?}");
             assert_eq!(folio.prev.get(), prev);
             let state = folio.state.get();
             assert_ne!(state & folio_state::LRU, 0);
-            assert_eq!(lru::list_of(state), number);
+            assert_eq!(lru::list_of(state, kind == FrameKind::File), number);
             count += 1;
             (prev, frame) = (frame, folio.next.get());
         }

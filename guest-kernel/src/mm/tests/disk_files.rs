@@ -13,15 +13,15 @@ use crate::arch::model::testing::Machine;
 use crate::mm::{FaultError, Field, Slot};
 
 /// First sector and pages of the file of a test.
-const SECTOR: u64 = 64;
-const PAGES: u64 = 8;
+pub(super) const SECTOR: u64 = 64;
+pub(super) const PAGES: u64 = 8;
 /// What a test disk holds where nobody has written.
-const BLANK: u64 = 0xdbdb_dbdb_dbdb_dbdb;
+pub(super) const BLANK: u64 = 0xdbdb_dbdb_dbdb_dbdb;
 const ALL: std::ops::Range<u64> = 0..u64::MAX;
 
 /// Runs `test` with a file on the disk and two mms, of CPUs 0 and 1, which map all of it at [`AT`]; expects nothing to be
 /// left.
-fn with_params(params: &str, test: impl FnOnce(&TestKernel, Pa<File>, [Pa<Mm>; 2])) {
+pub(super) fn with_params(params: &str, test: impl FnOnce(&TestKernel, Pa<File>, [Pa<Mm>; 2])) {
     let machine = Machine::new(2, params);
     let k = machine.kernel();
     let mms = [space(k, &[0]), space(k, &[1])];
@@ -57,7 +57,7 @@ fn is_dirty(k: &TestKernel, gpa: u64) -> bool {
 }
 
 /// The word that the disk holds for byte `at` of the file.
-fn stored(k: &TestKernel, at: u64) -> u64 {
+pub(super) fn stored(k: &TestKernel, at: u64) -> u64 {
     let sector = SECTOR + at / PAGE * (PAGE / SECTOR_BYTES);
     let at = (at % PAGE) as usize;
     let mut disk = k.arch.disk();

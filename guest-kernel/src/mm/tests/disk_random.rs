@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use abi::disk::DiskOp;
-use abi::objects::{File, Mm, Pa};
+use abi::objects::{File, Mm, Pa, lru};
 use abi::syscall::{Errno, advice, map, msync, prot};
 use proptest::prelude::*;
 
@@ -12,6 +12,8 @@ use super::files::put;
 use super::{AT, PAGE, RW, TestKernel, audit, teardown};
 use crate::Kernel;
 use crate::arch::model::testing::Machine;
+use crate::mm::lru::CLUSTER;
+use crate::mm::reclaim::Used;
 use crate::mm::{Backing, FaultError, Field};
 
 const CPUS: usize = 2;
@@ -40,6 +42,8 @@ enum Op {
     BeginWriting,
     Evict,
     Migrate(u64, u64),
+    /// Of pages of files alone: the disk loses what it cannot read of the swap area.
+    Reclaim,
     /// Requests of this kind fail from now on.
     Fail(Option<DiskOp>),
 }
@@ -77,6 +81,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::BeginWriting),
         3 => Just(Op::Evict),
         2 => range.prop_map(|(at, n)| Op::Migrate(at, n)),
+        4 => Just(Op::Reclaim),
         2 => fails.prop_map(Op::Fail),
     ]
 }
@@ -283,6 +288,14 @@ impl World<'_> {
                 let moved = k.on(cpu, |k| k.migrate_range(mm, gva(at), pages * PAGE));
                 prop_assert!(moved.unwrap() <= pages);
             }
+            Op::Reclaim => {
+                for list in [lru::INACTIVE_FILE, lru::UNEVICTABLE] {
+                    k.on(cpu, |k| {
+                        k.shrink_folios(&k.lru_isolate(list, CLUSTER), Used::Counts);
+                    });
+                }
+                self.failed |= self.fails == Some(DiskOp::Write);
+            }
             Op::Fail(fails) => {
                 self.fails = fails;
                 k.arch.disk().fails = fails;
@@ -353,7 +366,11 @@ proptest! {
     #[test]
     fn what_was_written_is_seen_and_what_was_synced_is_kept(
         steps in steps(),
-        cmdline in prop_oneof![Just(""), Just("gather_batch=1 flush_ceiling=0 file_fault_around=1")],
+        cmdline in prop_oneof![
+            Just(""),
+            Just("swap_slots=1"),
+            Just("gather_batch=1 flush_ceiling=0 file_fault_around=1 swap_slots=1"),
+        ],
     ) {
         run(cmdline, &steps)?;
     }

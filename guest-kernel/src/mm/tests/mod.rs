@@ -32,6 +32,7 @@ mod random;
 mod rcu;
 #[cfg(feature = "testbed")]
 mod reclaim;
+mod reclaim_files;
 mod remap;
 mod semantics;
 mod tables;

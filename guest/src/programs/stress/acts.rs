@@ -37,6 +37,8 @@ enum Act {
     Reuse,
     /// Forks; the child watches its copy.
     Fork,
+    /// Writes to a file on the disk, syncs it, drops its pages, or has them reclaimed.
+    File,
 }
 
 /// Acts, and how often they are drawn.
@@ -56,6 +58,7 @@ const ACTS: &[(Act, u64)] = &[
     (Act::Take, 8),
     (Act::Reuse, 6),
     (Act::Fork, 3),
+    (Act::File, 8),
 ];
 
 /// Pages of a folio of 2 MiB.
@@ -147,6 +150,7 @@ impl<S: Sys> Owner<'_, S> {
             Act::Take => self.take(part),
             Act::Reuse => self.reuse(part.pages),
             Act::Fork => self.fork(part),
+            Act::File => self.use_file(),
         }
     }
 
@@ -158,7 +162,7 @@ impl<S: Sys> Owner<'_, S> {
         Part { first, pages }
     }
 
-    fn expect(&self, result: Result<u64, Errno>, legal: &[Errno]) -> bool {
+    pub(super) fn expect(&self, result: Result<u64, Errno>, legal: &[Errno]) -> bool {
         if let Err(errno) = result
             && !legal.contains(&errno)
         {

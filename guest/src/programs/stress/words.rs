@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 use abi::channel::ReportKind::{ChangedUnderneath, ForeignFrame};
 use abi::layout::PAGE_SIZE;
 
-use super::{MAX_OWNERS, SUBJECT_GVA, Shared};
+use super::{MAX_OWNERS, SUBJECT_GVA, Shared, file};
 use crate::sys::Sys;
 use crate::tag::{Region, SLOTS, Tag, address};
 use crate::team::Findings;
@@ -19,6 +19,8 @@ pub(super) struct Owner<'a, S> {
     written: u64,
     /// Whether others are told how many values it has written.
     tells: bool,
+    /// What it wrote last into its word of each page of the file.
+    pub(super) file: [Option<u64>; file::PAGES as usize],
 }
 
 /// Pages that a thread has to itself at a time, at most.
@@ -36,6 +38,7 @@ impl<'a, S: Sys> Owner<'a, S> {
             random: mix(shared.seed ^ (index as u64 + 1) << 48),
             written: 0,
             tells: true,
+            file: [None; file::PAGES as usize],
         }
     }
 
@@ -62,19 +65,24 @@ impl<'a, S: Sys> Owner<'a, S> {
 
     /// Writes one at `gva`, which may lie elsewhere than in page `page`; returns it where that did not fault.
     fn write_at(&mut self, gva: u64, page: u64) -> Option<u64> {
-        self.written += 1;
         let tag = Tag {
             region: Region::Subject,
-            generation: self.written,
+            generation: self.number(),
             page,
             slot: self.index as u64,
         };
+        let value = tag.encode();
+        self.sys.write(gva, value).is_ok().then_some(value)
+    }
+
+    /// The number of the next value.
+    pub(super) fn number(&mut self) -> u64 {
+        self.written += 1;
         if self.tells {
             // Before the value is there for anybody to see.
             self.shared.written[self.index].store(self.written, Ordering::Release);
         }
-        let value = tag.encode();
-        self.sys.write(gva, value).is_ok().then_some(value)
+        self.written
     }
 
     /// Reads all words of `page` of the region. False where that faulted.

@@ -4,7 +4,7 @@
 //! `Documentation/mm/process_addrs.rst`), so a schedule that breaks it is reported whether or not another
 //! one takes the locks the other way round: a deadlock needs both, and only one of them is wrong.
 
-use abi::channel::EventKind;
+use abi::channel::{Event, EventKind};
 use abi::lock::LockClass;
 use rustc_hash::FxHashSet;
 
@@ -81,7 +81,9 @@ impl Locks {
             found.push(violation(HOLDER, finding));
         }
         let mine = [Holder::Cpu(seen.vcpu), Holder::Task(seen.event.task)];
-        let mut before = self.held.iter().filter(|(who, ..)| mine.contains(who));
+        let waits = !was_tried(&seen.event);
+        let before = self.held.iter();
+        let mut before = before.filter(|(who, ..)| waits && mine.contains(who));
         let wrong = before.find(|(_, _, held)| {
             rank(*held) > rank(class) || rank(*held) == rank(class) && !may_nest(class)
         });
@@ -162,6 +164,12 @@ pub(super) fn holder(seen: &Seen, class: LockClass) -> Holder {
     }
 }
 
+/// True where a lock was only tried: who does not wait for it closes no cycle (Linux's lockdep, the trylock argument of
+/// lock_acquire).
+pub(super) fn was_tried(event: &Event) -> bool {
+    event.args[2] != 0
+}
+
 /// True for the number of a class that a mmap_lock is held by.
 pub(super) fn is_mmap_lock(class: u64) -> bool {
     use LockClass::{MmapRead, MmapWrite};
@@ -238,6 +246,22 @@ mod tests {
         assert_eq!(ids(&folio_first), ["K-01"]);
         let two_leaves = [(0, 1, LockAcquire, 4, Sched), (0, 1, LockAcquire, 5, Buddy)];
         assert_eq!(ids(&two_leaves), ["K-01"]);
+    }
+
+    #[test]
+    fn a_lock_that_was_only_tried_has_no_order() {
+        let mut locks = Locks::default();
+        let mut found = Vec::new();
+        let mut take = |word, class: LockClass, tried| {
+            let mut seen = seen(0, 1, LockAcquire, word, class as u64);
+            seen.event.args[2] = tried;
+            locks.observe(&seen, &mut found);
+            found.len()
+        };
+        take(3, AnonVma, 0);
+        assert_eq!(take(7, Folio, 1), 0);
+        // Held it is all the same.
+        assert_eq!(take(8, MmapRead, 0), 1);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use abi::layout::PAGE_SHIFT;
 use abi::lock::LockClass;
 use abi::objects::{Folio, FrameKind, KernelRoot, Mm};
 
-use super::locks::{Holder, holder};
+use super::locks::{Holder, holder, was_tried};
 use super::words::Word as _;
 use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
@@ -78,7 +78,12 @@ fn class_of(class: LockClass) -> LockClass {
 impl LockOrder {
     fn acquired(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
         let mine = [Holder::Cpu(seen.vcpu), Holder::Task(seen.event.task)];
-        for at in 0..self.held.len() {
+        let others = if was_tried(&seen.event) {
+            0
+        } else {
+            self.held.len()
+        };
+        for at in 0..others {
             let (who, under, held) = self.held[at];
             if !mine.contains(&who) || under == word {
                 continue;
@@ -239,10 +244,12 @@ mod tests {
     fn run(order: &mut LockOrder, steps: &[Step]) -> Vec<Violation> {
         let mut found = Vec::new();
         for &(task, kind, word, class) in steps {
+            // The object of an mm; nothing was only tried.
+            let third = if kind == MmCreate { word } else { 0 };
             let event = Event {
                 kind: kind as u32,
                 task,
-                args: [word, class, word, 0, 0],
+                args: [word, class, third, 0, 0],
                 ..Event::default()
             };
             let vcpu = task as usize;
@@ -330,6 +337,28 @@ mod tests {
             order.observe(&Seen { vcpu: 1, event }, &mut Vec::new());
             assert_eq!(run(&mut order, &nest(1, b, a)).len(), cycles);
         }
+    }
+
+    #[test]
+    fn a_lock_that_was_only_tried_closes_no_cycle() {
+        let mut order = LockOrder::default();
+        run(&mut order, &nest(1, (1, LockClass::Folio), (2, AnonVma)));
+        let mut tried = |tried, cycles| {
+            let mut found = Vec::new();
+            for (word, class, tried) in [(3, AnonVma, 0), (4, LockClass::Folio, tried)] {
+                let event = Event {
+                    kind: Take as u32,
+                    task: 2,
+                    args: [word, class as u64, tried, 0, 0],
+                    ..Event::default()
+                };
+                order.observe(&Seen { vcpu: 1, event }, &mut found);
+            }
+            assert_eq!(found.len(), cycles);
+            order.reset();
+        };
+        tried(1, 0);
+        tried(0, 1);
     }
 
     #[test]

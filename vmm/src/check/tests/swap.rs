@@ -1,7 +1,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
-use abi::objects::{FrameKind, Pa, SwapSlot, folio_state, lru};
+use abi::objects::{File, FrameKind, Pa, SwapSlot, folio_state, lru};
 use abi::pte::NonPresent;
 
 use super::non_present::add_entry;
@@ -23,17 +23,17 @@ fn fires(ids: &[&str], corrupt: impl FnOnce(&World)) {
                 is_anon && folio.order.load(Relaxed) == 0
             });
             if is_listed {
-                list(world, frame);
+                list(world, frame, lru::INACTIVE);
             }
         }
         corrupt(world);
     });
 }
 
-/// Puts a frame on the inactive list.
-fn list(world: &World, frame: u64) {
+/// Puts a frame on a list.
+fn list(world: &World, frame: u64, number: usize) {
     let next = world.root(|root| {
-        let list = &root.lru[lru::INACTIVE];
+        let list = &root.lru[number];
         let next = list.first.swap(frame, Relaxed);
         if next == 0 {
             list.last.store(frame, Relaxed);
@@ -42,7 +42,7 @@ fn list(world: &World, frame: u64) {
         next
     });
     world.folio(frame, |folio| {
-        folio.state.store(folio_state::LRU, Relaxed);
+        folio.state.fetch_or(folio_state::LRU, Relaxed);
         folio.next.store(next, Relaxed);
         folio.prev.store(0, Relaxed);
     });
@@ -145,6 +145,49 @@ fn s23_a_folio_that_reclaim_does_not_find() {
     });
 }
 
+/// The pages of the file, which is on the disk: they were read, and are dirty.
+fn pages_on_disk(world: &World) -> Vec<u64> {
+    world.update::<File, _>(world.file, |file| file.on_disk.store(1, Relaxed));
+    let frames = world.root(|root| root.nr_frames.load(Relaxed));
+    let is_page = |frame: &u64| {
+        world.folio(*frame, |folio| {
+            folio.kind.load(Relaxed) == FrameKind::File as u8
+        })
+    };
+    let pages: Vec<u64> = (1..frames).filter(is_page).collect();
+    for page in &pages {
+        world.folio(*page, |folio| {
+            let state = folio_state::UPTODATE | folio_state::DIRTY;
+            folio.state.store(state, Relaxed);
+        });
+    }
+    pages
+}
+
+#[test]
+fn s23_a_page_of_a_file_that_reclaim_does_not_find() {
+    let listed = |world: &World, number: usize, left_out: usize| {
+        for page in &pages_on_disk(world)[left_out..] {
+            list(world, *page, number);
+        }
+    };
+    fires(&[], |world| listed(world, lru::INACTIVE_FILE, 0));
+    fires(&["S-23"], |world| listed(world, lru::INACTIVE_FILE, 1));
+    fires(&["S-23"], |world| listed(world, lru::INACTIVE, 0));
+    fires(&["S-23"], |world| {
+        listed(world, lru::INACTIVE_FILE, 0);
+        // In memory, so there is nowhere to write it to.
+        world.update::<File, _>(world.file, |file| file.on_disk.store(0, Relaxed));
+        for page in 1..world.root(|root| root.nr_frames.load(Relaxed)) {
+            world.folio(page, |folio| {
+                if folio.kind.load(Relaxed) == FrameKind::File as u8 {
+                    folio.state.store(0, Relaxed);
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn s24_a_folio_is_cached_for_nobody() {
     fires(&["S-24"], |world| {
@@ -153,7 +196,7 @@ fn s24_a_folio_is_cached_for_nobody() {
             folio.kind.store(FrameKind::Anon as u8, Relaxed);
             folio.used.store(1, Relaxed);
         });
-        list(world, frame);
+        list(world, frame, lru::INACTIVE);
         slot(world, 0, |slot| {
             slot.folio.store(frame << PAGE_SHIFT, Relaxed);
         });

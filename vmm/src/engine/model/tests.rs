@@ -13,7 +13,7 @@ use crate::explore::{Driver, Ending, Execution, Limits, Scheduler, switches};
 use crate::report::story;
 use crate::scenario::{self, Scenario};
 
-pub(crate) const TESTS: [&str; 25] = [
+pub(crate) const TESTS: [&str; 26] = [
     "unmap",
     "protect",
     "dontneed",
@@ -39,6 +39,7 @@ pub(crate) const TESTS: [&str; 25] = [
     "reclaim-protect",
     "kswapd",
     "writeback",
+    "reclaim-file",
 ];
 
 /// vCPUs that a test needs to show all that it can.
@@ -54,7 +55,7 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
     // Fewer slots than there are mms: a slot is kept now, and given away then.
     let more = match test {
         "pcid" => ", pcid = \"on\", asids = 2",
-        "reclaim" | "reclaim-protect" | "kswapd" => ", swap_slots = 16",
+        "reclaim" | "reclaim-protect" | "reclaim-file" | "kswapd" => ", swap_slots = 16",
         "groups-touch" | "groups-move" => ", groups = \"on\"",
         _ => "",
     };
@@ -62,6 +63,7 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
         Some(("huge", test)) => ("huge", format!("test = \"{test}\"")),
         Some(("groups", test)) => ("groups", format!("test = \"{test}\", pages = 1")),
         _ if test == "writeback" => (test, String::new()),
+        _ if test == "reclaim-file" => ("writeback", "reclaim = 1".into()),
         _ => ("litmus", format!("test = \"{test}\", pages = {pages}")),
     };
     let text = format!(
@@ -167,7 +169,7 @@ fn pcids_are_kept_flushed_and_taken() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 32] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 33] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -200,6 +202,7 @@ pub(crate) const SHOWN_BY: [(&str, &str); 32] = [
     ("uncharge-current-group", "groups-move"),
     ("mkclean-no-flush", "writeback"),
     ("zap-loses-dirty", "writeback"),
+    ("reclaim-loses-dirty", "reclaim-file"),
 ];
 
 /// What no scheduling point separates: only schedules of instructions show it (`engine::kvm::tests`).
@@ -281,6 +284,7 @@ fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
             "peek",
             "punch",
             "reclaim",
+            "reclaim-file",
             "switch",
             "truncate",
             "wake",
@@ -303,7 +307,12 @@ fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
         campaign::run(make, &plan, &Counts::default(), &AtomicBool::new(false)).unwrap()
     };
     // Hundreds of points all come before those to be preempted at, or it takes two preemptions: minutes in a debug build.
-    let late = ["gup-fast-no-recheck", WALKS_SHOW, "zap-loses-dirty"];
+    let late = [
+        "gup-fast-no-recheck",
+        WALKS_SHOW,
+        "zap-loses-dirty",
+        "reclaim-loses-dirty",
+    ];
     let soon = |bug: &str| !late.contains(&bug);
     for (bug, test) in SHOWN_BY.into_iter().filter(|(bug, _)| soon(bug)) {
         assert!(!search(test, Some(bug)).found.is_empty(), "{bug} by {test}");

@@ -33,7 +33,7 @@ pub const INVARIANTS: &[Rule] = &[
     ),
     (
         UNCOUNTED,
-        "an mm is loaded only while it is counted, and mapped only while it has users",
+        "an mm is loaded only while it is counted, and gets entries only while it has users, but for what a walk back from a folio puts back",
     ),
 ];
 
@@ -64,6 +64,8 @@ pub struct Lifetime {
     generations: FxHashMap<u64, u64>,
     /// Who uses which VMA: a task, whether it walks already, the VMA.
     in_use: Vec<(u32, bool, u64)>,
+    /// Tasks that walk back from a folio, and the mms that they have come to.
+    walking_back: Vec<(u32, u64)>,
 }
 
 impl Lifetime {
@@ -155,12 +157,31 @@ impl Lifetime {
         }
     }
 
+    /// A walk back begins or ends.
+    fn walk(&mut self, seen: &Seen, kind: EventKind) {
+        let [mm, _, walker, ..] = seen.event.args;
+        if walker != Walker::Rmap as u64 {
+            return;
+        }
+        let me = seen.event.task;
+        self.walking_back.retain(|(task, _)| *task != me);
+        if kind == EventKind::WalkBegin {
+            self.walking_back.push((me, mm));
+        }
+    }
+
+    fn walks_back(&self, seen: &Seen, mm: u64) -> bool {
+        self.walking_back.contains(&(seen.event.task, mm))
+    }
+
     fn uncounted(&self, seen: &Seen, kind: EventKind, found: &mut Vec<Violation>) {
         let [a, b, _, _, new] = seen.event.args;
         let (mm, count, does) = match kind {
             EventKind::Cr3Load => (b, EventKind::MmCount, "is loaded"),
             EventKind::VmaAttach => (a, EventKind::MmUsers, "gets a VMA"),
-            EventKind::PteChange if Pte(new).is_present() => {
+            // Migration and reclaim come by the folio, to an mm that nobody uses any more too, until its VMAs are unlinked
+            // (Linux's exit_mmap): the end of the mm removes what they put back.
+            EventKind::PteChange if Pte(new).is_present() && !self.walks_back(seen, a) => {
                 (a, EventKind::MmUsers, "gets an entry")
             }
             _ => return,
@@ -214,6 +235,7 @@ impl Monitor for Lifetime {
         self.counts.clear();
         self.generations.clear();
         self.in_use.clear();
+        self.walking_back.clear();
     }
     fn follows(&self) -> Kinds {
         const {
@@ -262,6 +284,9 @@ impl Monitor for Lifetime {
         self.uncounted(seen, kind, found);
         if let EventKind::VmaAlloc | EventKind::VmaFree = kind {
             self.generations.insert(args[0], args[1]);
+        }
+        if let EventKind::WalkBegin | EventKind::WalkEnd = kind {
+            self.walk(seen, kind);
         }
         match kind {
             EventKind::VmaAlloc => self.vma(seen, args[0], Vma::Allocated, found),
@@ -391,6 +416,12 @@ mod tests {
         assert_eq!(ids_of(&[set(users, 0), attach]), ["O-06"]);
         assert_eq!(ids_of(&[set(users, 0), map]), ["O-06"]);
         assert_eq!(ids_of(&[set(users, 0), unmap]), [""; 0], "the end of an mm");
+        let walk = |kind, mm| (1, kind, [mm, 0x1000, Walker::Rmap as u64, 0, 0]);
+        let (begin, end) = (EventKind::WalkBegin, EventKind::WalkEnd);
+        assert_eq!(ids_of(&[set(users, 0), walk(begin, 3), map]), [""; 0]);
+        assert_eq!(ids_of(&[set(users, 0), walk(begin, 4), map]), ["O-06"]);
+        let over = [set(users, 0), walk(begin, 3), walk(end, 3), map];
+        assert_eq!(ids_of(&over), ["O-06"]);
     }
 
     #[test]

@@ -305,6 +305,16 @@ fn what_another_call_took_away_meanwhile_is_not_this_calls_to_flush() {
     let enter = call(EventKind::SyscallEnter, nr::MADVISE);
     let exit = call(EventKind::SyscallExit, nr::MADVISE);
     assert_eq!(ids(&[enter, other, exit]), [""; 0]);
+    // What was gone before is, but not of who only moves pages.
+    let before = |nr| {
+        let over = call(EventKind::SyscallExit, nr);
+        ids(&[other, call(EventKind::SyscallEnter, nr), over])
+    };
+    assert_eq!(before(nr::MPROTECT), ["T-04"]);
+    assert_eq!(before(nr::TESTBED_MIGRATE), [""; 0]);
+    let [enter, exit] = [EventKind::SyscallEnter, EventKind::SyscallExit]
+        .map(|kind| call(kind, nr::TESTBED_MIGRATE));
+    assert_eq!(ids(&[enter, pte(rw(), 0), exit]), ["T-04"]);
 }
 
 #[test]

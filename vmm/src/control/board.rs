@@ -20,6 +20,7 @@ use super::channel::Channel;
 use super::console::Console;
 use super::disturb::Disturber;
 use crate::kvm::vcpu::{Access, Event, Fault, Kick, Notice, Platform};
+use crate::kvm::vm::Wire;
 use crate::memory::{GuestRam, PhysMem};
 use crate::scenario::Disturb;
 
@@ -53,6 +54,8 @@ pub(super) struct Board {
     mmio: Bus,
     serial: Arc<SerialPort>,
     disk: Mutex<Disk>,
+    /// To local APICs that are KVM's.
+    wire: Option<Wire>,
     ram: GuestRam,
     console: Console,
     /// None with an in-kernel irqchip.
@@ -106,6 +109,7 @@ impl Board {
             apics,
             kicks: (0..vcpus).map(|_| Arc::default()).collect(),
             disk: Mutex::new(disk),
+            wire: None,
             ram: ram.clone(),
             held: serialised.then(|| Mutex::new(vec![BTreeSet::new(); vcpus])),
             disturber: None,
@@ -141,6 +145,12 @@ impl Board {
         let sink = Box::new(self.console.clone());
         self.serial.set_registers(image.serial, sink);
         self.console.set_text(&image.console);
+    }
+
+    /// The same board, whose devices interrupt by this wire where it has no local APICs.
+    pub(super) fn wired(mut self, wire: Option<Wire>) -> Self {
+        self.wire = wire;
+        self
     }
 
     /// The same board, disturbed by these rules.
@@ -190,26 +200,31 @@ impl Board {
         lock(&self.disk).in_flight(vcpu)
     }
 
-    /// Lets the disk do the oldest request of `vcpu`, and interrupts it.
-    pub(super) fn disk_complete(&self, vcpu: usize) {
+    /// Lets the disk do the oldest request of `vcpu`, and interrupts it where its local APIC is the board's.
+    pub(super) fn disk_complete(&self, vcpu: usize) -> bool {
         // The disk's lock is released before the local APIC takes its own.
         let done = lock(&self.disk).complete(vcpu, &Ram(&self.ram));
         if done && let Some(apics) = &self.apics {
             apics.deliver(vcpu, abi::disk::VECTOR);
         }
+        done
     }
 
-    /// Takes a request. When it is done is a choice of the schedule; in runs without one it is done at once, and a vCPU
-    /// whose interrupt controller is KVM's needs no interrupt, for it looks for the answer before it sleeps.
-    fn disk_submit(&self, cpu: usize, request: u64) {
+    /// Takes a request. When it is done is a choice of the schedule; in runs without one it is done at once. The interrupt
+    /// comes all the same: not who asks may need it, but others who wait for what is moved.
+    fn disk_submit(&self, cpu: usize, request: u64) -> Result<(), Event> {
         let refused = lock(&self.disk).submit(cpu, request, &Ram(&self.ram));
         if self.held.is_some() {
             if !refused {
                 Channel::new(&self.ram, cpu).set_budget(1);
             }
-        } else {
-            self.disk_complete(cpu);
+        } else if self.disk_complete(cpu)
+            && let Some(wire) = &self.wire
+        {
+            let sent = wire.interrupt(cpu, abi::disk::VECTOR);
+            sent.map_err(|error| unexpected(error.to_string()))?;
         }
+        Ok(())
     }
 
     /// Delivers an IPI at once, or holds it.
@@ -269,10 +284,7 @@ impl Platform for Board {
             Effect::Doorbell(value) => Err(Event::Doorbell(value)),
             Effect::Exit(status) => Err(Event::Exit(status)),
             Effect::Ipi(request) => self.deliver(request),
-            Effect::Disk { cpu, request } => {
-                self.disk_submit(cpu, request);
-                Ok(())
-            }
+            Effect::Disk { cpu, request } => self.disk_submit(cpu, request),
         }
     }
 

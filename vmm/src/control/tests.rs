@@ -398,28 +398,95 @@ fn a_string_instruction_writes_to_the_console() {
     assert_eq!(*sink.0.lock().unwrap(), text);
 }
 
-/// vCPU 0 sends vector 0x50 to vCPU 1, which has halted; its handler counts, and it ends the run.
-#[test]
-fn an_ipi_wakes_a_halted_vcpu_in_both_modes() {
-    let lapic = |register: u32, value: u32| {
-        // mov dword ptr [rbx + register], value
-        let mut code = vec![0xc7, 0x83];
-        code.extend(register.to_le_bytes());
-        code.extend(value.to_le_bytes());
-        code
-    };
-    let with_scratch = |opcode: &[u8], word| [opcode, &scratch_offset(word)].concat();
+/// `mov dword ptr [rbx + register], value`
+fn lapic(register: u32, value: u32) -> Vec<u8> {
+    let mut code = vec![0xc7, 0x83];
+    code.extend(register.to_le_bytes());
+    code.extend(value.to_le_bytes());
+    code
+}
 
+fn with_scratch(opcode: &[u8], word: u64) -> Vec<u8> {
+    [opcode, &scratch_offset(word)].concat()
+}
+
+/// Gets ready for interrupts, does `then`, halts until one came, and ends the run.
+fn receiver(then: &[u8]) -> Vec<u8> {
     let mut receiver = vec![0x48, 0x8d, 0xa6]; // lea rsp, [rsi + disp32]: a stack below scratch
     receiver.extend(scratch_offset(0));
     receiver.extend(with_scratch(&[0x0f, 0x01, 0x96], 10)); // lgdt [rsi + disp32]
     receiver.extend(with_scratch(&[0x0f, 0x01, 0x9e], 12)); // lidt [rsi + disp32]
     receiver.extend(lapic(0xf0, 0x1ff)); // SVR: enable
-    receiver.extend(count(0)); // ready
+    receiver.extend(then);
     receiver.extend([0xfb, HLT]); // sti; hlt
     receiver.extend(out(port::EXIT, 7));
     receiver.push(HLT);
+    receiver
+}
 
+/// Counts in scratch word 1.
+fn handler() -> Vec<u8> {
+    let mut handler = lapic(0xb0, 0); // EOI
+    handler.extend(count(1));
+    handler.extend([0x48, 0xcf]); // iretq
+    handler
+}
+
+/// The tables of a [`receiver`], whose handler of `vector` lies at `handler_at`.
+fn put_tables(machine: &Machine, vector: u64, handler_at: u64) {
+    let put = |word: u64, value: u64| {
+        machine
+            .ram()
+            .write_value(SCRATCH + 8 * word, &value)
+            .unwrap();
+    };
+    let gva = |word: u64| DIRECT_MAP_BASE + SCRATCH + 8 * word;
+    // Descriptor tables: limit and base of each, GDT at word 20, IDT at word 32.
+    for (register, table, limit) in [(10, 20, 0x17_u64), (12, 32, 0xfff)] {
+        put(register, limit | gva(table) << 16);
+        put(register + 1, gva(table) >> 48);
+    }
+    put(21, 0x00af_9b00_0000_ffff); // 64-bit code, selector 0x08
+    put(22, 0x00cf_9300_0000_ffff); // data, selector 0x10
+    let low = handler_at & 0xffff | 0x08 << 16 | 0x8e00 << 32;
+    put(32 + 2 * vector, low | (handler_at >> 16 & 0xffff) << 48);
+    put(33 + 2 * vector, handler_at >> 32);
+}
+
+/// A task that did not ask for what the disk moves may wait for it too: not even who asked may be awake.
+#[test]
+fn the_disk_interrupts_whoever_asked_it_in_both_modes() {
+    let request = out(port::DISK, SCRATCH as u32 + 4 * 8);
+    let mut code = vec![0x48, 0xbb]; // mov rbx, LAPIC_GVA
+    code.extend(LAPIC_GVA.to_le_bytes());
+    code.extend(receiver(&request));
+    let handler_at = TEXT + code.len() as u64;
+    code.extend(handler());
+    for interrupts in MODES {
+        let mut machine = machine(MachineConfig {
+            interrupts,
+            ..config(&code)
+        });
+        put_tables(&machine, abi::disk::VECTOR.into(), handler_at);
+        // Operation, sector, where the data are, and how many bytes.
+        let write = [abi::disk::DiskOp::Write as u64, 0, SCRATCH, 512];
+        for (word, value) in (4..).zip(write) {
+            let at = SCRATCH + 8 * word;
+            machine.ram().write_value(at, &value).unwrap();
+        }
+        assert_eq!(
+            machine.run_until(LONG).unwrap(),
+            Stop::Exited { status: 7 },
+            "{interrupts:?}"
+        );
+        assert_eq!(scratch(&machine, 1), 1, "one interrupt, {interrupts:?}");
+    }
+}
+
+/// vCPU 0 sends vector 0x50 to vCPU 1, which has halted; its handler counts, and it ends the run.
+#[test]
+fn an_ipi_wakes_a_halted_vcpu_in_both_modes() {
+    let receiver = receiver(&count(0)); // ready
     let mut sender = lapic(0xf0, 0x1ff);
     // cmp qword ptr [rsi + disp32], 0; je back: until the other is ready
     let wait = [
@@ -433,10 +500,6 @@ fn an_ipi_wakes_a_halted_vcpu_in_both_modes() {
     sender.extend(lapic(0x300, 0x4050)); // ICR: fixed, assert, vector 0x50
     sender.extend([HLT, 0xeb, 0xfd]); // hlt; jmp hlt
 
-    let mut handler = lapic(0xb0, 0); // EOI
-    handler.extend(count(1));
-    handler.extend([0x48, 0xcf]); // iretq
-
     let mut code = vec![0x48, 0xbb]; // mov rbx, LAPIC_GVA
     code.extend(LAPIC_GVA.to_le_bytes());
     code.extend([0x85, 0xff]); // test edi, edi
@@ -444,7 +507,7 @@ fn an_ipi_wakes_a_halted_vcpu_in_both_modes() {
     code.extend(&receiver);
     code.extend(&sender);
     let handler_at = TEXT + code.len() as u64;
-    code.extend(&handler);
+    code.extend(handler());
 
     for interrupts in MODES {
         let mut machine = machine(MachineConfig {
@@ -452,23 +515,7 @@ fn an_ipi_wakes_a_halted_vcpu_in_both_modes() {
             interrupts,
             ..config(&code)
         });
-        let put = |word: u64, value: u64| {
-            machine
-                .ram()
-                .write_value(SCRATCH + 8 * word, &value)
-                .unwrap();
-        };
-        let gva = |word: u64| DIRECT_MAP_BASE + SCRATCH + 8 * word;
-        // Descriptor tables: limit and base of each, GDT at word 20, IDT at word 32.
-        for (register, table, limit) in [(10, 20, 0x17_u64), (12, 32, 0xfff)] {
-            put(register, limit | gva(table) << 16);
-            put(register + 1, gva(table) >> 48);
-        }
-        put(21, 0x00af_9b00_0000_ffff); // 64-bit code, selector 0x08
-        put(22, 0x00cf_9300_0000_ffff); // data, selector 0x10
-        let low = handler_at & 0xffff | 0x08 << 16 | 0x8e00 << 32;
-        put(32 + 2 * 0x50, low | (handler_at >> 16 & 0xffff) << 48);
-        put(33 + 2 * 0x50, handler_at >> 32);
+        put_tables(&machine, 0x50, handler_at);
         assert_eq!(
             machine.run_until(LONG).unwrap(),
             Stop::Exited { status: 7 },

@@ -2,12 +2,13 @@
 #![allow(unsafe_code, reason = "memory slots")]
 
 use std::fs::File;
+use std::sync::Arc;
 
 use abi::boot::InterruptMode;
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MP_STATE_RUNNABLE,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, Msrs, kvm_enable_cap,
-    kvm_mp_state, kvm_userspace_memory_region,
+    kvm_mp_state, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
@@ -19,6 +20,9 @@ use crate::memory::{GuestRam, PhysMem, pages_of};
 /// Three pages that KVM needs on CPUs without unrestricted guests; out of the way of guest memory,
 /// below the BIOS area where PCs have them.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// Where message signalled interrupts are written to.
+const MSI_ADDRESS: u32 = 0xfee0_0000;
 
 /// The slot of guest memory.
 const SLOT: u32 = 0;
@@ -66,7 +70,7 @@ fn classify(error: std::io::Error) -> OpenError {
 /// A VM.
 pub struct Vm {
     kvm: Kvm,
-    fd: VmFd,
+    fd: Arc<VmFd>,
     interrupts: InterruptMode,
     /// Keeps the mapping that the memory slot refers to.
     ram: GuestRam,
@@ -101,7 +105,7 @@ impl Vm {
         }
         let vm = Self {
             kvm,
-            fd,
+            fd: Arc::new(fd),
             interrupts,
             ram: ram.clone(),
         };
@@ -229,6 +233,13 @@ impl Vm {
         Ok(())
     }
 
+    /// The wire from devices to KVM's local APICs; none where the machine has its own.
+    #[must_use]
+    pub fn wire(&self) -> Option<Wire> {
+        let in_kvm = self.interrupts == InterruptMode::Hardware;
+        in_kvm.then(|| Wire(Arc::clone(&self.fd)))
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn ram(&self) -> &GuestRam {
@@ -240,8 +251,32 @@ impl Vm {
     /// # Errors
     /// A host without `KVM_CAP_BINARY_STATS_FD`.
     pub fn counters(&self) -> Result<Counters, KvmError> {
-        let file = sys::stats_file(&self.fd).map_err(failed("KVM_GET_STATS_FD"))?;
+        let file = sys::stats_file(&*self.fd).map_err(failed("KVM_GET_STATS_FD"))?;
         read_counters(&file)
+    }
+}
+
+/// Takes interrupts of devices to local APICs that are KVM's.
+#[derive(Clone, Debug)]
+pub struct Wire(Arc<VmFd>);
+
+impl Wire {
+    /// Sends `vector` to `vcpu`, edge triggered, as a PCI device does (SDM vol. 3A, 12.11, message signalled interrupts).
+    ///
+    /// # Errors
+    /// A KVM that refuses it.
+    pub fn interrupt(&self, vcpu: usize, vector: u8) -> Result<(), KvmError> {
+        // Its APIC ID is the vCPU's number.
+        let destination = (vcpu as u32) << 12;
+        let message = kvm_msi {
+            address_lo: MSI_ADDRESS | destination,
+            data: vector.into(),
+            ..kvm_msi::default()
+        };
+        self.0
+            .signal_msi(message)
+            .map(|_| ())
+            .map_err(failed("KVM_SIGNAL_MSI"))
     }
 }
 
@@ -272,12 +307,13 @@ fn needed(interrupts: InterruptMode) -> &'static [(Cap, &'static str)] {
         (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     ];
-    const HARDWARE: [(Cap, &str); 5] = [
+    const HARDWARE: [(Cap, &str); 6] = [
         ALWAYS[0],
         ALWAYS[1],
         ALWAYS[2],
         (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
         (Cap::MpState, "KVM_CAP_MP_STATE"),
+        (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     ];
     match interrupts {
         InterruptMode::Hardware => &HARDWARE,

@@ -187,7 +187,7 @@ impl Machine {
             config.serialised,
             sender.clone(),
         );
-        let board = board.disturbed(&config.disturb, &ram);
+        let board = board.wired(vm.wire()).disturbed(&config.disturb, &ram);
         let board = Arc::new(board.map_err(io_error("start the wire thread"))?);
         let host_cpus = if config.pin {
             host::allowed_cpus()

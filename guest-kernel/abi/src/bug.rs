@@ -134,6 +134,18 @@ bugs! {
     /// as not mapped already (class C6; Linux keeps the folio locked until try_to_unmap_flush_dirty): write-back finds it
     /// unmapped and cleans it while other CPUs still write it.
     ReclaimLosesDirty = 58, "reclaim-loses-dirty";
+    /// A fault takes a VMA that it has found without the mmap_lock for its own mm's and does not ask: its memory may be a VMA of
+    /// another process by now (class C9, B21, CVE-2025-38554).
+    VmaMmUnchecked = 59, "vma-mm-unchecked";
+    /// fork copies a VMA that it has not locked: a fault that holds nothing but the VMA changes entries while they
+    /// are being copied (class C10, B22; Linux fb49c455323f).
+    ForkParentVmaUnlocked = 60, "fork-parent-vma-unlocked";
+    /// mprotect, madvise and mlock change the flags of a VMA that they have not locked (class C10): a fault that has read the
+    /// old permission installs an entry with it when mprotect has passed by.
+    VmaFlagsUnlocked = 61, "vma-flags-unlocked";
+    /// Nodes of the VMA tree are free as soon as nothing leads to them (class C9, B20, CVE-2023-3269): a fault
+    /// that looks for its VMA under RCU may be at one.
+    VmaNodesWithoutGracePeriod = 62, "vma-nodes-without-grace-period";
 }
 
 /// A set of seeded bugs.

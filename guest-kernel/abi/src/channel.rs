@@ -225,7 +225,7 @@ pub mod cause {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u64)]
 pub enum Walker {
-    /// A page fault, under the mmap_lock.
+    /// A page fault, under the VMA's lock or the mmap_lock.
     Fault = 0,
     /// An access of the kernel to user memory, with interrupts off and the mm loaded.
     User = 1,
@@ -339,7 +339,7 @@ events! {
     RefcountChange = 16, "refcount", ["frame", "new", "old", "cause"];
     VmaAttach = 17, "vma-attach", ["mm", "vma", "start", "end", "flags"];
     VmaDetach = 18, "vma-detach", ["mm", "vma", "start", "end"];
-    LockAcquire = 19, "lock-acquire", ["lock", "class", "tried"];
+    LockAcquire = 19, "lock-acquire", ["lock", "class", "tried", "mm"];
     LockRelease = 20, "lock-release", ["lock", "class"];
     Switch = 21, "switch", ["from", "to"];
     MmCreate = 22, "mm-create", ["mm", "pgd", "object"];
@@ -356,7 +356,8 @@ events! {
     MmCount = 33, "mm-count", ["mm", "count"];
     VmaAlloc = 34, "vma-alloc", ["vma", "generation"];
     VmaFree = 35, "vma-free", ["vma", "generation"];
-    VmaFound = 36, "vma-found", ["mm", "vma", "gva", "generation"];
+    VmaFound = 36, "vma-found", ["mm", "vma", "gva", "generation", "lock"];
+    VmaChange = 40, "vma-change", ["mm", "vma", "start", "end", "flags"];
     WalkBegin = 37, "walk-begin", ["mm", "gva", "walker"];
     WalkEnd = 38, "walk-end", ["mm", "gva", "walker"];
     MmUsers = 39, "mm-users", ["mm", "users"];
@@ -385,12 +386,15 @@ pub mod rcu_object {
     pub const TABLE: u64 = 1;
     /// An [`crate::objects::Mm`] and its level-4 table, by the GPA of the object.
     pub const MM: u64 = 2;
+    /// A [`crate::objects::VmaNode`], by its GPA.
+    pub const VMA_NODE: u64 = 3;
     /// The name in reports.
     #[must_use]
     pub const fn name(kind: u64) -> &'static str {
         match kind {
             TABLE => "page-table page",
             MM => "mm",
+            VMA_NODE => "VMA node",
             _ => "object",
         }
     }

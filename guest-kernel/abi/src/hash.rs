@@ -42,9 +42,9 @@ pub const fn layout_hash() -> u64 {
         channel::Event { stamp, kind, task, args, sequence }
         KernelRoot { folios, nr_frames, buddy, slabs, swap, lru, kswapd, frame_groups, groups, mms, tasks, futex_queue, ticket, online, cpus }
         Folio { kind, order, flags, state, refcount, mapcount, generation, owner, index, next, lock, used, pins }
-        Vma { start, end, flags, pgoff, mm, attached, generation, anon_vma, chains, file, left_of_file, right_of_file, parent_of_file, subtree_end }
-        VmaNode { level, count, slots }
-        Mm { id, pgd, users, count, cpumask, tlb_gen, mmap_lock, vmas, map_count, rss, tables, brk, next, flush_batched, write_protect_seq, total_vm, limits, group }
+        Vma { start, end, flags, pgoff, mm, refs, lock_seq, generation, anon_vma, chains, file, left_of_file, right_of_file, parent_of_file, subtree_end }
+        VmaNode { level, count, slots, next_retired }
+        Mm { id, pgd, users, count, cpumask, tlb_gen, mmap_lock, lock_seq, vmas, map_count, rss, tables, brk, next, flush_batched, write_protect_seq, total_vm, limits, group }
         AnonVma { root, parent, chains, refcount, degree }
         AnonVmaChain { vma, anon_vma, next_of_vma, next_of_anon }
         Task { id, process, state, mm, affinity, cpu, waits_for, stack, next_task, frame, leader, flags, threads, disk }
@@ -58,7 +58,7 @@ pub const fn layout_hash() -> u64 {
         SwapRequest { disk, folio }
         LruList { first, last, count }
         Kswapd { task, min, low, high, failures, reclaiming }
-        Slab { object_bytes, used, frames, free }
+        Slab { object_bytes, used, retired, frames, free }
     };
     mix(mix(hash, Point::ALL.len()), channel::EventKind::ALL.len())
 }

@@ -1,6 +1,6 @@
 //! What the kernel's locks protect, and when a lock word lets somebody in.
 
-use crate::objects::RwLockWord;
+use crate::objects::{RwLockWord, VmaRefs};
 
 macro_rules! classes {
     ($($variant:ident = $id:literal, $name:literal;)+) => {
@@ -41,6 +41,8 @@ classes! {
     IMmap = 13, "i_mmap lock";
     PageCache = 14, "page cache lock";
     Files = 15, "descriptor table lock";
+    VmaRead = 16, "VMA lock (read)";
+    VmaWrite = 17, "VMA lock (write)";
     Swap = 30, "swap lock";
     Lru = 31, "LRU lock";
     Reclaim = 32, "reclaim in progress";
@@ -49,12 +51,14 @@ classes! {
 
 impl LockClass {
     /// True where a CPU that wants the lock as this class gets it while its word is `word`: a spin
-    /// lock's word is the holder's CPU plus one, a reader-writer lock's is a [`RwLockWord`].
+    /// lock's word is the holder's CPU plus one, a reader-writer lock's is a [`RwLockWord`], a VMA's is [`VmaRefs`].
     #[must_use]
     pub const fn lets_in(self, word: u64) -> bool {
         match self {
             Self::MmapRead => word & (RwLockWord::WRITER | RwLockWord::WAITING) == 0,
             Self::MmapWrite => word & (RwLockWord::WRITER | RwLockWord::READERS) == 0,
+            Self::VmaRead => word & VmaRefs::EXCLUDED == 0,
+            Self::VmaWrite => VmaRefs::readers(word) == 0,
             _ => word == 0,
         }
     }

@@ -480,10 +480,14 @@ pub struct Vma {
     pub pgoff: AtomicU64,
     /// The mm that it belongs to.
     pub mm: Link<Mm>,
-    /// 1 while it is linked in `mm`'s tree, 0 otherwise.
-    pub attached: AtomicU32,
+    /// Its lock: [`VmaRefs`].
+    pub refs: AtomicU64,
+    /// [`Mm::lock_seq`] when it was locked for writing last: it still is where the two are equal.
+    pub lock_seq: AtomicU64,
     /// +1 at every allocation and every free of this slot: odd while live.
     pub generation: AtomicU32,
+    /// Zero.
+    pub reserved: AtomicU32,
     /// The anon_vma that new folios of it get; none until its first fault.
     pub anon_vma: Link<AnonVma>,
     /// First of its [`AnonVmaChain`]s, linked by [`AnonVmaChain::next_of_vma`].
@@ -498,6 +502,29 @@ pub struct Vma {
     pub parent_of_file: Link<Vma>,
     /// The page past the last one of the file that it or any VMA below it in that tree maps.
     pub subtree_end: AtomicU64,
+}
+
+/// Encoding of [`Vma::refs`] (Linux's vm_refcnt): whether a VMA is linked in its mm's tree, and who reads it.
+pub struct VmaRefs;
+
+impl VmaRefs {
+    /// Nobody's: not linked in, or about to be freed.
+    pub const DETACHED: u64 = 0;
+    /// Linked in, and read by nobody; one more for each reader.
+    pub const ATTACHED: u64 = 1;
+    /// Set while a writer waits until no reader is left, and keeps new ones out (Linux's VM_REFCNT_EXCLUDE_READERS_FLAG).
+    pub const EXCLUDED: u64 = 1 << 30;
+
+    /// True where `refs` say that the VMA is linked in.
+    #[must_use]
+    pub const fn is_attached(refs: u64) -> bool {
+        refs & !Self::EXCLUDED != Self::DETACHED
+    }
+    /// Readers that `refs` count, of a VMA that is linked in.
+    #[must_use]
+    pub const fn readers(refs: u64) -> u64 {
+        (refs & !Self::EXCLUDED).saturating_sub(Self::ATTACHED)
+    }
 }
 
 /// Entries of a [`CacheNode`].
@@ -608,8 +635,8 @@ pub struct VmaNode {
     pub count: AtomicU32,
     /// The entries, in order.
     pub slots: [VmaSlot; VMA_NODE_SLOTS],
-    /// Zero.
-    pub reserved: AtomicU64,
+    /// While it is retired: the next one on the list ([`CpuRcu::retired`]).
+    pub next_retired: AtomicU64,
 }
 
 /// Limits of one resource (Linux's struct rlimit), in bytes; [`crate::syscall::rlimit::INFINITY`] for none.
@@ -640,6 +667,8 @@ pub struct Mm {
     pub tlb_gen: AtomicU64,
     /// mmap_lock: [`RwLockWord`].
     pub mmap_lock: AtomicU64,
+    /// +1 when a writer gets the mmap_lock and when it lets go: odd meanwhile (Linux's mm_lock_seq).
+    pub lock_seq: AtomicU64,
     /// Root of the VMA tree, none while empty.
     pub vmas: Link<VmaNode>,
     /// VMAs in the tree.
@@ -946,8 +975,8 @@ pub struct CpuRcu {
     pub watching: AtomicU64,
     /// Read sections that are open here, one inside the other.
     pub nesting: AtomicU64,
-    /// Retired page-table pages for which no grace period has begun: first frame number of a list by
-    /// [`Folio::next`], 0 for none.
+    /// What was retired and no grace period has begun for: the first of a list, 0 for none. The GPA of a page-table page,
+    /// linked by [`Folio::next`], or of a [`VmaNode`] with [`CpuRcu::IS_NODE`] set, linked by [`VmaNode::next_retired`].
     pub retired: AtomicU64,
     /// Those that the grace period under way is for.
     pub waiting: AtomicU64,
@@ -960,6 +989,9 @@ pub struct CpuRcu {
 }
 
 impl CpuRcu {
+    /// Set in the entry of a list of retired objects that stands for a [`VmaNode`].
+    pub const IS_NODE: u64 = 1;
+
     /// True where a CPU whose `watching` was `seen` at the start of a grace period and is `now` holds it up.
     #[must_use]
     pub const fn holds_up(seen: u64, now: u64) -> bool {
@@ -1048,6 +1080,8 @@ pub struct Slab {
     pub object_bytes: AtomicU64,
     /// Objects in use.
     pub used: AtomicU64,
+    /// Objects that are in use no more, and will be free when no reader under RCU can be at them.
+    pub retired: AtomicU64,
     /// Frames that it has taken.
     pub frames: AtomicU64,
     /// First free object; 0 for none. A free object is zero but for its generation and one link to

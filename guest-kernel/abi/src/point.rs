@@ -77,6 +77,8 @@ points! {
     DiskSubmit = 50, "disk-submit", "a request was given to the disk";
     DiskWait = 51, "disk-wait", "spinning until the disk has answered a request of the swap area";
     Migrate = 60, "migrate", "a folio was copied to its new frame, or cannot be, and is about to be mapped again";
+    VmaLookup = 44, "vma-lookup", "a fault has found a VMA under RCU and is about to take its lock";
+    VmaCounted = 45, "vma-counted", "a fault is counted as a VMA's reader and is about to see whether it may be";
     WalkStep = 42, "walk-step", "a walk without locks has read an entry and is about to follow it";
 }
 

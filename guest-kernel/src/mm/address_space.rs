@@ -160,7 +160,7 @@ impl<A: Arch> Kernel<A> {
 
     /// Unmaps everything, and frees all tables but the level-4 one.
     fn exit_mmap(&self, mm: Pa<Mm>) {
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(self.obj(mm));
         self.unmap_vmas(mm, 0, USER_END, Unmap::Exit);
     }
 
@@ -188,7 +188,7 @@ impl<A: Arch> Kernel<A> {
         {
             return Err(Errno::EINVAL);
         }
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(self.obj(mm));
         let vma = self.map_fixed_area(mm, gva, bytes, prot_flags(prot))?;
         self.anon_vma_prepare(mm, vma)?;
         for offset in (0..bytes).step_by(PAGE_SIZE as usize) {
@@ -202,7 +202,7 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// EEXIST where something is mapped; ENOMEM.
     pub fn map_stack(&self, mm: Pa<Mm>, top: u64, bytes: u64) -> Result<(), Errno> {
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(self.obj(mm));
         let flags = vma_flags::READ | vma_flags::WRITE | vma_flags::GROWSDOWN;
         self.map_fixed_area(mm, top - bytes, bytes, flags)?;
         self.wire_range(mm, top - bytes, top)

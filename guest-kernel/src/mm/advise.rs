@@ -94,10 +94,13 @@ impl<A: Arch> Kernel<A> {
         if let Advice::Remove = advice {
             return self.advise_remove(mm, start, start + bytes);
         }
-        let lock = &self.obj(mm).mmap_lock;
-        let _guard = match advice {
-            Advice::Flags { .. } | Advice::Collapse => self.write_lock(lock, LockClass::MmapWrite),
-            _ => self.read_lock(lock, LockClass::MmapRead),
+        let space = self.obj(mm);
+        let (_writer, _reader) = match advice {
+            Advice::Flags { .. } | Advice::Collapse => (Some(self.mmap_write_lock(space)), None),
+            _ => (
+                None,
+                Some(self.read_lock(&space.mmap_lock, LockClass::MmapRead)),
+            ),
         };
         match advice {
             Advice::Populate(error) => self.populate_access(mm, (start, start + bytes), error),

@@ -2,7 +2,7 @@
 //! mm/khugepaged.c). On request (MADV_COLLAPSE), or where a scan of an address space finds it worthwhile, as khugepaged
 //! would; there is no thread that does so by itself.
 //!
-//! While the pages are copied nobody may write them, or take a reference to them. The mmap_lock held for writing keeps
+//! While the pages are copied nobody may write them, or take a reference to them. The VMA held for writing keeps
 //! faults out, the lock of the anon_vma's family walks back. Programs and get_user_pages without a lock ask neither: so the
 //! entry of level 2 is cleared and flushed first, from every CPU that may hold a pointer to the table, and only then are the
 //! pages looked at (Linux's `pmdp_collapse_flush`). Who pins a page without a lock looks at that entry again afterwards;
@@ -14,7 +14,6 @@
 use abi::bug::Bug;
 use abi::channel::{Walker, cause};
 use abi::layout::{ENTRIES_PER_TABLE, HUGE_ORDER, HUGE_PAGE_SIZE, PAGE_SIZE};
-use abi::lock::LockClass;
 use abi::objects::{FrameKind, Mm, Pa, Vma, vma_flags};
 use abi::param::Thp;
 use abi::point::Point;
@@ -125,7 +124,7 @@ impl<A: Arch> Kernel<A> {
     /// 2 MiB it has made.
     pub(crate) fn scan_for_collapse(&self, mm: Pa<Mm>) -> u64 {
         let space = self.obj(mm);
-        let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(space);
         let (mut at, mut made) = (0, 0);
         while let Some(vma) = self.vma_find(space, at) {
             let area = self.obj(vma);
@@ -173,6 +172,7 @@ impl<A: Arch> Kernel<A> {
             slot,
             table: entry.address(),
         };
+        self.vma_start_write(vma);
         {
             let _guard = self.lock_table(region.table);
             self.can_collapse(region, by)?;

@@ -25,8 +25,7 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::Guard;
 use abi::bug::Bug;
-use abi::channel::{EventKind, Walker, cause};
-use abi::lock::LockClass;
+use abi::channel::{Walker, cause};
 
 /// Why an access cannot be made possible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,59 +73,19 @@ impl<A: Arch> Kernel<A> {
         if gva >= USER_END {
             return Err(FaultError::NoMapping);
         }
-        match self.fault_by_page(mm, page_of(gva), error | MAY_RETRY) {
+        match self.fault_at(mm, page_of(gva), error | MAY_RETRY) {
             Err(Unfinished::Reading(slot)) if error & MAY_SLEEP != 0 => {
                 self.swap_read_done(slot, Waiting::Asleep);
             }
             Err(Unfinished::Reading(slot)) => self.swap_read_done(slot, Waiting::Spinning),
             Err(Unfinished::ReadingPage(page)) => return self.page_read_done(page),
             Err(Unfinished::Refused(error)) => return Err(error),
-            Ok(()) => {}
+            Ok(()) | Err(Unfinished::NeedsMmapLock) => {}
         }
         Ok(())
     }
 
-    fn fault_by_page(&self, mm: Pa<Mm>, page: u64, error: u64) -> Result<(), Unfinished> {
-        let space = self.obj(mm);
-        {
-            let _guard = self.read_lock(&space.mmap_lock, LockClass::MmapRead);
-            let vma = self.vma_find(space, page).ok_or(FaultError::NoMapping)?;
-            let area = self.obj(vma);
-            if area.start.get() <= page {
-                self.vma_found(space, vma, page);
-                return self.fault_in_or_wait(mm, vma, page, error);
-            }
-            // Only a stack that grows needs the lock for writing (Linux's lock_mm_and_find_vma).
-            if area.flags.get() & vma_flags::GROWSDOWN == 0 {
-                return Err(FaultError::NoMapping.into());
-            }
-        }
-        let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
-        let vma = self.vma_find(space, page).ok_or(FaultError::NoMapping)?;
-        self.vma_found(space, vma, page);
-        if self.obj(vma).start.get() > page {
-            self.expand_stack(mm, vma, page)?;
-        }
-        self.fault_in_or_wait(mm, vma, page, error)
-    }
-
-    /// Told so that the host can tell a VMA that was recycled since.
-    #[inline]
-    fn vma_found(&self, mm: &Mm, vma: Pa<Vma>, gva: u64) {
-        event!(
-            self,
-            EventKind::VmaFound,
-            [
-                mm.id.get(),
-                vma.0,
-                gva,
-                self.obj(vma).generation.get().into(),
-                0
-            ]
-        );
-    }
-
-    /// A fault under the mmap_lock, which is kept to its end.
+    /// A fault under the mmap_lock, which is kept to its end (populate, get_user_pages).
     pub(super) fn fault_in(
         &self,
         mm: Pa<Mm>,
@@ -137,12 +96,12 @@ impl<A: Arch> Kernel<A> {
         match self.fault_in_or_wait(mm, vma, gva, error) {
             Err(Unfinished::Refused(error)) => Err(error),
             Err(Unfinished::ReadingPage(page)) => self.page_read_done(page),
-            Ok(()) | Err(Unfinished::Reading(_)) => Ok(()),
+            Ok(()) | Err(Unfinished::Reading(_) | Unfinished::NeedsMmapLock) => Ok(()),
         }
     }
 
     /// The same; where the code has [`MAY_RETRY`], it may end with something to wait for.
-    fn fault_in_or_wait(
+    pub(super) fn fault_in_or_wait(
         &self,
         mm: Pa<Mm>,
         vma: Pa<Vma>,
@@ -154,7 +113,7 @@ impl<A: Arch> Kernel<A> {
             return Err(FaultError::Access.into());
         }
         if error & (fault::WRITE | UNSHARE) != 0 && flags & vma_flags::SHARED == 0 {
-            self.anon_vma_prepare(mm, vma)?;
+            self.fault_anon_vma(mm, vma, error)?;
         }
         self.walk_begins(self.obj(mm), gva, Walker::Fault);
         let result = self.fault_in_table(mm, vma, gva, error);
@@ -400,7 +359,12 @@ impl<A: Arch> Kernel<A> {
 
     /// Extends the stack `vma` down to `page` (Linux's expand_downwards). Under the mmap_lock held for
     /// writing.
-    fn expand_stack(&self, mm: Pa<Mm>, vma: Pa<Vma>, page: u64) -> Result<(), FaultError> {
+    pub(super) fn expand_stack(
+        &self,
+        mm: Pa<Mm>,
+        vma: Pa<Vma>,
+        page: u64,
+    ) -> Result<(), FaultError> {
         let (space, area) = (self.obj(mm), self.obj(vma));
         let grows = area.flags.get() & vma_flags::GROWSDOWN != 0;
         if !grows || page < USER_MIN {
@@ -420,6 +384,7 @@ impl<A: Arch> Kernel<A> {
         }
         // Before the limits are looked at (Linux's expand_downwards): it shows in what the VMA merges with.
         self.anon_vma_prepare(mm, vma)?;
+        self.vma_start_write(vma);
         let old = area.start.get();
         let shift = pages(old - page);
         if area.pgoff.get() < shift || area.end.get() - page > self.limit(space, rlimit::STACK) {
@@ -435,6 +400,7 @@ impl<A: Arch> Kernel<A> {
             let _family = self.lock_vma_family(vma);
             area.start.set(page);
             area.pgoff.set(area.pgoff.get() - shift);
+            self.vma_changed(vma);
         }
         self.tree_update(space, vma, old);
         Ok(())

@@ -19,7 +19,6 @@ use super::{Field, FreedTables, Slot, pages};
 use crate::Kernel;
 use crate::arch::Arch;
 use crate::sync::seqcount::SeqCount;
-use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// A copy of `parent`, with one user and one reference. When it returns, no CPU can write a frame
@@ -31,9 +30,9 @@ impl<A: Arch> Kernel<A> {
     pub fn mm_fork(&self, parent: Pa<Mm>) -> Result<Pa<Mm>, Errno> {
         let child = self.mm_create()?;
         let (old, new) = (self.obj(parent), self.obj(child));
-        let _parent = self.write_lock(&old.mmap_lock, LockClass::MmapWrite);
+        let _parent = self.mmap_write_lock(old);
         let result = {
-            let _child = self.write_lock(&new.mmap_lock, LockClass::MmapWrite);
+            let _child = self.mmap_write_lock(new);
             for (from, to) in [(&old.brk_start, &new.brk_start), (&old.brk, &new.brk)] {
                 to.set(from.get());
             }
@@ -70,6 +69,9 @@ impl<A: Arch> Kernel<A> {
         let mut at = 0;
         while let Some(vma) = self.vma_find(self.obj(parent), at) {
             at = self.obj(vma).end.get();
+            if !self.config.bugs.has(Bug::ForkParentVmaUnlocked) {
+                self.vma_start_write(vma);
+            }
             if self.obj(vma).flags.get() & vma_flags::DONTCOPY == 0 {
                 self.copy_vma(parent, child, vma)?;
             }

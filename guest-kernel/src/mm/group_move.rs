@@ -6,7 +6,7 @@
 //! this process's, those of 2 MiB as a whole or not at all, and swap slots that one entry names. Its new group is charged for
 //! all of them at first, so that nothing has happened where it does not hold them; then one after the other leaves the
 //! old one, each under the page-table lock of its entry. Reclaim may have taken some meanwhile: what is left of the charge goes
-//! back. The mmap_lock, held for writing, keeps out all else.
+//! back. The mmap_lock and all VMAs, held for writing, keep out all else.
 //!
 //! Page tables, pages of files, and what the swap cache alone has stay where they are charged.
 
@@ -91,7 +91,8 @@ impl<A: Arch> Kernel<A> {
             return Err(Errno::EINVAL);
         }
         let space = self.obj(mm);
-        let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(space);
+        self.keep_faults_out(space);
         let from = space.group.get();
         let mut moved = 0;
         if flags & group::RECHARGE != 0 && from != to && from != 0 {
@@ -99,6 +100,15 @@ impl<A: Arch> Kernel<A> {
         }
         space.group.set(to);
         Ok(moved)
+    }
+
+    /// Nobody faults in `mm` until the mmap_lock, held for writing, is released.
+    fn keep_faults_out(&self, mm: &Mm) {
+        let mut at = 0;
+        while let Some(vma) = self.vma_find(mm, at) {
+            self.vma_start_write(vma);
+            at = self.obj(vma).end.get();
+        }
     }
 
     /// The group that keeps `mm`'s process from getting more memory, with its usage and limit; none where no limit does.

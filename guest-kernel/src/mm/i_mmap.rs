@@ -77,5 +77,6 @@ impl<A: Arch> Kernel<A> {
             (Some(_), None) => self.interval_update(vma),
             (None, None) => {}
         }
+        self.vma_changed(vma);
     }
 }

@@ -4,8 +4,8 @@
 //! The counters are sums over the VMAs, and every change of a VMA's range or flags keeps them so
 //! ([`Kernel::account`]). Programs have no privileges: CAP_IPC_LOCK and CAP_SYS_RESOURCE do not exist.
 
+use abi::bug::Bug;
 use abi::layout::PAGE_SIZE;
-use abi::lock::LockClass;
 use abi::objects::{Mm, Pa, Vma, vma_flags};
 use abi::syscall::{Errno, rlimit};
 
@@ -60,7 +60,7 @@ impl<A: Arch> Kernel<A> {
             return Err(Errno::EINVAL);
         }
         // Both in one piece, and as the mapping calls look at them.
-        let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(space);
         let old = (limits.soft.get(), limits.hard.get());
         if let Some((soft, hard)) = new {
             if hard > old.1 {
@@ -133,9 +133,13 @@ impl<A: Arch> Kernel<A> {
     /// Gives `vma` other flags, and counts it as what it is then.
     pub(super) fn set_vma_flags(&self, mm: &Mm, vma: Pa<Vma>, flags: u64) {
         let area = self.obj(vma);
+        if !self.config.bugs.has(Bug::VmaFlagsUnlocked) {
+            self.vma_start_write(vma);
+        }
         let bytes = (area.end.get() - area.start.get()).cast_signed();
         self.account(mm, area.flags.get(), -bytes);
         area.flags.set(flags);
         self.account(mm, flags, bytes);
+        self.vma_changed(vma);
     }
 }

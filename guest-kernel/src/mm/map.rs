@@ -15,7 +15,6 @@ use super::vma_tree::STACK_GUARD;
 use super::{Field, MAX_FILE_BYTES, is_page_aligned, page_align, page_of, pages};
 use crate::Kernel;
 use crate::arch::Arch;
-use abi::lock::LockClass;
 
 /// Where MAP_32BIT maps (Linux's arch/x86/kernel/sys_x86_64.c, find_start_end), without its randomness.
 const LOW_RANGE: (u64, u64) = (0x4000_0000, 0x8000_0000);
@@ -63,7 +62,7 @@ impl<A: Arch> Kernel<A> {
         let bytes = page_align(len);
         let space = self.obj(mm);
         let (start, locked) = {
-            let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+            let _guard = self.mmap_write_lock(space);
             let start = self.place(space, round_hint(address, flags), bytes, flags)?;
             if flags & map::LOCKED != 0 {
                 self.can_mlock(space)?;
@@ -117,7 +116,7 @@ impl<A: Arch> Kernel<A> {
     /// EINVAL for an unaligned, empty or overlong range; ENOMEM where a VMA cannot be split.
     pub fn munmap(&self, mm: Pa<Mm>, start: u64, len: u64) -> Result<(), Errno> {
         let end = unmap_end(start, len)?;
-        let guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let guard = self.mmap_write_lock(self.obj(mm));
         self.split_edges(mm, start, end)?;
         let mut gather = self.gather(mm, Unmap::Syscall);
         self.unmap_into(&mut gather, start, end);
@@ -132,7 +131,7 @@ impl<A: Arch> Kernel<A> {
     pub fn brk(&self, mm: Pa<Mm>, address: u64) -> u64 {
         let space = self.obj(mm);
         let (old, new) = {
-            let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+            let _guard = self.mmap_write_lock(space);
             let old = space.brk.get();
             if self.move_brk(mm, address).is_ok() {
                 space.brk.set(address);

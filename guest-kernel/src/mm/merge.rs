@@ -266,6 +266,7 @@ impl<A: Arch> Kernel<A> {
     /// Extends `vma` up to `end` over `victims`, which end there.
     fn absorb(&self, mm: Pa<Mm>, vma: Pa<Vma>, victims: &[Pa<Vma>], end: u64) {
         let area = self.obj(vma);
+        self.start_writes(vma, victims);
         let more = (end - area.end.get()).cast_signed();
         self.account(self.obj(mm), area.flags.get(), more);
         {
@@ -280,6 +281,7 @@ impl<A: Arch> Kernel<A> {
     /// Extends `vma` down to `start` over `victims`, which begin there.
     fn extend_down(&self, mm: Pa<Mm>, vma: Pa<Vma>, victims: &[Pa<Vma>], start: u64) {
         let area = self.obj(vma);
+        self.start_writes(vma, victims);
         let old = area.start.get();
         let more = (old - start).cast_signed();
         self.account(self.obj(mm), area.flags.get(), more);
@@ -295,6 +297,7 @@ impl<A: Arch> Kernel<A> {
     fn move_boundary(&self, mm: Pa<Mm>, lower: Pa<Vma>, upper: Pa<Vma>, at: u64) {
         let (low, high) = (self.obj(lower), self.obj(upper));
         let (space, old) = (self.obj(mm), high.start.get());
+        self.start_writes(lower, &[upper]);
         self.split_huge_at(mm, at);
         let more = at.wrapping_sub(old).cast_signed();
         self.account(space, low.flags.get(), more);
@@ -311,6 +314,13 @@ impl<A: Arch> Kernel<A> {
             self.vma_resize(upper, at, high.end.get());
         }
         self.tree_update(space, upper, old);
+    }
+
+    fn start_writes(&self, vma: Pa<Vma>, others: &[Pa<Vma>]) {
+        self.vma_start_write(vma);
+        for &other in others {
+            self.vma_start_write(other);
+        }
     }
 
     /// Frees VMAs whose range `vma` has taken over.

@@ -2,7 +2,6 @@
 //! by what a locked VMA maps (`unmap`).
 
 use abi::layout::USER_END;
-use abi::lock::LockClass;
 use abi::objects::{Mm, Pa, vma_flags};
 use abi::syscall::{Errno, mlock, rlimit};
 
@@ -30,7 +29,7 @@ impl<A: Arch> Kernel<A> {
             _ => vma_flags::LOCKED_MASK,
         };
         {
-            let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+            let _guard = self.mmap_write_lock(space);
             let limit = pages(self.limit(space, rlimit::MEMLOCK));
             let wanted = pages(bytes).saturating_add(self.counted_as_locked(space));
             // What is locked already does not count twice.
@@ -49,7 +48,7 @@ impl<A: Arch> Kernel<A> {
     /// be split.
     pub fn munlock(&self, mm: Pa<Mm>, start: u64, len: u64) -> Result<(), Errno> {
         let (start, bytes) = whole_pages(start, len);
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(self.obj(mm));
         self.lock_range(mm, start, bytes, 0)
     }
 
@@ -67,7 +66,7 @@ impl<A: Arch> Kernel<A> {
         self.can_mlock(space)?;
         let current = flags & mlock::ALL_CURRENT != 0;
         {
-            let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+            let _guard = self.mmap_write_lock(space);
             if current && space.total_vm.get() > pages(self.limit(space, rlimit::MEMLOCK)) {
                 return Err(Errno::ENOMEM);
             }
@@ -82,7 +81,7 @@ impl<A: Arch> Kernel<A> {
 
     /// munlockall.
     pub fn munlockall(&self, mm: Pa<Mm>) {
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(self.obj(mm));
         self.lock_all(mm, 0);
     }
 

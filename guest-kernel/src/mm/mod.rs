@@ -4,11 +4,11 @@
 //! `folio` what is known of each frame, `zero` the one that untouched memory shares, `slab` the allocator of kernel
 //! objects; `page_table` reads and writes entries, `tlb` loads address spaces and flushes them, `asid` gives them PCIDs,
 //! `gather` clears ranges and gives their
-//! frames back only after the flush; `vma_tree` orders an mm's VMAs, `vma` splits and `merge` joins
+//! frames back only after the flush; `vma_tree` orders an mm's VMAs, `vma_lock` says who may read or change one, `vma` splits and `merge` joins
 //! them, `rmap` finds the entries that map a folio; `limit` counts what is mapped and holds it against the process's
 //! limits; `swap` is the swap area with its cache, `swap_io` moves pages there and back, `lru` lists those that may go,
 //! `reclaim` takes them away with `unmap` and `batch`, and `kswapd` says when it is time to; `address_space` is the life of an mm, and `map`, `remap` with `relocate`, `protect`, `advise`, `mlock`,
-//! `populate`, `residency`, `membarrier`, `fault` and `fork` are what programs ask for. `huge` does for entries of 2 MiB what
+//! `populate`, `residency`, `membarrier`, `fault` (with `fault_path`) and `fork` are what programs ask for. `huge` does for entries of 2 MiB what
 //! these do for small ones; `huge_fault` makes, `huge_split` breaks and `collapse` gathers them; `folio_split` breaks the folio itself.
 //!
 //! `group` counts who pays for which frame, `group_reclaim` holds it against limits, and `group_move` lets a process change sides.
@@ -27,6 +27,7 @@ mod boot;
 mod collapse;
 mod disk_file;
 mod fault;
+mod fault_path;
 mod file;
 mod file_fault;
 mod folio;
@@ -78,6 +79,7 @@ mod tlb;
 mod truncate;
 mod unmap;
 mod vma;
+mod vma_lock;
 mod vma_tree;
 mod wire;
 mod writeback;

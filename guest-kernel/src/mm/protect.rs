@@ -13,7 +13,6 @@ use super::vma::{ACCESS, leaf_flags, prot_flags, shared_rights};
 use super::{Field, FreedTables, Slot, is_page_aligned, page_align, pages};
 use crate::Kernel;
 use crate::arch::Arch;
-use abi::lock::LockClass;
 
 /// The range is to begin where a stack does (PROT_GROWSDOWN), or to end where one does that grows up, of
 /// which x86 has none.
@@ -54,7 +53,7 @@ impl<A: Arch> Kernel<A> {
         if prot & !(prot::READ | prot::WRITE | prot::EXEC | PROT_SEM) != 0 {
             return Err(Errno::EINVAL);
         }
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(self.obj(mm));
         let start = self.protect_from(mm, (start, end), grows)?;
         let mut reduced = Reduced {
             start: u64::MAX,

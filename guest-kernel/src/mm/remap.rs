@@ -5,7 +5,6 @@
 //! that can fail comes before the first entry moves.
 
 use abi::layout::{PAGE_SHIFT, USER_END};
-use abi::lock::LockClass;
 use abi::objects::{Mm, Pa, Vma, vma_flags};
 use abi::syscall::{Errno, map, mremap};
 
@@ -93,7 +92,7 @@ impl<A: Arch> Kernel<A> {
         let space = self.obj(mm);
         let mut unflushed = Unflushed::default();
         let (result, is_locked) = {
-            let _guard = self.write_lock(&space.mmap_lock, LockClass::MmapWrite);
+            let _guard = self.mmap_write_lock(space);
             // Room for the splits of both ends of both ranges, before anything is unmapped.
             if request.always_moves() && space.map_count.get() + 2 >= MAX_MAP_COUNT - 3 {
                 return Err(Errno::ENOMEM);
@@ -283,6 +282,8 @@ impl<A: Arch> Kernel<A> {
             self.split_edges(mm, old, old + old_len)?;
             self.vma_at(space, old).ok_or(Errno::EFAULT)?
         };
+        // What is found there now is what will move.
+        self.vma_start_write(vma);
         let relocation = Relocation {
             mm,
             old,

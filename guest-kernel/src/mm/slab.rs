@@ -125,21 +125,50 @@ impl<A: Arch> Kernel<A> {
     /// # Panics
     /// Where it is free already.
     pub fn slab_free<T: Slabbed>(&self, object: Pa<T>) {
+        let _guard = self.lock(&self.slab::<T>().lock, LockClass::Slab);
+        self.slab_unuse(object);
+        self.slab_give_back(object);
+    }
+
+    /// An object is in use no more that readers under RCU may still be at: it keeps its words until
+    /// [`Kernel::slab_free_retired`].
+    ///
+    /// # Panics
+    /// Where it is free already.
+    pub(crate) fn slab_retire<T: Slabbed>(&self, object: Pa<T>) {
         let slab = self.slab::<T>();
         let _guard = self.lock(&slab.lock, LockClass::Slab);
+        self.slab_unuse(object);
+        slab.retired.set(slab.retired.get() + 1);
+    }
+
+    /// Frees what was retired: a grace period is over.
+    pub(crate) fn slab_free_retired<T: Slabbed>(&self, object: Pa<T>) {
+        let slab = self.slab::<T>();
+        let _guard = self.lock(&slab.lock, LockClass::Slab);
+        slab.retired.set(slab.retired.get() - 1);
+        self.slab_give_back(object);
+    }
+
+    fn slab_unuse<T: Slabbed>(&self, object: Pa<T>) {
         let generation = self.obj(object).generation().map(Field::get);
         assert!(
             generation.is_none_or(|g| g % 2 == 1),
             "{:?} {object:?} freed twice",
             T::ID
         );
+        self.slab_count(object, -1);
+    }
+
+    fn slab_give_back<T: Slabbed>(&self, object: Pa<T>) {
+        let generation = self.obj(object).generation().map(Field::get);
         for word in self.words(object) {
             word.set(0);
         }
         if let (Some(field), Some(value)) = (self.obj(object).generation(), generation) {
             field.set(value);
         }
-        self.slab_count(object, -1);
+        let slab = self.slab::<T>();
         self.obj(object).set_next_free(slab.free.get());
         slab.free.set(object.0);
     }

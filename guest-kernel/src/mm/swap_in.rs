@@ -47,6 +47,9 @@ pub(super) enum Unfinished {
     Reading(u64),
     /// The same of a page of a file ([`Kernel::page_read_done`]).
     ReadingPage(UnreadPage),
+    /// What its VMA's lock does not suffice for: to be done again under the mmap_lock
+    /// ([`VMA_LOCKED`](super::fault_path::VMA_LOCKED)).
+    NeedsMmapLock,
 }
 
 impl<E: Into<FaultError>> From<E> for Unfinished {

@@ -1,6 +1,6 @@
 //! VMAs: making, linking, splitting and freeing them. Under the mmap_lock held for writing.
 
-use core::sync::atomic::Ordering::{Acquire, Release};
+use core::sync::atomic::Ordering::Acquire;
 
 use abi::channel::EventKind;
 use abi::layout::PAGE_SHIFT;
@@ -174,14 +174,13 @@ impl<A: Arch> Kernel<A> {
 
     fn vma_attach(&self, mm: Pa<Mm>, mut spare: Spare) -> Pa<Vma> {
         let (space, vma) = (self.obj(mm), spare.vma);
+        self.vma_mark_attached(space, vma);
         self.tree_insert(space, vma, &mut spare.nodes);
         self.unreserve(spare.nodes);
         space.map_count.set(space.map_count.get() + 1);
         let area = self.obj(vma);
         let bytes = area.end.get() - area.start.get();
         self.account(space, area.flags.get(), bytes.cast_signed());
-        // Release: pairs with readers that find it without the mmap_lock; it is complete.
-        area.attached.store(1, Release);
         event!(
             self,
             EventKind::VmaAttach,
@@ -200,11 +199,12 @@ impl<A: Arch> Kernel<A> {
     /// Takes `vma` out of its mm. Its entries and chains are the caller's business.
     pub(super) fn vma_detach(&self, mm: &Mm, vma: Pa<Vma>) {
         let area = self.obj(vma);
+        self.vma_start_write(vma);
         self.tree_erase(mm, vma);
         mm.map_count.set(mm.map_count.get() - 1);
         let bytes = area.end.get() - area.start.get();
         self.account(mm, area.flags.get(), -bytes.cast_signed());
-        area.attached.store(0, Release);
+        self.vma_mark_detached(vma);
         let (start, end) = told(|| (area.start.get(), area.end.get()));
         event!(
             self,
@@ -229,6 +229,7 @@ impl<A: Arch> Kernel<A> {
     /// ENOMEM; nothing changed.
     pub(super) fn vma_split(&self, mm: Pa<Mm>, vma: Pa<Vma>, at: u64) -> Result<Pa<Vma>, Errno> {
         let (space, lower) = (self.obj(mm), self.obj(vma));
+        self.vma_start_write(vma);
         let upper = Area {
             start: at,
             end: lower.end.get(),

@@ -4,6 +4,15 @@
 //! search for free address space skips what is too crowded. Nodes but the root are at least half full.
 //! Changes are made under the mmap_lock held for writing; only an insertion needs memory, and it takes
 //! it from a [`Reserve`] that was filled before anything changed.
+//!
+//! Readers under RCU ([`Kernel::vma_floor`]) may come any time, as to Linux's maple tree. A node that is unlinked is freed after
+//! a grace period, its level never changes, and a slot holds a link to what belongs on its level or none, so a reader always
+//! ends at a VMA or at nothing. Entries move within nodes while it looks, and bounds change: it may be led to a neighbour,
+//! or to nothing. So it takes what it finds for a hint, asks the VMA itself, and turns to the mmap_lock where the answer is
+//! no. (The maple tree replaces nodes instead of changing them, so that such a miss is rarer; it pays with an allocation for
+//! almost every change, which may fail also where something is unmapped.)
+
+use core::sync::atomic::Ordering::{Acquire, Release};
 
 use abi::layout::PAGE_SIZE;
 use abi::objects::{Mm, Pa, VMA_NODE_SLOTS, Vma, VmaNode, VmaSlot, vma_flags};
@@ -40,6 +49,11 @@ struct Path {
     nodes: [Pa<VmaNode>; MAX_LEVELS],
     indices: [usize; MAX_LEVELS],
     levels: usize,
+}
+
+/// What a slot links to.
+fn child(slot: &VmaSlot) -> u64 {
+    slot.child.load(Acquire)
 }
 
 /// The last entry of `node` that starts at or before `key`, or else the first.
@@ -137,16 +151,23 @@ impl<A: Arch> Kernel<A> {
             })
     }
 
+    /// The VMA that likely holds `address`, if one does. In an RCU read section, or under the mmap_lock.
+    pub(super) fn vma_floor(&self, mm: &Mm, address: u64) -> Option<Pa<Vma>> {
+        let (leaf, index) = self.floor(mm, address)?;
+        Pa::<Vma>::new(child(&leaf.slots[index])).some()
+    }
+
     /// The leaf entry of the last VMA that starts at or before `key`, or of the first of all: the end of
-    /// [`Kernel::descend`] without the way there.
+    /// [`Kernel::descend`] without the way there. In an RCU read section nothing if what it comes to is just being changed.
     fn floor(&self, mm: &Mm, key: u64) -> Option<(&VmaNode, usize)> {
-        let mut node = self.obj(mm.vmas.get().some()?);
+        // Acquire, here and for each link: pairs with `write_slot`, and with the stores of the root.
+        let mut node = self.obj(mm.vmas.load(Acquire).some()?);
         loop {
             let index = last_at_or_before(node, key);
             if node.level.get() == 0 {
                 return Some((node, index));
             }
-            node = self.obj(Pa::<VmaNode>::new(node.slots[index].child.get()));
+            node = self.obj(Pa::<VmaNode>::new(child(&node.slots[index])).some()?);
         }
     }
 
@@ -267,7 +288,7 @@ impl<A: Arch> Kernel<A> {
             None => {
                 let root = reserve.take();
                 self.put_slot(root, 0, (start, vma.0, 0));
-                mm.vmas.set(root);
+                mm.vmas.store(root, Release);
             }
             Some(path) => {
                 let leaf = path.levels - 1;
@@ -313,7 +334,7 @@ impl<A: Arch> Kernel<A> {
         self.obj(new).level.set(self.obj(old).level.get() + 1);
         self.put_slot(new, 0, self.summary(old));
         self.put_slot(new, 1, slot);
-        mm.vmas.set(new);
+        mm.vmas.store(new, Release);
     }
 
     /// Removes `vma`.
@@ -397,7 +418,7 @@ impl<A: Arch> Kernel<A> {
         let total = count(left) + count(right);
         if total <= VMA_NODE_SLOTS {
             self.move_slots(right, 0, left, count(left), count(right));
-            self.slab_free(right);
+            self.rcu_retire_node(right);
             self.take_slot(parent, left_index + 1);
         } else {
             let want = total / 2;
@@ -416,11 +437,11 @@ impl<A: Arch> Kernel<A> {
         while let Some(root) = mm.vmas.get().some() {
             let object = self.obj(root);
             match (object.count.get(), object.level.get()) {
-                (0, _) => mm.vmas.set(Pa::NULL),
-                (1, 1..) => mm.vmas.set(Pa::new(object.slots[0].child.get())),
+                (0, _) => mm.vmas.store(Pa::NULL, Release),
+                (1, 1..) => mm.vmas.store(Pa::new(object.slots[0].child.get()), Release),
                 _ => return,
             }
-            self.slab_free(root);
+            self.rcu_retire_node(root);
         }
     }
 }
@@ -429,7 +450,8 @@ impl<A: Arch> Kernel<A> {
 impl<A: Arch> Kernel<A> {
     fn write_slot(&self, slot: &VmaSlot, (start, child, gap): (u64, u64, u64)) {
         slot.start.set(start);
-        slot.child.set(child);
+        // Release: a reader under RCU comes to what is complete.
+        slot.child.store(child, Release);
         slot.gap.set(gap);
     }
 

@@ -15,7 +15,6 @@ use abi::syscall::Errno;
 use super::{Field, Slot, is_page_aligned, page_align, pages};
 use crate::Kernel;
 use crate::arch::Arch;
-use abi::lock::LockClass;
 
 impl<A: Arch> Kernel<A> {
     /// Populates `start..start + len` and marks it [`vma_flags::WIRED`]. Nothing without a soft TLB.
@@ -28,7 +27,7 @@ impl<A: Arch> Kernel<A> {
             return Err(Errno::EINVAL);
         }
         let end = start + page_align(len);
-        let _guard = self.write_lock(&self.obj(mm).mmap_lock, LockClass::MmapWrite);
+        let _guard = self.mmap_write_lock(self.obj(mm));
         self.wire_range(mm, start, end)
     }
 

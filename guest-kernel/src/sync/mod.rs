@@ -1,7 +1,7 @@
 //! Locks over words in shared objects: a spin lock and a reader-writer lock that prefers writers; and RCU.
 //!
 //! Each algorithm is a file of its own, generic over the atomics ([`Word`]), with its ordering rules: [`spin`],
-//! [`rwlock`], [`seqcount`], [`srcu`], [`grace`] (the counters of RCU). What is here and in [`rcu`] puts them on the kernel's
+//! [`rwlock`], [`vma_lock`], [`seqcount`], [`srcu`], [`grace`] (the counters of RCU). What is here and in [`rcu`] puts them on the kernel's
 //! objects, with the events and points that the host sees.
 //!
 //! Both locks spin with [`Arch::relax`], so a CPU that waits still takes IPIs: a shootdown never deadlocks
@@ -9,8 +9,9 @@
 //! Lock words live in `abi` objects so that the host can see who holds what.
 //!
 //! Lock order (Linux's `Documentation/mm/process_addrs.rst`, the part that exists here):
-//! file position -> inode -> `mmap_lock` -> folio -> i_mmap -> anon_vma root -> page-table lock -> one of page
+//! file position -> inode -> `mmap_lock` -> VMA -> folio -> i_mmap -> anon_vma root -> page-table lock -> one of page
 //! cache, descriptor table, swap, LRU, buddy, slab, mms, sched (Linux's mm/filemap.c and mm/rmap.c, the lists at their tops).
+//! Whoever reads a VMA has not waited for it, and does not wait for the mmap_lock: its writers wait for him under it.
 //! Two mmap_locks: parent before child (fork; nobody else can know the child). Two folio locks: that of a folio that
 //! moves before that of its new frame, which nobody else can know (`mm::migrate`).
 
@@ -20,6 +21,7 @@ pub mod rwlock;
 pub mod seqcount;
 pub mod spin;
 pub mod srcu;
+pub mod vma_lock;
 mod word;
 
 pub use word::Word;
@@ -44,7 +46,7 @@ pub struct Guard<'k, A: Arch> {
 
 /// How a lock was taken.
 #[derive(Clone, Copy)]
-enum Taken {
+pub(crate) enum Taken {
     /// Whoever wants it waits.
     Waiting = 0,
     /// It was free; else it would not have been taken, so no order with others matters.
@@ -63,7 +65,7 @@ impl<A: Arch> Kernel<A> {
             assert!(holder != me, "{class:?} lock taken twice by CPU {}", me - 1);
             self.wait(word, class);
         }
-        self.acquired(word, class, Taken::Waiting)
+        self.acquired(word, class, Taken::Waiting, 0)
     }
 
     /// Takes the spin lock `word` if nobody holds it, this CPU included.
@@ -75,7 +77,7 @@ impl<A: Arch> Kernel<A> {
         let me = self.arch.cpu() as u64 + 1;
         // It may fail where the lock is free: whoever only tries it takes that for held.
         spin::try_acquire(word, me).ok()?;
-        Some(self.acquired(word, class, Taken::Trying))
+        Some(self.acquired(word, class, Taken::Trying, 0))
     }
 
     /// The guard of a spin lock that this CPU took on another stack: the scheduler's lock is held
@@ -102,14 +104,24 @@ impl<A: Arch> Kernel<A> {
         while !rwlock::try_read(word) {
             self.wait(word, class);
         }
-        self.acquired(word, class, Taken::Waiting)
+        self.acquired(word, class, Taken::Waiting, 0)
+    }
+
+    /// Takes the reader-writer lock `word` for reading if no writer holds or wants it.
+    pub(crate) fn try_read_lock<'k>(
+        &'k self,
+        word: &'k AtomicU64,
+        class: LockClass,
+    ) -> Option<Guard<'k, A>> {
+        // It may fail where the lock is free, as `try_lock`.
+        rwlock::try_read(word).then(|| self.acquired(word, class, Taken::Trying, 0))
     }
 
     /// Takes the reader-writer lock `word` for writing: alone.
     pub fn write_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
         loop {
             match rwlock::try_write(word) {
-                Ok(()) => return self.acquired(word, class, Taken::Waiting),
+                Ok(()) => return self.acquired(word, class, Taken::Waiting, 0),
                 Err(rwlock::Refused::Raced) => {}
                 Err(rwlock::Refused::Held) => {
                     rwlock::claim(word);
@@ -129,11 +141,18 @@ impl<A: Arch> Kernel<A> {
         self.spin(Point::LockWait, [self.lock_id(word), class as u64]);
     }
 
-    fn acquired<'k>(&'k self, word: &'k AtomicU64, class: LockClass, taken: Taken) -> Guard<'k, A> {
+    /// The guard of a lock that was just taken, told of; a VMA's with the number of its mm.
+    pub(crate) fn acquired<'k>(
+        &'k self,
+        word: &'k AtomicU64,
+        class: LockClass,
+        taken: Taken,
+        mm: u64,
+    ) -> Guard<'k, A> {
         event!(
             self,
             EventKind::LockAcquire,
-            [self.lock_id(word), class as u64, taken as u64, 0, 0],
+            [self.lock_id(word), class as u64, taken as u64, mm, 0],
         );
         point!(self, Point::LockAcquire, [self.lock_id(word), class as u64]);
         Guard {
@@ -169,6 +188,8 @@ impl<A: Arch> Drop for Guard<'_, A> {
         match class {
             LockClass::MmapRead => rwlock::release_read(*word),
             LockClass::MmapWrite => rwlock::release_write(*word),
+            LockClass::VmaRead => vma_lock::release(*word),
+            LockClass::VmaWrite => vma_lock::admit(*word),
             _ => spin::release(*word),
         }
         point!(

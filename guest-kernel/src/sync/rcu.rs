@@ -15,13 +15,16 @@
 //!   spins for them is quiescent.
 //! - Where memory is short, [`Kernel::rcu_reclaim`] takes what all CPUs have retired and waits for it.
 //!
-//! What is retired are page-table pages (Linux's MMU_GATHER_RCU_TABLE_FREE) and mms, each with its level-4 table.
+//! What is retired are page-table pages (Linux's MMU_GATHER_RCU_TABLE_FREE), mms, each with its level-4 table, and nodes of
+//! VMA trees.
 
+use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 
+use abi::bug::Bug;
 use abi::channel::{EventKind, rcu_object};
-use abi::layout::{MAX_CPUS, PAGE_SHIFT};
-use abi::objects::{CpuRcu, FrameKind, Mm, Pa};
+use abi::layout::MAX_CPUS;
+use abi::objects::{CpuRcu, FrameKind, Mm, Pa, VmaNode};
 use abi::point::Point;
 
 use super::grace;
@@ -118,18 +121,42 @@ impl<A: Arch> Kernel<A> {
     /// read sections of now have ended; one of level 4 with its mm, which is on no list any more. To be
     /// followed by [`Kernel::rcu_poll`] where the caller can do that.
     pub(crate) fn rcu_retire(&self, table: u64) {
-        self.note_retired(table);
-        let folio = self.folio(table);
+        self.note_retired_table(table);
+        self.push_retired(table);
+    }
+
+    /// As [`Kernel::rcu_retire`], of a node that no link leads to any more.
+    pub(crate) fn rcu_retire_node(&self, node: Pa<VmaNode>) {
+        self.slab_retire(node);
+        event!(
+            self,
+            EventKind::RcuRetire,
+            [node.0, rcu_object::VMA_NODE, 0, 0, 0]
+        );
+        if self.config.bugs.has(Bug::VmaNodesWithoutGracePeriod) {
+            return self.free_retired_node(node);
+        }
+        self.push_retired(node.0 | CpuRcu::IS_NODE);
+    }
+
+    fn push_retired(&self, object: u64) {
         let list = &self.this_cpu().rcu.retired;
-        let frame = table >> PAGE_SHIFT;
         // Others only ever take the whole list. AcqRel: who takes it sees how it is linked.
         let mut first = list.load(Relaxed);
         loop {
-            folio.next.set(first);
-            match list.compare_exchange_weak(first, frame, AcqRel, Relaxed) {
+            self.next_retired(object).set(first);
+            match list.compare_exchange_weak(first, object, AcqRel, Relaxed) {
                 Ok(_) => return,
                 Err(now) => first = now,
             }
+        }
+    }
+
+    /// The link of what a list of retired objects calls `object` ([`CpuRcu::retired`]).
+    fn next_retired(&self, object: u64) -> &AtomicU64 {
+        match retired_node(object) {
+            Some(node) => &self.obj(node).next_retired,
+            None => &self.folio(object).next,
         }
     }
 
@@ -272,21 +299,33 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn free_retired(&self, list: u64) {
-        let mut frame = list;
-        while frame != 0 {
-            let table = frame << PAGE_SHIFT;
-            frame = self.folio(table).next.get();
-            self.free_retired_table(table);
+        let mut next = list;
+        while next != 0 {
+            let object = next;
+            next = self.next_retired(object).get();
+            match retired_node(object) {
+                Some(node) => self.free_retired_node(node),
+                None => self.free_retired_table(object),
+            }
         }
+    }
+
+    fn free_retired_node(&self, node: Pa<VmaNode>) {
+        event!(
+            self,
+            EventKind::RcuFree,
+            [node.0, rcu_object::VMA_NODE, 0, 0, 0]
+        );
+        self.slab_free_retired(node);
     }
 
     /// The seeded bug: as [`Kernel::rcu_retire`], but frees at once.
     pub(crate) fn rcu_retire_and_free(&self, table: u64) {
-        self.note_retired(table);
+        self.note_retired_table(table);
         self.free_retired_table(table);
     }
 
-    fn note_retired(&self, table: u64) {
+    fn note_retired_table(&self, table: u64) {
         self.folio(table).kind.set(FrameKind::Retired as u8);
         let [object, kind] = told(|| self.retired_object(table));
         event!(self, EventKind::RcuRetire, [object, kind, 0, 0, 0]);
@@ -311,6 +350,11 @@ impl<A: Arch> Kernel<A> {
             [table, rcu_object::TABLE]
         }
     }
+}
+
+/// The node that a list of retired objects calls `object`; none for a table.
+fn retired_node(object: u64) -> Option<Pa<VmaNode>> {
+    (object & CpuRcu::IS_NODE != 0).then(|| Pa::new(object & !CpuRcu::IS_NODE))
 }
 
 #[inline]

@@ -7,4 +7,5 @@ mod grace;
 mod locks;
 mod seqcount;
 mod srcu;
+mod vma_lock;
 mod word;

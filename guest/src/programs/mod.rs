@@ -15,6 +15,7 @@ mod replay;
 mod smoke;
 mod stress;
 mod unmap_race;
+mod vma;
 mod writeback;
 
 use crate::args::{Arg, Args, UsageError};
@@ -59,6 +60,7 @@ pub const PROGRAMS: &[Program] = &[
     stress::PROGRAM,
     litmus::PROGRAM,
     huge::PROGRAM,
+    vma::PROGRAM,
     groups::PROGRAM,
     direct::PROGRAM,
     pressure::PROGRAM,
@@ -101,6 +103,7 @@ pub fn run<'a, S: Sys>(
         "stress" => Ok(stress::run(sys, &args)),
         "litmus" => Ok(litmus::run(sys, &args)),
         "huge" => Ok(huge::run(sys, &args)),
+        "vma" => Ok(vma::run(sys, &args)),
         "groups" => Ok(groups::run(sys, &args)),
         "direct" => Ok(direct::run(sys, &args)),
         "pressure" => Ok(pressure::run(sys, &args)),

@@ -65,7 +65,7 @@ impl<'a> Space<'a> {
     pub fn vma_at(&self, gva: u64) -> Option<&'a VmaView> {
         let after = self.by_start.partition_point(|vma| vma.start <= gva);
         let vma = *self.by_start[..after].last()?;
-        (vma.contains(gva) && vma.attached).then_some(vma)
+        (vma.contains(gva) && vma.is_attached()).then_some(vma)
     }
 
     /// The VMAs by start.

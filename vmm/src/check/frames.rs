@@ -59,7 +59,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "P-25",
         family: Family::PageTables,
-        predicate: "each slab's frames, objects in use and free objects add up",
+        predicate: "each slab's frames, objects in use, retired and free add up",
         applies: Applies::QuiescentKernel,
         source: "Linux mm/slub.c, validate_slab",
         run: slabs_add_up,
@@ -291,11 +291,20 @@ fn slabs_add_up(context: &Context<'_>, findings: &mut Findings) {
         let per_frame = PAGE_SIZE.checked_div(slab.object_bytes).unwrap_or(0);
         let room = frames * per_frame;
         match free {
-            Ok(free) => findings.require(slab.used.checked_add(free) == Some(room), || {
-                in_slab(index, "objects")
-                    .expected(format!("{room}, in {frames} frames"))
-                    .found(format!("{} in use and {free} free", slab.used))
-            }),
+            Ok(free) => findings.require(
+                [slab.used, slab.retired, free]
+                    .into_iter()
+                    .try_fold(0, u64::checked_add)
+                    == Some(room),
+                || {
+                    in_slab(index, "objects")
+                        .expected(format!("{room}, in {frames} frames"))
+                        .found(format!(
+                            "{} in use, {} retired and {free} free",
+                            slab.used, slab.retired
+                        ))
+                },
+            ),
             Err(broken) => findings.report(|| {
                 in_slab(index, "free objects")
                     .expected("a list that ends")

@@ -156,6 +156,15 @@ impl InFlight {
             self.unlinked.insert(mm.gpa, lock("reading"));
             self.held.push(lock("reading"));
         }
+        // A fault under one of them may have a table in hand.
+        if let Some(vma) = mm.vmas.iter().find(|vma| vma.readers() != 0) {
+            let busy = Busy::new(format!(
+                "mm {}: a fault holds the VMA at {:#x}",
+                mm.id, vma.start
+            ));
+            self.unlinked.insert(mm.gpa, busy.clone());
+            self.held.push(busy);
+        }
         if mm.flush_pending != 0 {
             self.held.push(Busy::new(format!(
                 "mm {}: an unmap has yet to flush",

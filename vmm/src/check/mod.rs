@@ -68,7 +68,7 @@ pub enum Applies {
     AllAtPoints,
     /// For an mm whose mmap_lock no writer holds.
     UnwrittenVmas,
-    /// For an mm whose mmap_lock nobody holds.
+    /// For an mm whose mmap_lock nobody holds, and none of whose VMAs a fault does.
     UnlockedMm,
     /// For an mm of which nobody holds a page-table lock.
     UnlockedTables,
@@ -91,7 +91,7 @@ impl Applies {
             Self::VcpuAtPoint => "the vCPU is at a point or outside the kernel",
             Self::AllAtPoints => "every vCPU is at a point or outside the kernel",
             Self::UnwrittenVmas => "nobody holds mmap_lock for writing",
-            Self::UnlockedMm => "nobody holds mmap_lock",
+            Self::UnlockedMm => "nobody holds mmap_lock or a VMA",
             Self::UnlockedTables => "nobody holds a page-table lock of the mm",
             Self::InhabitedMm => "the mm has a task, or no vCPU is inside the kernel",
             Self::OutsideKernel => "no vCPU is inside the kernel",

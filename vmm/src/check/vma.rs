@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 
 use abi::layout::{PAGE_SIZE, USER_END, USER_MIN};
-use abi::objects::{VMA_NODE_SLOTS, vma_flags};
+use abi::objects::{VMA_NODE_SLOTS, VmaRefs, vma_flags};
 
 use super::context::Space;
 use super::{Applies, Context, Family, Finding, Findings, InFlight, Invariant};
 use crate::inspect::VmaView;
 use crate::inspect::objects::{MmView, NodeView};
 
+const LINUX_LOCK: &str = "Linux include/linux/mmap_lock.h; mm/mmap_lock.c";
 const LINUX_VMA: &str = "Linux mm/vma.c, validate_mm";
 const TREE: &str = "abi::objects::VmaNode; Linux lib/maple_tree.c, mt_validate";
 
@@ -77,6 +78,22 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         applies: Applies::UnwrittenVmas,
         source: "Linux mm/mmap.c, vm_stat_account; mm/mlock.c, mlock_fixup",
         run: counters,
+    },
+    Invariant {
+        id: "V-09",
+        family: Family::Vma,
+        predicate: "mm.lock_seq is even, and every VMA of the mm was locked for writing before it",
+        applies: Applies::UnwrittenVmas,
+        source: LINUX_LOCK,
+        run: write_locks,
+    },
+    Invariant {
+        id: "V-10",
+        family: Family::Vma,
+        predicate: "no fault holds a VMA, and none is kept out of one",
+        applies: Applies::OutsideKernel,
+        source: LINUX_LOCK,
+        run: readers,
     },
 ];
 
@@ -305,7 +322,7 @@ fn ends_before(vmas: &[VmaView]) -> HashMap<u64, u64> {
 
 fn attached_and_owned(context: &Context<'_>, findings: &mut Findings) {
     for (space, vma) in vmas(context, findings) {
-        let right = vma.attached && vma.generation % 2 == 1 && vma.mm == space.mm.gpa;
+        let right = vma.is_attached() && vma.generation % 2 == 1 && vma.mm == space.mm.gpa;
         findings.require(right, || {
             Finding::new("a VMA in an mm's tree is not one of its own")
                 .expected(format!(
@@ -314,10 +331,52 @@ fn attached_and_owned(context: &Context<'_>, findings: &mut Findings) {
                 ))
                 .found(format!(
                     "{}, generation {}, mm = {:#x}",
-                    if vma.attached { "attached" } else { "detached" },
+                    if vma.is_attached() {
+                        "attached"
+                    } else {
+                        "detached"
+                    },
                     vma.generation,
                     vma.mm
                 ))
+                .mm(space.mm.id)
+                .object("Vma", vma.gpa)
+                .detail(vma.label())
+        });
+    }
+}
+
+fn write_locks(context: &Context<'_>, findings: &mut Findings) {
+    for space in context.spaces_without(InFlight::vmas, findings) {
+        let mm = space.mm;
+        let locked = |vma: &&VmaView| {
+            vma.lock_seq > mm.lock_seq || vma.lock_seq % 2 == 0 && vma.lock_seq != 0
+        };
+        let wrong = mm.vmas.iter().find(locked);
+        findings.require(mm.lock_seq % 2 == 0 && wrong.is_none(), || {
+            let found = match wrong {
+                Some(vma) => format!(
+                    "{}, and lock_seq {} of {}",
+                    mm.lock_seq,
+                    vma.lock_seq,
+                    vma.label()
+                ),
+                None => mm.lock_seq.to_string(),
+            };
+            Finding::new("an mm's lock_seq does not fit")
+                .expected("an even one, and odd ones below it of VMAs that were ever locked")
+                .found(found)
+                .mm(mm.id)
+        });
+    }
+}
+
+fn readers(context: &Context<'_>, findings: &mut Findings) {
+    for (space, vma) in vmas(context, findings) {
+        findings.require(vma.refs & !VmaRefs::ATTACHED == 0, || {
+            Finding::new("a VMA is still held, or closed")
+                .expected(format!("{:#x}", VmaRefs::ATTACHED))
+                .found(format!("{:#x}, {} readers", vma.refs, vma.readers()))
                 .mm(space.mm.id)
                 .object("Vma", vma.gpa)
                 .detail(vma.label())

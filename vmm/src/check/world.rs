@@ -10,8 +10,8 @@ use abi::layout::{
 };
 use abi::objects::{
     AnonVma, AnonVmaChain, CacheNode, Cpu, File, FileTable, Folio, FrameKind, KernelRoot, Mm,
-    ORDERS, OpenFile, Pa, SLABS, SlabId, Task, TaskState, VMA_NODE_SLOTS, Vma, VmaNode, VmaSlot,
-    folio_flags, vma_flags,
+    ORDERS, OpenFile, Pa, SLABS, SlabId, Task, TaskState, VMA_NODE_SLOTS, Vma, VmaNode, VmaRefs,
+    VmaSlot, folio_flags, vma_flags,
 };
 use abi::pte::{Pte, PteFlags, index};
 use zerocopy::{FromBytes, IntoBytes};
@@ -561,7 +561,7 @@ impl World {
             vma.flags.store(flags, Relaxed);
             vma.pgoff.store(start / PAGE_SIZE, Relaxed);
             vma.mm.set(Pa::new(mm));
-            vma.attached.store(1, Relaxed);
+            vma.refs.store(VmaRefs::ATTACHED, Relaxed);
             vma.generation.store(1, Relaxed);
         });
         self.update::<Mm, _>(mm, |mm| {

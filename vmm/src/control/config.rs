@@ -21,6 +21,7 @@ pub const NOISY_EVENTS: u64 = 1 << EventKind::LockAcquire as u32
     | 1 << EventKind::VmaAlloc as u32
     | 1 << EventKind::VmaFree as u32
     | 1 << EventKind::VmaFound as u32
+    | 1 << EventKind::VmaChange as u32
     | 1 << EventKind::WalkBegin as u32
     | 1 << EventKind::WalkEnd as u32
     | 1 << EventKind::CpumaskSet as u32

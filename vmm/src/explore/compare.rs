@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(
             text,
             "event 1: vCPU 1 task 0 lock-release lock=0x10 class=0x6 here, the end there\n    \
-             after event 0: vCPU 1 task 0 lock-acquire lock=0x10 class=0x6 tried=0x0"
+             after event 0: vCPU 1 task 0 lock-acquire lock=0x10 class=0x6 tried=0x0 mm=0x0"
         );
         let mut late = same;
         late.event.stamp = 7;

@@ -78,7 +78,7 @@ fn touched(event: &Event) -> Option<((u8, u64), u64)> {
             ((3, args[0]), 0)
         }
         K::Access => ((4, args[0]), args[3] & (access::WRITE | access::FAULT)),
-        K::VmaAttach | K::VmaDetach => ((5, args[0]), 0),
+        K::VmaAttach | K::VmaDetach | K::VmaChange => ((5, args[0]), 0),
         _ => return None,
     };
     Some((resource, u64::from(event.kind) << 32 | role))

@@ -672,6 +672,11 @@ impl<E: Engine> Driver<E> {
         let waits = self.standing.iter().filter_map(Standing::wait);
         waits.fold(PointSet::default(), |set, wait| {
             set.and(match wait {
+                // The second is the first point after a fault was counted as a reader in vain.
+                Wait::Lock {
+                    class: LockClass::VmaWrite,
+                    ..
+                } => PointSet::of(&[Point::LockRelease, Point::RcuExit]),
                 Wait::Lock { .. } => PointSet::of(&[Point::LockRelease]),
                 Wait::Acknowledged { .. } => PointSet::of(&[Point::IpiAck]),
                 // The first points after a quiescent state; that of a vCPU that waits or idles stops anyway.

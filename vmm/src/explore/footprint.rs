@@ -293,11 +293,20 @@ fn points(
             print.touch(Resource::Leaf(from.args[0] >> 12), Mode::Read);
             print.touch(Resource::Tables, Mode::Read);
         }
+        // A fault looks for its VMA, and asks whether it may have it.
+        P::RcuEnter if before == Doing::Fault => print.touch(Resource::Vmas, Mode::Read),
+        P::VmaLookup | P::VmaCounted => {
+            print.touch(Resource::Vmas, Mode::Read);
+            print.touch(Resource::Lock(from.args[0]), Mode::Read);
+        }
         P::RefcountChange | P::MapcountChange | P::FrameFree | P::FrameAlloc | P::TableFree => {
             let frame = Resource::Frame(from.args[0] >> 12);
             print.part(Resource::Frames, frame, Mode::Write);
         }
         _ => {}
+    }
+    if matches!(end, P::FlushWait | P::FlushSync) {
+        print.touch(Resource::Request(vcpu), Mode::Read);
     }
     if of_program(start) || start == P::LockWait || in_handler {
         // Nothing but the above, where the end is the program's or a spin loop's.
@@ -426,14 +435,19 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
             print.touch(Resource::Vmas, Mode::Read);
             print.touch(Resource::Leaf(args[2] >> 12), Mode::Read);
         }
-        K::VmaAttach | K::VmaDetach | K::VmaAlloc | K::VmaFree => {
+        K::VmaAttach | K::VmaDetach | K::VmaChange | K::VmaAlloc | K::VmaFree => {
             print.touch(Resource::Vmas, Mode::Write);
         }
         K::LockAcquire | K::LockRelease | K::LockWait => {
             // Readers only count themselves.
-            let reads = LockClass::from_u64(args[1]) == Some(LockClass::MmapRead);
+            let class = LockClass::from_u64(args[1]);
+            let reads = matches!(class, Some(LockClass::MmapRead | LockClass::VmaRead));
             let mode = if reads { Mode::Read } else { Mode::Write };
             print.touch(Resource::Lock(args[0]), mode);
+            // Whether a fault gets its VMA hangs on the mm's number too.
+            if matches!(class, Some(LockClass::MmapWrite | LockClass::VmaWrite)) {
+                print.touch(Resource::Vmas, Mode::Write);
+            }
         }
         K::Access => {
             print.touch(Resource::Leaf(args[0] >> 12), Mode::Read);

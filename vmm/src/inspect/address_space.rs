@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::PAGE_SIZE;
 use abi::objects::{
-    AnonVma, AnonVmaChain, Mm, RwLockWord, VMA_NODE_SLOTS, Vma, VmaNode, vma_flags,
+    AnonVma, AnonVmaChain, Mm, RwLockWord, VMA_NODE_SLOTS, Vma, VmaNode, VmaRefs, vma_flags,
 };
 use serde::Serialize;
 
@@ -31,8 +31,11 @@ pub struct VmaView {
     /// Its mm.
     #[serde(with = "serde_hex")]
     pub mm: u64,
-    /// True while it is linked in its mm's tree.
-    pub attached: bool,
+    /// Its lock: [`VmaRefs`].
+    #[serde(with = "serde_hex")]
+    pub refs: u64,
+    /// [`MmView::lock_seq`] when it was locked for writing last.
+    pub lock_seq: u64,
     /// Odd while live.
     pub generation: u32,
     /// Its anon_vma, 0 for none.
@@ -54,7 +57,8 @@ impl VmaView {
             flags: vma.flags.load(Relaxed),
             pgoff: vma.pgoff.load(Relaxed),
             mm: vma.mm.get().0,
-            attached: vma.attached.load(Relaxed) != 0,
+            refs: vma.refs.load(Relaxed),
+            lock_seq: vma.lock_seq.load(Relaxed),
             generation: vma.generation.load(Relaxed),
             anon_vma: vma.anon_vma.get().0,
             chains: Vec::new(),
@@ -62,6 +66,16 @@ impl VmaView {
         }
     }
 
+    /// True while it is linked in its mm's tree.
+    #[must_use]
+    pub fn is_attached(&self) -> bool {
+        VmaRefs::is_attached(self.refs)
+    }
+    /// Faults that hold it for reading.
+    #[must_use]
+    pub fn readers(&self) -> u64 {
+        VmaRefs::readers(self.refs)
+    }
     /// True where `gva` lies in it.
     #[must_use]
     pub fn contains(&self, gva: u64) -> bool {
@@ -259,6 +273,7 @@ pub struct MmView {
     pub tlb_gen: u64,
     #[serde(with = "serde_hex")]
     pub mmap_lock: u64,
+    pub lock_seq: u64,
     #[serde(with = "serde_hex")]
     pub tree: u64,
     pub map_count: u64,
@@ -294,6 +309,7 @@ impl MmView {
             cpumask: mm.cpumask.load(Relaxed),
             tlb_gen: mm.tlb_gen.load(Relaxed),
             mmap_lock: mm.mmap_lock.load(Relaxed),
+            lock_seq: mm.lock_seq.load(Relaxed),
             tree: mm.vmas.get().0,
             map_count: mm.map_count.load(Relaxed),
             rss: mm.rss.load(Relaxed),

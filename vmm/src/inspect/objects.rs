@@ -103,6 +103,7 @@ impl KswapdView {
 pub struct SlabView {
     pub object_bytes: u64,
     pub used: u64,
+    pub retired: u64,
     pub frames: u64,
     #[serde(with = "serde_hex")]
     pub free: u64,
@@ -114,6 +115,7 @@ impl SlabView {
         Self {
             object_bytes: slab.object_bytes.load(Relaxed),
             used: slab.used.load(Relaxed),
+            retired: slab.retired.load(Relaxed),
             frames: slab.frames.load(Relaxed),
             free: slab.free.load(Relaxed),
             lock: slab.lock.load(Relaxed),

@@ -6,7 +6,7 @@ use abi::channel::{EventKind, access, cr3, rcu_object};
 use abi::disk::{DiskOp, DiskStatus};
 use abi::failpoint::Failpoint;
 use abi::lock::LockClass;
-use abi::objects::FrameKind;
+use abi::objects::{FrameKind, VmaRefs, vma_flags};
 use abi::pte::{NonPresent, Pte, PteFlags};
 use abi::syscall::{decode, nr};
 
@@ -103,7 +103,7 @@ impl Subject {
             }
             Some(EventKind::FrameAlloc | EventKind::FrameFree) => is_frame(args[0]),
             Some(EventKind::LockAcquire | EventKind::LockRelease) => false,
-            Some(EventKind::VmaAttach | EventKind::VmaDetach) => self
+            Some(EventKind::VmaAttach | EventKind::VmaDetach | EventKind::VmaChange) => self
                 .gva
                 .is_some_and(|gva| (args[2]..args[3]).contains(&gva)),
             Some(_) => true,
@@ -189,6 +189,10 @@ pub(crate) fn waits_for(wait: &crate::explore::WaitsFor) -> String {
                 LockClass::MmapRead | LockClass::MmapWrite => {
                     format!("its word is {:#x}", wait.word)
                 }
+                LockClass::VmaWrite => match VmaRefs::readers(wait.word) {
+                    1 => "a fault holds it".into(),
+                    readers => format!("{readers} faults hold it"),
+                },
                 LockClass::Reclaim => format!("{} vCPUs have folios in hand", wait.word),
                 _ => format!("vCPU {} holds it", wait.word.wrapping_sub(1)),
             };
@@ -270,6 +274,12 @@ pub(crate) fn line(seen: &Seen) -> Option<String> {
         }
         EventKind::VmaAttach => format!("maps {:#x}..{:#x}", args[2], args[3]),
         EventKind::VmaDetach => format!("unmaps {:#x}..{:#x}", args[2], args[3]),
+        EventKind::VmaChange => format!(
+            "its VMA is {:#x}..{:#x} now, {}",
+            args[2],
+            args[3],
+            rights(args[4])
+        ),
         EventKind::LockWait => format!("waits for the {}", lock(args[1])),
         EventKind::LockAcquire if is_telling(args[1]) => format!("takes the {}", lock(args[1])),
         EventKind::LockRelease if is_telling(args[1]) => format!("drops the {}", lock(args[1])),
@@ -355,11 +365,28 @@ fn disk_op(op: u64) -> &'static str {
     }
 }
 
+/// `rwx`, as far as `flags` permit it.
+fn rights(flags: u64) -> String {
+    let known = [
+        (vma_flags::READ, 'r'),
+        (vma_flags::WRITE, 'w'),
+        (vma_flags::EXEC, 'x'),
+    ];
+    let letter = |(flag, letter)| if flags & flag != 0 { letter } else { '-' };
+    known.map(letter).into_iter().collect()
+}
+
 /// Locks whose order an MM engineer asks for first.
 fn is_telling(class: u64) -> bool {
     matches!(
         LockClass::from_u64(class),
-        Some(LockClass::MmapRead | LockClass::MmapWrite | LockClass::PageTable)
+        Some(
+            LockClass::MmapRead
+                | LockClass::MmapWrite
+                | LockClass::VmaRead
+                | LockClass::VmaWrite
+                | LockClass::PageTable
+        )
     )
 }
 

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE, USER_END};
 use abi::objects::{
-    AnonVma, AnonVmaChain, CacheNode, File, FrameKind, Mm, ORDERS, Pa, SLABS, SlabId, Vma, VmaNode,
-    folio_flags, vma_flags,
+    AnonVma, AnonVmaChain, CacheNode, CpuRcu, File, FrameKind, Mm, ORDERS, Pa, SLABS, SlabId, Vma,
+    VmaNode, VmaRefs, folio_flags, vma_flags,
 };
 use abi::pte::{NonPresent, Pte, PteFlags, index, level_size};
 
@@ -157,7 +157,7 @@ fn audit_tree<A: Arch>(kernel: &Kernel<A>, pa: Pa<Mm>, found: &mut Found) -> Vec
         let area = kernel.obj(vma);
         let (start, end) = (area.start.get(), area.end.get());
         assert!(start < end && end <= USER_END && (start | end) % PAGE_SIZE == 0);
-        assert!(area.mm.get() == pa && area.attached.get() == 1);
+        assert!(area.mm.get() == pa && area.refs.get() == VmaRefs::ATTACHED);
         assert_eq!(area.generation.get() % 2, 1);
         assert!(found.vmas.insert(vma.0), "VMA {vma:?} is in two trees");
     }
@@ -643,17 +643,32 @@ fn audit_retired<A: Arch>(kernel: &Kernel<A>) -> usize {
     for cpu in &root.cpus {
         assert!(cpu.rcu.waiting.get() == 0 || cpu.rcu.grace.get() % 2 == 1);
         for list in [&cpu.rcu.retired, &cpu.rcu.waiting] {
-            let mut frame = list.get();
-            while frame != 0 {
-                assert!(listed.insert(frame), "table {frame:#x} retired twice");
-                frame = kernel.frame_folio(frame).next.get();
+            let mut next = list.get();
+            while next != 0 {
+                assert!(listed.insert(next), "{next:#x} retired twice");
+                let node = next & !CpuRcu::IS_NODE;
+                next = if node == next {
+                    kernel.folio(next).next.get()
+                } else {
+                    kernel.obj(Pa::<VmaNode>::new(node)).next_retired.get()
+                };
             }
         }
     }
     let is_retired =
         |frame: &u64| kernel.frame_folio(*frame).kind.get() == FrameKind::Retired as u8;
     let retired: BTreeSet<u64> = (1..root.nr_frames.get()).filter(is_retired).collect();
-    assert_eq!(retired, listed);
+    let (nodes, tables): (BTreeSet<_>, BTreeSet<_>) = listed
+        .iter()
+        .partition(|object| **object & CpuRcu::IS_NODE != 0);
+    assert_eq!(
+        tables,
+        retired.iter().map(|frame| frame << PAGE_SHIFT).collect()
+    );
+    assert_eq!(
+        root.slabs[SlabId::VmaNode as usize].retired.get(),
+        nodes.len() as u64
+    );
     let roots = retired
         .iter()
         .filter(|&&frame| kernel.frame_folio(frame).index.get() == 4);

@@ -392,7 +392,7 @@ fn what_is_dirty_stays_so_in_another_frame_and_what_is_moved_by_the_disk_stays()
 fn a_page_that_a_device_has_written_is_dirty() {
     with_file(|k, file, [a, _]| {
         let mut frames = [0];
-        let fault = |gva, code| k.handle_fault(a, gva, code);
+        let fault = |gva, code| k.fault(a, gva, code);
         k.on(0, |k| {
             k.pin_user_pages(a, AT, true, &mut frames, fault).unwrap()
         });

@@ -98,11 +98,11 @@ fn free_objects_are_zero_but_for_link_and_generation() {
     let kernel = machine.kernel();
     let vma = kernel.slab_alloc::<Vma>().unwrap();
     kernel.obj(vma).start.set(7);
-    kernel.obj(vma).attached.set(1);
+    kernel.obj(vma).flags.set(1);
     kernel.slab_free(vma);
     assert_eq!(kernel.obj(vma).generation.get(), 2);
     assert_eq!(
-        (kernel.obj(vma).start.get(), kernel.obj(vma).attached.get()),
+        (kernel.obj(vma).start.get(), kernel.obj(vma).flags.get()),
         (0, 0)
     );
     let again = kernel.slab_alloc::<Vma>().unwrap();

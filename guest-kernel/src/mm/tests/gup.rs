@@ -18,7 +18,7 @@ use crate::mm::{Field, Slot};
 /// Pins one page on the CPU that the test plays.
 fn pin(k: &TestKernel, mm: Pa<Mm>, gva: u64, write: bool) -> Result<u64, Errno> {
     let mut frames = [0];
-    let fault = |gva, code| k.handle_fault(mm, gva, code);
+    let fault = |gva, code| k.fault(mm, gva, code);
     k.pin_user_pages(mm, gva, write, &mut frames, fault)?;
     Ok(frames[0])
 }
@@ -60,7 +60,7 @@ fn a_page_is_pinned_by_either_way_and_counts_are_as_before() {
     assert_eq!(pins(k, slow), (0, 1, 1));
     // A range: one for each page.
     let mut frames = [0; 3];
-    let fault = |gva, code| k.handle_fault(mm, gva, code);
+    let fault = |gva, code| k.fault(mm, gva, code);
     assert_eq!(
         k.pin_user_pages(mm, AT + 8, false, &mut frames, fault),
         Ok(3)
@@ -93,7 +93,7 @@ fn what_a_program_may_not_do_a_device_may_not_do_for_it() {
     // An error behind the first page ends the list.
     let mut frames = [0; 3];
     k.mprotect(mm, AT, PAGE, prot::READ).unwrap();
-    let fault = |gva, code| k.handle_fault(mm, gva, code);
+    let fault = |gva, code| k.fault(mm, gva, code);
     assert_eq!(k.pin_user_pages(mm, AT, false, &mut frames, fault), Ok(1));
     k.unpin_user_pages(AT, &frames[..1]);
     teardown(k, &[mm]);

@@ -303,7 +303,7 @@ fn a_pinned_page_is_copied_at_fork_and_keeps_its_frame() {
     let mm = filled(k, 1);
     let head = leaf(k, mm, AT).1.address();
     let mut frames = [0; 2];
-    let fault = |gva, code| k.handle_fault(mm, gva, code);
+    let fault = |gva, code| k.fault(mm, gva, code);
     let pinned = k.pin_user_pages(mm, AT + 4 * PAGE, true, &mut frames, fault);
     assert_eq!(
         (pinned, frames),
@@ -430,7 +430,7 @@ fn a_pin_without_a_lock_and_a_collapse_do_not_both_succeed() {
     });
     let frame = k.on(1, |k| {
         let mut frames = [0];
-        let fault = |gva, code| k.handle_fault(mm, gva, code);
+        let fault = |gva, code| k.fault(mm, gva, code);
         k.pin_user_pages(mm, AT, true, &mut frames, fault).unwrap();
         frames[0]
     });
@@ -517,7 +517,7 @@ fn a_folio_that_others_use_stays_whole() {
     let mm = filled(k, 1);
     let head = leaf(k, mm, AT).1.address();
     let mut frames = [0];
-    let fault = |gva, code| k.handle_fault(mm, gva, code);
+    let fault = |gva, code| k.fault(mm, gva, code);
     k.pin_user_pages(mm, AT, true, &mut frames, fault).unwrap();
     assert_eq!(k.split_folios(mm, AT, HUGE), Ok(0), "a device");
     k.unpin_user_pages(AT, &frames);

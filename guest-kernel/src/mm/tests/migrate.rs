@@ -141,7 +141,7 @@ fn what_a_device_uses_stays_and_nothing_is_disturbed() {
     let (machine, mm) = page("");
     let k = machine.kernel();
     let mut frames = [0];
-    let fault = |gva, code| k.handle_fault(mm, gva, code);
+    let fault = |gva, code| k.fault(mm, gva, code);
     k.pin_user_pages(mm, AT, true, &mut frames, fault).unwrap();
     let (old, flushes) = (entry(k, mm, AT), k.arch.flushes(1));
     assert_eq!(k.migrate_range(mm, AT, PAGE), Ok(0));
@@ -202,7 +202,7 @@ fn an_access_meanwhile_faults_and_finds_the_new_frame() {
         });
         assert_eq!(k.migrate_range(mm, AT, PAGE), Ok(1));
         assert_eq!(k.arch.hooks_left(), 0);
-        k.on(1, |k| k.handle_fault(mm, AT, error)).unwrap();
+        k.on(1, |k| k.fault(mm, AT, error)).unwrap();
         assert_eq!(k.user_read(1, AT), Ok(7));
         audit(k);
         teardown(k, &[mm]);

@@ -37,6 +37,7 @@ mod remap;
 mod semantics;
 mod tables;
 mod tree;
+mod vma_lock;
 mod zero;
 
 use abi::objects::{Mm, Pa};

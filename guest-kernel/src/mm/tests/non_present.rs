@@ -165,7 +165,7 @@ fn a_fault_waits_until_the_page_has_arrived() {
     k.arch.at(Point::LockWait, move |k| {
         k.on(0, |k| come_back(k, mm, AT, old));
     });
-    k.on(1, |k| k.handle_fault(mm, AT, fault::USER | fault::WRITE))
+    k.on(1, |k| k.fault(mm, AT, fault::USER | fault::WRITE))
         .unwrap();
     assert_eq!((k.arch.hooks_left(), entry(k, mm, AT)), (0, old));
     teardown(k, &[mm]);
@@ -181,7 +181,7 @@ fn a_fault_on_one_that_nobody_moves_is_a_bug() {
     k.user_write(0, AT, 7).unwrap();
     let old = set_out(k, mm, AT);
     k.folio(old.address()).lock.set(0);
-    let _ = k.handle_fault(mm, AT, fault::USER);
+    let _ = k.fault(mm, AT, fault::USER);
 }
 
 #[test]
@@ -195,5 +195,5 @@ fn an_entry_that_nobody_understands_is_a_bug() {
     let slot = slot(k, mm, AT);
     let old = k.read_pte(slot);
     k.set_pte(k.obj(mm), AT, slot, old, Pte(0x2));
-    let _ = k.handle_fault(mm, AT, fault::USER);
+    let _ = k.fault(mm, AT, fault::USER);
 }

@@ -74,10 +74,7 @@ fn a_stack_that_may_not_grow_has_an_anon_vma_all_the_same() {
             .unwrap();
         // Once writable, counted; as long as it may hold something it stays so.
         let far = stack - (64 << 20);
-        assert_eq!(
-            k.handle_fault(mm, far, fault::USER),
-            Err(FaultError::NoMapping)
-        );
+        assert_eq!(k.fault(mm, far, fault::USER), Err(FaultError::NoMapping));
         k.mprotect(mm, stack, PAGE, RW).unwrap();
         k.mprotect(mm, stack, PAGE, prot::READ).unwrap();
         let page = |from, to| (AT + from * PAGE, AT + to * PAGE, prot::READ);

@@ -226,7 +226,7 @@ fn locked_and_pinned_pages_stay() {
     let mm = filled(k, &[0], 3);
     k.mlock(mm, AT, PAGE, 0).unwrap();
     let mut frames = [0];
-    let fault = |gva, code| k.handle_fault(mm, gva, code);
+    let fault = |gva, code| k.fault(mm, gva, code);
     k.pin_user_pages(mm, AT + PAGE, true, &mut frames, fault)
         .unwrap();
     assert_eq!(k.reclaim(3), 1);

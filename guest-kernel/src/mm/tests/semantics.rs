@@ -465,6 +465,7 @@ fn fault_around_maps_a_window() {
 #[test]
 fn user_memory_is_copied_across_pages() {
     with_space(|k, mm| {
+        k.rcu_enter_kernel();
         map_at(k, mm, AT, 2, RW);
         // The kernel accesses the memory of a task.
         let task = k.slab_alloc::<Task>().unwrap();

@@ -4,7 +4,6 @@
 //! no single state shows it.
 
 use abi::channel::{EventKind, Walker};
-use abi::lock::LockClass;
 use abi::pte::Pte;
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -53,6 +52,16 @@ enum Vma {
     Freed,
 }
 
+/// Who uses a VMA.
+#[derive(Clone, Copy, Debug)]
+struct User {
+    task: u32,
+    vma: u64,
+    /// The class of the lock that keeps it.
+    lock: u64,
+    walks: bool,
+}
+
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Lifetime {
@@ -62,8 +71,8 @@ pub struct Lifetime {
     counts: FxHashMap<(u64, EventKind), u64>,
     /// By VMA: its generation since it was allocated or freed last.
     generations: FxHashMap<u64, u64>,
-    /// Who uses which VMA: a task, whether it walks already, the VMA.
-    in_use: Vec<(u32, bool, u64)>,
+    /// Who uses which VMA.
+    in_use: Vec<User>,
     /// Tasks that walk back from a folio, and the mms that they have come to.
     walking_back: Vec<(u32, u64)>,
 }
@@ -120,8 +129,8 @@ impl Lifetime {
         let user = self
             .in_use
             .iter()
-            .find(|(task, _, vma)| *task != me && *vma == gpa);
-        if let Some((task, ..)) = user {
+            .find(|user| user.task != me && user.vma == gpa);
+        if let Some(User { task, .. }) = user {
             let finding = Finding::new(format!("a VMA goes while a fault of task {task} uses it"))
                 .expected("nobody who uses it")
                 .found(format!("task {me} takes it out"))
@@ -134,20 +143,18 @@ impl Lifetime {
     /// When a fault has done with its VMA: it has walked, or dropped the lock under which it was found.
     fn using(&mut self, seen: &Seen, kind: EventKind) {
         let me = seen.event.task;
-        let Some(at) = self.in_use.iter().position(|(task, ..)| *task == me) else {
+        let Some(at) = self.in_use.iter().position(|user| user.task == me) else {
             return;
         };
         let fault = seen.event.args[2] == Walker::Fault as u64;
         let over = match kind {
             EventKind::WalkBegin if fault => {
-                self.in_use[at].1 = true;
+                self.in_use[at].walks = true;
                 false
             }
             EventKind::WalkEnd => fault,
             EventKind::LockRelease => {
-                let class = LockClass::from_u64(seen.event.args[1]);
-                let mmap = matches!(class, Some(LockClass::MmapRead | LockClass::MmapWrite));
-                mmap && !self.in_use[at].1
+                seen.event.args[1] == self.in_use[at].lock && !self.in_use[at].walks
             }
             EventKind::FaultExit | EventKind::SyscallExit => true,
             _ => false,
@@ -197,10 +204,15 @@ impl Lifetime {
     }
 
     fn used(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [mm, gpa, gva, generation, _] = seen.event.args;
-        let me = seen.event.task;
-        self.in_use.retain(|(task, ..)| *task != me);
-        self.in_use.push((me, false, gpa));
+        let [mm, gpa, gva, generation, lock] = seen.event.args;
+        let task = seen.event.task;
+        self.in_use.retain(|user| user.task != task);
+        self.in_use.push(User {
+            task,
+            vma: gpa,
+            lock,
+            walks: false,
+        });
         match self.vmas.get(&gpa) {
             None => {}
             Some(Vma::Attached(owner))
@@ -314,6 +326,7 @@ fn violation(id: &'static str, finding: Finding) -> Violation {
 #[cfg(test)]
 mod tests {
     use abi::channel::Event;
+    use abi::lock::LockClass;
 
     use super::*;
     use EventKind::{Cr3Load, MmFree, VmaAlloc, VmaAttach, VmaDetach, VmaFound, VmaFree};
@@ -383,7 +396,7 @@ mod tests {
     fn a_vma_that_goes_while_a_fault_uses_it_is_o_05() {
         let fault = Walker::Fault as u64;
         let mmap = LockClass::MmapRead as u64;
-        let used = (2, VmaFound, [1, 8, 0x1000, 1, 0]);
+        let used = (2, VmaFound, [1, 8, 0x1000, 1, mmap]);
         let begin = (2, EventKind::WalkBegin, [1, 0x1000, fault, 0, 0]);
         let end = (2, EventKind::WalkEnd, [1, 0x1000, fault, 0, 0]);
         let unlock = (2, EventKind::LockRelease, [4, mmap, 0, 0, 0]);

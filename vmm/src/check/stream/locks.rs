@@ -4,8 +4,11 @@
 //! `Documentation/mm/process_addrs.rst`), so a schedule that breaks it is reported whether or not another
 //! one takes the locks the other way round: a deadlock needs both, and only one of them is wrong.
 
+use std::mem::offset_of;
+
 use abi::channel::{Event, EventKind};
 use abi::lock::LockClass;
+use abi::objects::Vma;
 use rustc_hash::FxHashSet;
 
 use super::{Kinds, Monitor, Rule, Seen};
@@ -16,7 +19,7 @@ use crate::memory::PhysMem;
 pub const INVARIANTS: &[Rule] = &[
     (
         ORDER,
-        "locks are taken in the order file position, inode, mmap_lock, folio, i_mmap, anon_vma, page table, then one of the others",
+        "locks are taken in the order file position, inode, mmap_lock, VMA, folio, i_mmap, anon_vma, page table, then one of the others",
     ),
     (
         HOLDER,
@@ -50,11 +53,12 @@ fn rank(class: LockClass) -> u8 {
         LockClass::Position => 0,
         LockClass::Inode => 1,
         LockClass::MmapRead | LockClass::MmapWrite => 2,
-        LockClass::Folio => 3,
-        LockClass::IMmap => 4,
-        LockClass::AnonVma => 5,
-        LockClass::PageTable => 6,
-        _ => 7,
+        LockClass::VmaRead | LockClass::VmaWrite => 3,
+        LockClass::Folio => 4,
+        LockClass::IMmap => 5,
+        LockClass::AnonVma => 6,
+        LockClass::PageTable => 7,
+        _ => 8,
     }
 }
 
@@ -68,13 +72,19 @@ fn may_nest(class: LockClass) -> bool {
     )
 }
 
+/// True where several may hold a lock as `class`.
+fn shares(class: LockClass) -> bool {
+    matches!(class, LockClass::MmapRead | LockClass::VmaRead)
+}
+
 impl Locks {
     fn acquired(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
         let me = holder(seen, class);
         self.known.insert(word);
-        let other = self.held.iter().find(|(_, held, other)| {
-            *held == word && (class != LockClass::MmapRead || *other != LockClass::MmapRead)
-        });
+        let other = self
+            .held
+            .iter()
+            .find(|(_, held, other)| *held == word && !(shares(class) && shares(*other)));
         if let Some((who, ..)) = other {
             let finding = finding(seen, "a lock was taken that is held already", class, word)
                 .found(format!("{who:?} holds it"));
@@ -168,6 +178,11 @@ pub(super) fn holder(seen: &Seen, class: LockClass) -> Holder {
 /// lock_acquire).
 pub(super) fn was_tried(event: &Event) -> bool {
     event.args[2] != 0
+}
+
+/// The VMA whose lock is at `word`.
+pub(super) fn vma_of(word: u64) -> u64 {
+    word.wrapping_sub(offset_of!(Vma, refs) as u64)
 }
 
 /// True for the number of a class that a mmap_lock is held by.

@@ -13,6 +13,7 @@ pub mod order;
 pub mod rcu;
 pub mod rmap;
 pub mod tlb;
+pub mod vma_lock;
 pub mod walk;
 mod words;
 
@@ -105,6 +106,7 @@ pub fn rules() -> impl Iterator<Item = &'static Rule> {
         rmap::INVARIANTS,
         migration::INVARIANTS,
         groups::INVARIANTS,
+        vma_lock::INVARIANTS,
     ];
     families.into_iter().flatten()
 }
@@ -192,6 +194,10 @@ const SOURCES: &[(&str, &str)] = &[
         "Linux mm/memcontrol.c, uncharge_folio and mem_cgroup_migrate; abi::channel::EventKind::Charge",
     ),
     (
+        "N",
+        "Linux include/linux/mmap_lock.h, mm/mmap_lock.c; Documentation/mm/process_addrs.rst",
+    ),
+    (
         "A-02",
         "Linux mm/rmap.c, folio_get_anon_vma; Documentation/mm/process_addrs.rst",
     ),
@@ -231,6 +237,7 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
         Box::new(rmap::Rmap::default()),
         Box::new(migration::Migrations::default()),
         Box::new(groups::Charges::default()),
+        Box::new(vma_lock::VmaLocks::default()),
     ]
 }
 

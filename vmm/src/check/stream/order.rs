@@ -67,10 +67,11 @@ pub struct LockOrder {
     folios: u64,
 }
 
-/// Both ways to take an mmap_lock are one class.
+/// Both ways to take an mmap_lock, or a VMA, are one class.
 fn class_of(class: LockClass) -> LockClass {
     match class {
         LockClass::MmapRead => LockClass::MmapWrite,
+        LockClass::VmaRead => LockClass::VmaWrite,
         class => class,
     }
 }

@@ -11,7 +11,7 @@ use std::mem::offset_of;
 use abi::channel::EventKind;
 use abi::layout::{HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{
-    AnonVma, AnonVmaChain, File, Folio, FrameKind, KernelRoot, Mm, RwLockWord, Vma,
+    AnonVma, AnonVmaChain, File, Folio, FrameKind, KernelRoot, Mm, RwLockWord, Vma, VmaRefs,
 };
 use abi::pte::{Pte, index};
 use rustc_hash::FxHashMap;
@@ -263,7 +263,7 @@ impl<'m> Guest<'m> {
     fn pass(&mut self, vma: u64, at: u64, frame: u64) -> Result<(), Dead> {
         let memory = self.memory;
         self.alive("VMA", vma, offset_of!(Vma, generation))?;
-        if memory.half(vma, offset_of!(Vma, attached)) == 0 {
+        if !VmaRefs::is_attached(memory.field(vma, offset_of!(Vma, refs))) {
             return Err(("VMA", vma));
         }
         let start = memory.field(vma, offset_of!(Vma, start));
@@ -445,7 +445,7 @@ mod tests {
     fn a_walk_over_what_is_gone_is_a_02() {
         let detached = |world: &mut World| {
             let vma = world.vmas[&(world.child, DATA)];
-            world.update::<Vma, _>(vma, |vma| vma.attached.store(0, Relaxed));
+            world.update::<Vma, _>(vma, |vma| vma.refs.store(VmaRefs::DETACHED, Relaxed));
         };
         assert_eq!(ids(detached), ["A-02"]);
         let freed = |world: &mut World| {
@@ -471,7 +471,7 @@ mod tests {
         assert_eq!(ids(busy), [""; 0]);
         let detached = |world: &mut World| {
             let vma = world.vmas[&(world.child, SHARED_FILE)];
-            world.update::<Vma, _>(vma, |vma| vma.attached.store(0, Relaxed));
+            world.update::<Vma, _>(vma, |vma| vma.refs.store(VmaRefs::DETACHED, Relaxed));
         };
         assert_eq!(ids(detached), ["A-02"]);
         let freed = |world: &mut World| {

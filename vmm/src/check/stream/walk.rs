@@ -28,7 +28,7 @@ pub const INVARIANTS: &[Rule] = &[
     ),
     (
         PROTECTED,
-        "who walks page tables holds what keeps them there: the mmap_lock, the anon_vma's lock, an RCU read section, or this vCPU's CR3",
+        "who walks page tables holds what keeps them there: the mmap_lock, a fault its VMA, the anon_vma's lock, an RCU read section, or this vCPU's CR3",
     ),
 ];
 
@@ -54,6 +54,8 @@ struct Held {
     vcpu: usize,
     class: LockClass,
     word: u64,
+    /// Of a VMA: the number of its mm.
+    mm: u64,
 }
 
 /// What memory says at the start.
@@ -127,6 +129,7 @@ impl Walks {
                 let mut held = self.held.iter();
                 held.any(|held| held.class == LockClass::IMmap && held.vcpu == walk.vcpu)
             }
+            Walker::Fault if self.holds_vma(&walk) => true,
             _ => {
                 let Some(object) = self.now.mms.get(&walk.mm) else {
                     return; // An mm from before the stream that is on no list.
@@ -143,6 +146,7 @@ impl Walks {
                 Walker::Rmap => "an anon_vma or i_mmap lock",
                 Walker::Truncate => "an i_mmap lock",
                 Walker::Peek => "an RCU read section",
+                Walker::Fault => "its VMA or mmap_lock",
                 _ => "its mmap_lock",
             };
             let title = format!("a walk by {} {does} without {needs}", walker.name());
@@ -156,6 +160,13 @@ impl Walks {
         }
     }
 
+    fn holds_vma(&self, walk: &Walk) -> bool {
+        let mut held = self.held.iter();
+        held.any(|held| {
+            held.class == LockClass::VmaRead && held.who == walk.who && held.mm == walk.mm
+        })
+    }
+
     /// The walks of `seen`'s task and vCPU that go on.
     fn judge_own(&self, seen: &Seen, found: &mut Vec<Violation>) {
         let (me, vcpu) = (who(seen), seen.vcpu);
@@ -165,13 +176,17 @@ impl Walks {
     }
 
     fn lock(&mut self, seen: &Seen, taken: bool, found: &mut Vec<Violation>) {
-        let [word, class, ..] = seen.event.args;
+        let [word, class, _, mm, _] = seen.event.args;
         let Some(class) = LockClass::from_u64(class) else {
             return;
         };
         if !matches!(
             class,
-            LockClass::MmapRead | LockClass::MmapWrite | LockClass::AnonVma | LockClass::IMmap
+            LockClass::MmapRead
+                | LockClass::MmapWrite
+                | LockClass::VmaRead
+                | LockClass::AnonVma
+                | LockClass::IMmap
         ) {
             return;
         }
@@ -180,6 +195,7 @@ impl Walks {
             vcpu: seen.vcpu,
             class,
             word,
+            mm,
         };
         if taken {
             return self.held.push(held);

@@ -33,6 +33,7 @@ const STREAM_TESTS: &str = concat!(
     include_str!("../stream/rmap.rs"),
     include_str!("../stream/migration.rs"),
     include_str!("../stream/groups.rs"),
+    include_str!("../stream/vma_lock.rs"),
 );
 
 /// The cells of the table's rows.

@@ -6,7 +6,7 @@ use abi::objects::{AnonVma, FrameKind, Mm, Pa, RwLockWord};
 use abi::point::Point;
 use abi::pte::PteFlags;
 
-use crate::check::world::{DATA, TEXT, World};
+use crate::check::world::{DATA, LARGE_FRAME, TEXT, World};
 use crate::inspect::Stop;
 
 /// Reasons for which `id` skipped something.
@@ -117,6 +117,28 @@ fn a_table_lock_never_excuses_a_count_that_is_off_by_two() {
     world.folio(frame, |folio| folio.mapcount.fetch_add(2, Relaxed));
     let violated = violated(&world);
     assert!(violated.contains(&"R-01"), "{violated:?}");
+}
+
+/// A split has counted the small entries, and has not linked their table.
+#[test]
+fn a_table_lock_excuses_the_split_of_2_mib() {
+    let world = World::new();
+    let split = |mapcount| {
+        world.folio(LARGE_FRAME, |folio| {
+            folio.mapcount.store(mapcount, Relaxed);
+            folio.refcount.store(mapcount, Relaxed);
+        });
+    };
+    split(513);
+    let violated_now = violated(&world);
+    assert!(violated_now.contains(&"R-01"), "{violated_now:?}");
+    lock_table(&world, DATA);
+    assert!(!violated(&world).contains(&"R-01"));
+    split(512);
+    assert!(
+        violated(&world).contains(&"R-01"),
+        "one small entry is missing"
+    );
 }
 
 /// fork has made a folio shared and is about to take the permission away.

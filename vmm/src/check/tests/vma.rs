@@ -1,7 +1,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{PAGE_SIZE, USER_END};
-use abi::objects::{Mm, Pa, Vma, VmaNode, vma_flags};
+use abi::objects::{Mm, Pa, Vma, VmaNode, VmaRefs, vma_flags};
 
 use super::fires;
 use crate::check::world::{DATA, EMPTY, TEXT, World};
@@ -120,7 +120,42 @@ fn v06_a_slot_names_the_wrong_hole() {
 fn v07_a_detached_vma_is_in_the_tree() {
     fires(&["V-07"], |world| {
         change_vma(world, world.parent, EMPTY, |vma| {
-            vma.attached.store(0, Relaxed);
+            vma.refs.store(VmaRefs::DETACHED, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn v09_an_mm_is_still_marked_as_written() {
+    fires(&["V-09"], |world| {
+        world.update::<Mm, _>(world.parent, |mm| mm.lock_seq.store(3, Relaxed));
+    });
+}
+
+#[test]
+fn v09_a_vma_was_locked_in_a_write_that_never_was() {
+    fires(&["V-09"], |world| {
+        change_vma(world, world.parent, EMPTY, |vma| {
+            vma.lock_seq.store(7, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn v10_a_fault_has_left_a_vma_held() {
+    fires(&["V-10", "L-14"], |world| {
+        change_vma(world, world.parent, EMPTY, |vma| {
+            vma.refs.store(VmaRefs::ATTACHED + 1, Relaxed);
+        });
+    });
+}
+
+#[test]
+fn v10_faults_are_kept_out_for_good() {
+    fires(&["V-10"], |world| {
+        change_vma(world, world.parent, EMPTY, |vma| {
+            vma.refs
+                .store(VmaRefs::ATTACHED | VmaRefs::EXCLUDED, Relaxed);
         });
     });
 }

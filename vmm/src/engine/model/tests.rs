@@ -13,7 +13,7 @@ use crate::explore::{Driver, Ending, Execution, Limits, Scheduler, switches};
 use crate::report::story;
 use crate::scenario::{self, Scenario};
 
-pub(crate) const TESTS: [&str; 26] = [
+pub(crate) const TESTS: [&str; 29] = [
     "unmap",
     "protect",
     "dontneed",
@@ -40,6 +40,9 @@ pub(crate) const TESTS: [&str; 26] = [
     "kswapd",
     "writeback",
     "reclaim-file",
+    "vma-protect",
+    "vma-tree",
+    "vma-recycle",
 ];
 
 /// vCPUs that a test needs to show all that it can.
@@ -61,6 +64,7 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
     };
     let (program, args) = match test.split_once('-') {
         Some(("huge", test)) => ("huge", format!("test = \"{test}\"")),
+        Some(("vma", test)) => ("vma", format!("test = \"{test}\", pages = 1")),
         Some(("groups", test)) => ("groups", format!("test = \"{test}\", pages = 1")),
         _ if test == "writeback" => (test, String::new()),
         _ if test == "reclaim-file" => ("writeback", "reclaim = 1".into()),
@@ -169,7 +173,7 @@ fn pcids_are_kept_flushed_and_taken() {
 }
 
 /// Which tests show which seeded bug, by PCT of depth 3: `explore` finds every one within 2,000 schedules.
-pub(crate) const SHOWN_BY: [(&str, &str); 33] = [
+pub(crate) const SHOWN_BY: [(&str, &str); 37] = [
     ("shootdown-skip-remote", "unmap"),
     ("fork-no-writeprotect-flush", "fork"),
     ("free-before-flush", "unmap"),
@@ -203,6 +207,10 @@ pub(crate) const SHOWN_BY: [(&str, &str); 33] = [
     ("mkclean-no-flush", "writeback"),
     ("zap-loses-dirty", "writeback"),
     ("reclaim-loses-dirty", "reclaim-file"),
+    ("vma-mm-unchecked", "vma-recycle"),
+    ("fork-parent-vma-unlocked", "fork"),
+    ("vma-flags-unlocked", "vma-protect"),
+    ("vma-nodes-without-grace-period", "vma-tree"),
 ];
 
 /// What no scheduling point separates: only schedules of instructions show it (`engine::kvm::tests`).

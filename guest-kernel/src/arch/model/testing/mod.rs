@@ -252,6 +252,20 @@ impl Kernel<Model> {
         result
     }
 
+    /// A fault of this CPU, which comes into the kernel for it.
+    ///
+    /// # Errors
+    /// Why the access would kill the program.
+    pub(crate) fn fault(&self, mm: Pa<Mm>, gva: u64, error: u64) -> Result<(), FaultError> {
+        let outside = self.this_cpu().rcu.watching.load(Relaxed).is_multiple_of(2);
+        self.rcu_enter_kernel();
+        let result = self.handle_fault(mm, gva, error);
+        if outside {
+            self.rcu_leave_kernel();
+        }
+        result
+    }
+
     /// Reads the word at `gva` as the user code of `cpu`.
     ///
     /// # Errors
@@ -288,7 +302,7 @@ impl Kernel<Model> {
         for _ in 0..8 {
             match self.try_access(gva, access) {
                 Ok(gpa) => return Ok(gpa),
-                Err(error) => self.handle_fault(mm, gva, error)?,
+                Err(error) => self.fault(mm, gva, error)?,
             }
         }
         panic!("{access:?} of {gva:#x} faults forever");

@@ -4,7 +4,7 @@ use abi::channel::EventKind;
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::pte::{Pte, level_size};
 
-use super::super::locks::is_mmap_lock;
+use super::super::locks::{is_mmap_lock, vma_of};
 use super::Action;
 use crate::check::Violation;
 
@@ -97,11 +97,11 @@ impl Subject {
             K::FrameAlloc | K::FrameFree | K::MapcountChange | K::RefcountChange | K::Pin => {
                 object(a)
             }
-            K::VmaAttach | K::VmaDetach => object(b) || mm(a) && within(c, d),
+            K::VmaAttach | K::VmaDetach | K::VmaChange => object(b) || mm(a) && within(c, d),
             K::VmaAlloc | K::VmaFree => object(a),
             K::VmaFound => object(b),
-            K::LockAcquire => object(a),
-            K::LockRelease => object(a) || self.vma && is_mmap_lock(b),
+            K::LockAcquire => object(a) || object(vma_of(a)),
+            K::LockRelease => object(a) || object(vma_of(a)) || self.vma && is_mmap_lock(b),
             K::MmCreate | K::MmDestroy | K::MmFree | K::MmCount | K::MmUsers | K::TlbGen => mm(a),
             K::RcuEnter | K::RcuExit | K::RcuGpStart | K::RcuGpEnd => self.sections,
             K::RcuRetire | K::RcuFree => self.sections && object(a),

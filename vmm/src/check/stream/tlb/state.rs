@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 use std::sync::Arc;
 
+use abi::lock::LockClass;
 use abi::objects::Mm;
 use abi::pte::{ADDRESS_MASK, Pte, level_size};
 use rustc_hash::FxHashMap;
@@ -29,13 +30,13 @@ pub(super) struct State {
     near: Near,
 }
 
-/// Who holds the mmap_lock of which mm.
+/// Who holds the mmap_lock of which mm, or one of its VMAs.
 #[derive(Clone, Debug, Default)]
 pub(super) struct MmapLocks {
     /// The lock of each mm.
     locks: FxHashMap<u64, u64>,
-    /// Tasks, and what they hold, for reading or writing.
-    held: Vec<(u32, u64)>,
+    /// Tasks, and what they hold, for reading or writing; of a VMA the number of its mm.
+    held: Vec<(u32, u64, Option<u64>)>,
 }
 
 impl MmapLocks {
@@ -49,25 +50,28 @@ impl MmapLocks {
         self.locks.remove(&mm);
     }
 
-    pub(super) fn acquired(&mut self, task: u32, [lock, class, ..]: [u64; 5]) {
+    pub(super) fn acquired(&mut self, task: u32, [lock, class, _, mm, _]: [u64; 5]) {
+        let is_vma = class == LockClass::VmaRead as u64;
         // As many as there are tasks that a guest of ours has: a hostile one cannot make the list grow for ever.
-        if is_mmap_lock(class) && self.held.len() < MAX_HOLDERS {
-            self.held.push((task, lock));
+        if (is_vma || is_mmap_lock(class)) && self.held.len() < MAX_HOLDERS {
+            self.held.push((task, lock, is_vma.then_some(mm)));
         }
     }
 
     pub(super) fn released(&mut self, task: u32, [lock, class, ..]: [u64; 5]) {
-        if is_mmap_lock(class)
-            && let Some(at) = self.held.iter().position(|held| *held == (task, lock))
+        let same = |held: &(u32, u64, _)| (held.0, held.1) == (task, lock);
+        if (class == LockClass::VmaRead as u64 || is_mmap_lock(class))
+            && let Some(at) = self.held.iter().position(same)
         {
             self.held.swap_remove(at);
         }
     }
 
-    /// True where `task` holds the mmap_lock of `mm`.
+    /// True where `task` holds the mmap_lock of `mm`, or one of its VMAs.
     pub(super) fn guards(&self, mm: u64, task: u32) -> bool {
-        let lock = self.locks.get(&mm);
-        lock.is_some_and(|lock| self.held.contains(&(task, *lock)))
+        let of_mm = self.locks.get(&mm);
+        let mut held = self.held.iter();
+        held.any(|(who, lock, of)| *who == task && (*of == Some(mm) || Some(lock) == of_mm))
     }
 }
 

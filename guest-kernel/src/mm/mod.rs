@@ -2,8 +2,8 @@
 //!
 //! Bottom to top: `boot` lays out memory; `frame` is the buddy allocator with its per-CPU lists,
 //! `folio` what is known of each frame, `zero` the one that untouched memory shares, `slab` the allocator of kernel
-//! objects; `page_table` reads and writes entries, `tlb` loads address spaces and flushes them, `asid` gives them PCIDs,
-//! `gather` clears ranges and gives their
+//! objects; `page_table` reads and writes entries, `tlb` loads address spaces and flushes them, `lazy` says
+//! who keeps those that nobody runs, `asid` gives them PCIDs, `gather` clears ranges and gives their
 //! frames back only after the flush; `vma_tree` orders an mm's VMAs, `vma` splits and `merge` joins
 //! them, `rmap` finds the entries that map a folio; `limit` counts what is mapped and holds it against the process's
 //! limits; `swap` is the swap area with its cache, `swap_io` moves pages there and back, `lru` lists those that may go,
@@ -44,6 +44,7 @@ mod huge_split;
 mod i_mmap;
 mod interval_tree;
 mod kswapd;
+mod lazy;
 mod limit;
 mod lru;
 mod map;

@@ -2,14 +2,17 @@
 //!
 //! Bottom to top: `boot` lays out memory; `frame` is the buddy allocator with its per-CPU lists,
 //! `folio` what is known of each frame, `zero` the one that untouched memory shares, `slab` the allocator of kernel
-//! objects; `page_table` reads and writes entries, `tlb` loads address spaces and flushes them, `lazy` says
-//! who keeps those that nobody runs, `asid` gives them PCIDs, `gather` clears ranges and gives their
+//! objects; `page_table` reads and writes entries, `tlb` loads address spaces and flushes them, `asid` gives them PCIDs,
+//! `gather` clears ranges and gives their
 //! frames back only after the flush; `vma_tree` orders an mm's VMAs, `vma` splits and `merge` joins
 //! them, `rmap` finds the entries that map a folio; `limit` counts what is mapped and holds it against the process's
 //! limits; `swap` is the swap area with its cache, `swap_io` moves pages there and back, `lru` lists those that may go,
 //! `reclaim` takes them away with `unmap` and `batch`, and `kswapd` says when it is time to; `address_space` is the life of an mm, and `map`, `remap` with `relocate`, `protect`, `advise`, `mlock`,
 //! `populate`, `residency`, `membarrier`, `fault` and `fork` are what programs ask for. `huge` does for entries of 2 MiB what
 //! these do for small ones; `huge_fault` makes, `huge_split` breaks and `collapse` gathers them; `folio_split` breaks the folio itself.
+//!
+//! What Linux has debated, and what others would decide otherwise, is apart from its callers: `lazy` says who keeps an mm that
+//! nobody runs, `zap_order` when an unmap counts a mapping less, `relocate` how pages move (docs/seams.md).
 //!
 //! `group` counts who pays for which frame, `group_reclaim` holds it against limits, and `group_move` lets a process change sides.
 //!
@@ -82,6 +85,7 @@ mod vma;
 mod vma_tree;
 mod wire;
 mod writeback;
+mod zap_order;
 mod zero;
 
 #[cfg(test)]

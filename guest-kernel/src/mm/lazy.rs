@@ -26,7 +26,7 @@
 //! the cpumask.
 //!
 //! The pair that makes a flush miss no lazy CPU: a *flusher* raises `tlb_gen`, then reads `lazy`; a CPU that *leaves lazy
-//! mode* clears `lazy`, full barrier, then reads `tlb_gen`. It gets the IPI or sees that it is behind. One that goes from
+//! mode* clears `lazy`, full barrier, then reads `tlb_gen` ([`shootdown`]). It gets the IPI or sees that it is behind. One that goes from
 //! lazy mode to another mm leaves its slot behind, and flushes it when it comes back.
 //!
 //! What must hold, whatever the form, and which rule says so (docs/seams.md has all): `count` is what is held (L-13); no
@@ -34,8 +34,7 @@
 //! (L-03, T-08); what is loaded, noted and run agree (L-02, L-05); no count rises from 0 (O-04); nobody is ahead of
 //! `tlb_gen` or comes back behind it (L-04, T-07); tables go only when lazy CPUs have flushed too (T-03).
 
-use core::sync::atomic::Ordering::{Release, SeqCst};
-use core::sync::atomic::fence;
+use core::sync::atomic::Ordering::SeqCst;
 
 use abi::bug::Bug;
 use abi::channel::EventKind;
@@ -46,6 +45,7 @@ use super::tlb::Flush;
 use super::{Field, FreedTables};
 use crate::Kernel;
 use crate::arch::Arch;
+use crate::sync::shootdown;
 use crate::testbed::told;
 
 impl<A: Arch> Kernel<A> {
@@ -66,8 +66,7 @@ impl<A: Arch> Kernel<A> {
             let mm = told(|| self.obj(cpu.loaded_mm.get()).id.get());
             // Before the fact: from the store on a flusher may pass this CPU by.
             event!(self, EventKind::LazyEnter, [mm, 0, 0, 0, 0]);
-            // Release: its user code is over before a flusher may pass it by.
-            cpu.lazy.store(1, Release);
+            shootdown::enter_lazy(&cpu.lazy);
             point!(self, Point::LazyEnter, [mm, 0]);
         }
     }
@@ -84,9 +83,8 @@ impl<A: Arch> Kernel<A> {
             Point::LazyLeave,
             [space.id.get(), loaded.tlb_gen.get()]
         );
-        cpu.lazy.store(0, SeqCst);
-        // The full barrier of the module's pair, and membarrier's between what ran here before and user code.
-        fence(SeqCst);
+        // With the full barrier of the module's pair, which membarrier relies on, too.
+        shootdown::leave_lazy(&cpu.lazy);
         let latest = space.tlb_gen.load(SeqCst);
         if loaded.tlb_gen.get() < latest && !self.config.bugs.has(Bug::LazyReuseNoFlush) {
             self.flush_everything_here(space);

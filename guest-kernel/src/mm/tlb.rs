@@ -34,6 +34,7 @@ use super::asid::Choice;
 use super::{Field, pages};
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi};
+use crate::sync::shootdown;
 use crate::testbed::told;
 
 /// Whether page-table pages are freed after a flush.
@@ -62,7 +63,25 @@ impl<A: Arch> Kernel<A> {
     /// when it returns, none uses them. The caller has changed the entries.
     pub fn flush_range(&self, mm: Pa<Mm>, start: u64, end: u64, freed: FreedTables) {
         let flush = self.flush_issue(mm, start, end);
-        let targets = self.flush_targets(mm, freed);
+        let cpus = self.obj(mm).cpumask.load(SeqCst);
+        self.flush_on(cpus, flush, freed);
+    }
+
+    /// As [`Kernel::flush_range`], for everything that `mm` maps.
+    pub fn flush_mm(&self, mm: Pa<Mm>, freed: FreedTables) {
+        self.flush_range(mm, 0, EVERYTHING, freed);
+    }
+
+    /// A full memory barrier on every CPU that runs user code, whatever its process: a flush of nothing in `mm`.
+    pub(super) fn barrier_everywhere(&self, mm: Pa<Mm>) {
+        let flush = self.flush_issue(mm, 0, 0);
+        let cpus = self.root().online.load(SeqCst);
+        self.flush_on(cpus, flush, FreedTables::No);
+    }
+
+    /// Has this CPU flush, and those of `cpus` that are not passed by.
+    fn flush_on(&self, cpus: CpuMask, flush: Flush, freed: FreedTables) {
+        let targets = self.flush_targets(cpus, flush.mm, freed);
         if targets != 0 {
             self.flush_dispatch(flush, targets);
         }
@@ -70,11 +89,6 @@ impl<A: Arch> Kernel<A> {
         if targets != 0 {
             self.flush_sync(flush, targets);
         }
-    }
-
-    /// As [`Kernel::flush_range`], for everything that `mm` maps.
-    pub fn flush_mm(&self, mm: Pa<Mm>, freed: FreedTables) {
-        self.flush_range(mm, 0, EVERYTHING, freed);
     }
 
     /// The flush of munmap, mprotect and madvise: as [`Kernel::flush_range`], but for the seeded
@@ -100,8 +114,7 @@ impl<A: Arch> Kernel<A> {
         let me = 1 << self.arch.cpu();
         for from in 0..root.nr_cpus.get() {
             let request = &root.cpus[from as usize].flush;
-            // Acquire: pairs with the Release in `flush_dispatch`; the request is complete.
-            if request.pending.load(Acquire) & me == 0 {
+            if !shootdown::is_asked(&request.pending, me) {
                 continue;
             }
             self.on_flush_ipi(Flush {
@@ -111,9 +124,8 @@ impl<A: Arch> Kernel<A> {
                 tlb_gen: request.tlb_gen.get(),
             });
             event!(self, EventKind::IpiAck, [from, 0, 0, 0, 0]);
-            // Release: pairs with the Acquire in `flush_sync`; whoever sees the bit gone may reuse
-            // what this CPU has just stopped using. The request is not read after this.
-            request.pending.fetch_and(!me, Release);
+            // Whoever sees the bit gone may reuse what this CPU has just stopped using.
+            shootdown::answer(&request.pending, me);
             point!(self, Point::IpiAck, [from, 0]);
         }
     }
@@ -143,8 +155,8 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    fn flush_targets(&self, mm: Pa<Mm>, freed: FreedTables) -> CpuMask {
-        let mut targets = self.obj(mm).cpumask.load(SeqCst) & !(1 << self.arch.cpu());
+    fn flush_targets(&self, cpus: CpuMask, mm: Pa<Mm>, freed: FreedTables) -> CpuMask {
+        let mut targets = cpus & !(1 << self.arch.cpu());
         let skip_lazy = self.passes_by_lazy(freed);
         let skip_switching = self.config.bugs.has(Bug::FlushSkipSwitching);
         if skip_lazy || skip_switching {
@@ -153,7 +165,7 @@ impl<A: Arch> Kernel<A> {
                 let cpu = rest.trailing_zeros();
                 rest &= rest - 1;
                 let state = &self.root().cpus[cpu as usize];
-                if skip_lazy && state.lazy.load(SeqCst) != 0
+                if skip_lazy && shootdown::is_lazy(&state.lazy)
                     || skip_switching && state.loaded_mm.load(SeqCst) != mm
                 {
                     targets &= !(1 << cpu);
@@ -175,8 +187,7 @@ impl<A: Arch> Kernel<A> {
         request.start.set(flush.start);
         request.end.set(flush.end);
         request.tlb_gen.set(flush.tlb_gen);
-        // Release: pairs with the Acquire in `handle_shootdown`.
-        request.pending.store(targets, Release);
+        shootdown::ask(&request.pending, targets);
         self.send_ipi(targets, Ipi::Shootdown);
         point!(self, Point::FlushDispatch, [id, targets]);
     }
@@ -193,9 +204,8 @@ impl<A: Arch> Kernel<A> {
         let id = told(|| self.obj(flush.mm).id.get());
         let pending = &self.this_cpu().flush.pending;
         loop {
-            // Acquire: pairs with the Release in `handle_shootdown`; the frames and tables that are
-            // freed next are no longer in use there.
-            let left = pending.load(Acquire);
+            // Where it is 0, the frames and tables that are freed next are no longer in use there.
+            let left = shootdown::unanswered(pending);
             if left == 0 {
                 break;
             }

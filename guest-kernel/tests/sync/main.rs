@@ -6,5 +6,6 @@
 mod grace;
 mod locks;
 mod seqcount;
+mod shootdown;
 mod srcu;
 mod word;

@@ -2,7 +2,7 @@
 //!
 //! Two counts, as in Linux: `users` are the tasks that use it as user memory; the last one to go tears
 //! the mappings down (exit_mmap). `count` are references of any kind, one for all users together and
-//! one for every CPU that has it loaded, lazy or not; the last one frees the level-4 table and the
+//! one for every CPU that has it loaded (`lazy`); the last one frees the level-4 table and the
 //! object. So a CPU never has a freed table in CR3.
 
 use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
@@ -86,7 +86,7 @@ impl<A: Arch> Kernel<A> {
         if before == 1 {
             point!(self, Point::MmExit, [space.id.get(), 0]);
             self.exit_mmap(mm);
-            self.mm_drop(mm);
+            self.at_last_put(mm);
         }
     }
 
@@ -118,10 +118,7 @@ impl<A: Arch> Kernel<A> {
         assert!(space.users.get() == 0 && space.vmas.get().is_null());
         event!(self, EventKind::MmDestroy, [space.id.get(), 0, 0, 0, 0]);
         self.unlist_mm(mm);
-        // No flush: every CPU that had it loaded held a reference and has loaded another since. A reader may have
-        // found it on the list.
-        self.rcu_retire(space.pgd.get());
-        self.rcu_poll();
+        self.at_last_drop(mm);
     }
 
     /// Frees an mm that nobody can find any more, with its level-4 table.

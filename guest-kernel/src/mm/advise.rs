@@ -1,7 +1,8 @@
-//! madvise (Linux 6.18's mm/madvise.c, the advice that private anonymous memory knows).
+//! madvise (Linux 6.18's mm/madvise.c).
 //!
-//! Only anonymous memory ages, and only with swap (`age`): else what MADV_COLD and MADV_PAGEOUT age stays where it is, and
-//! what MADV_FREE gives up keeps its contents, which Linux permits (madvise(2)). MADV_COLLAPSE is in `collapse`.
+//! Pages age only with swap (`age`), anonymous ones and those of files on the disk: without it what MADV_COLD and MADV_PAGEOUT
+//! age stays where it is, and what MADV_FREE gives up keeps its contents, which Linux permits (madvise(2)). MADV_COLLAPSE is
+//! in `collapse`.
 
 use abi::channel::Walker;
 use abi::layout::PAGE_SIZE;

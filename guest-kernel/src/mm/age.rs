@@ -1,4 +1,4 @@
-//! What programs say of their pages' future: MADV_COLD, MADV_PAGEOUT and MADV_WILLNEED of anonymous memory (Linux's
+//! What programs say of their pages' future: MADV_COLD and MADV_PAGEOUT, and MADV_WILLNEED of anonymous memory (Linux's
 //! mm/madvise.c).
 
 use core::convert::Infallible;

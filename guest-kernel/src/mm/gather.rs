@@ -1,4 +1,5 @@
-//! The mmu_gather: clears entries, flushes, and only then gives frames and tables back.
+//! The mmu_gather: clears entries, flushes, and only then gives frames and tables back. When the mappings that were are
+//! counted off is up to `zap_order`.
 //!
 //! Several CPUs may clear entries of one mm at once (madvise under the mmap_lock held for reading). One
 //! that finds an entry already cleared by another must not return before the flush that covers it, so
@@ -13,7 +14,7 @@ use abi::channel::{Walker, cause};
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{AnonVmaChain, Mm, Pa};
 use abi::point::Point;
-use abi::pte::{Pte, PteFlags};
+use abi::pte::Pte;
 
 use super::zero::is_uncounted;
 use super::{Field, FreedTables, Slot};
@@ -46,18 +47,18 @@ impl Unmap {
     }
 }
 
-/// In a gathered frame's address: it still counts the mapping that is gone (Linux's ENCODED_PAGE_BIT_DELAY_RMAP).
-const STILL_COUNTED: u64 = 1;
-
 /// What was cleared and not yet flushed.
 pub(super) struct Gather {
     pub(super) mm: Pa<Mm>,
     pub(super) by: Unmap,
     start: u64,
     end: u64,
+    /// Addresses, each with what `zap_order` notes in it.
     frames: [u64; MAX_BATCH],
     nr_frames: usize,
     room: usize,
+    /// Some of them still count the mapping that is gone.
+    pub(super) delayed_rmap: bool,
     /// Unlinked tables, a list of frame numbers through `Folio::next`.
     tables: u64,
     /// Chains taken off their anon_vmas, which they keep alive as long as folios may point there.
@@ -83,9 +84,9 @@ impl Gather {
         self.cover(gva, gva + PAGE_SIZE);
     }
 
-    /// As [`Gather::add_frame`], of a frame that counts the mapping until the flush.
-    fn add_counted_frame(&mut self, gpa: u64, gva: u64) {
-        self.add_frame(gpa | STILL_COUNTED, gva);
+    /// What it has collected.
+    pub(super) fn frames(&mut self) -> &mut [u64] {
+        &mut self.frames[..self.nr_frames]
     }
 
     /// The flush is to cover `start..end` too.
@@ -112,6 +113,7 @@ impl<A: Arch> Kernel<A> {
             frames: [0; MAX_BATCH],
             nr_frames: 0,
             room: (self.config.gather_batch as usize).clamp(1, MAX_BATCH),
+            delayed_rmap: false,
             tables: 0,
             chains: Pa::NULL,
         }
@@ -139,7 +141,6 @@ impl<A: Arch> Kernel<A> {
         let mm = self.obj(gather.mm);
         let _guard = self.lock_table(table);
         self.flush_batched_pending(gather.mm);
-        let mut dirty = false;
         let mut gva = start;
         while !gather.is_full() {
             if self.folio(table).used.get() == 0 {
@@ -161,49 +162,17 @@ impl<A: Arch> Kernel<A> {
             let entry = self.set_pte(mm, found, Slot::new(table, 1, found), entry, Pte::NONE);
             if is_uncounted(entry) {
                 gather.cover(found, found + PAGE_SIZE);
-            } else if self.is_dirty_mapping(entry) {
-                self.mark_page_dirty(entry.address());
-                gather.add_counted_frame(entry.address(), found);
-                dirty = true;
             } else {
-                if !self.config.bugs.has(Bug::MapcountAfterUnlock) {
-                    self.folio_unmap(entry.address());
-                }
-                gather.add_frame(entry.address(), found);
+                self.zap_rmap(gather, found, entry);
             }
             point!(self, Point::PteClear, [mm.id.get(), found]);
         }
-        if dirty {
-            self.flush_dirty(gather);
-        }
+        self.zap_flush_rmaps(gather);
         gva
     }
 
-    /// True where write-back must know of the mapping that `entry` was until it is flushed.
-    #[inline]
-    fn is_dirty_mapping(&self, entry: Pte) -> bool {
-        let bugs = self.config.bugs;
-        entry.flags().contains(PteFlags::DIRTY)
-            && self.is_disk_page(entry.address())
-            && !bugs.has(Bug::ZapLosesDirty)
-            && !bugs.has(Bug::MapcountAfterUnlock)
-    }
-
-    /// Flushes before the mappings of dirty pages are counted no more, and the page-table lock is dropped: write-back finds
-    /// them mapped, and waits for that lock (Linux's tlb_flush_rmaps).
-    #[cold]
-    fn flush_dirty(&self, gather: &mut Gather) {
-        self.flush_gathered(gather);
-        for frame in &mut gather.frames[..gather.nr_frames] {
-            if *frame & STILL_COUNTED != 0 {
-                *frame &= !STILL_COUNTED;
-                self.folio_unmap(*frame);
-            }
-        }
-    }
-
     /// When it returns, no CPU reaches what was gathered.
-    fn flush_gathered(&self, gather: &mut Gather) {
+    pub(super) fn flush_gathered(&self, gather: &mut Gather) {
         if gather.start >= gather.end {
             return;
         }
@@ -256,10 +225,8 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn free_gathered_frames(&self, gather: &mut Gather) {
-        for &gpa in &gather.frames[..gather.nr_frames] {
-            if self.config.bugs.has(Bug::MapcountAfterUnlock) {
-                self.folio_unmap(gpa);
-            }
+        for &mut gpa in gather.frames() {
+            self.zap_rmap_at_free(gpa);
             self.swap_put(gpa, cause::UNMAP);
         }
         gather.nr_frames = 0;

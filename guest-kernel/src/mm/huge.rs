@@ -102,9 +102,7 @@ impl<A: Arch> Kernel<A> {
         self.walk_begins(mm, gva, gather.by.walker());
         let table = self.with_huge(mm, gva, |slot, entry| {
             self.set_pte(mm, gva, slot, entry, Pte::NONE);
-            self.folio_unmap_huge(entry.address());
-            gather.add_frame(entry.address(), gva);
-            gather.cover(gva, gva + HUGE_PAGE_SIZE);
+            self.zap_rmap_huge(gather, gva, entry);
             point!(self, Point::PteClear, [mm.id.get(), gva]);
             self.withdraw_table(mm, slot.table)
         });

@@ -23,7 +23,7 @@ const BOTTOM_UP_BASE: u64 = page_align(USER_END / 3);
 
 impl<A: Arch> Kernel<A> {
     /// mmap of anonymous memory: private, or a file of its own where it is shared. `prot` and `flags` are
-    /// Linux's. MAP_LOCKED populates, as nothing is ever paged out.
+    /// Linux's. MAP_LOCKED populates, and what it maps is never paged out.
     ///
     /// # Errors
     /// As [`Kernel::mmap_of`].

@@ -1,11 +1,12 @@
 //! membarrier (Linux 6.18's kernel/sched/membarrier.c): a full memory barrier on every CPU that runs the process.
 //!
-//! The barrier is a shootdown of nothing: the IPI and its acknowledgement are what orders. A CPU that the mm's mask does
-//! not name, or that is lazy, runs none of its threads, and passes a full barrier before it does (`tlb`). Every
-//! return to CPL 3 is an `iretq`, which serialises, so SYNC_CORE asks for nothing more.
+//! The barrier is a shootdown of nothing: the IPI and its acknowledgement are what orders ([`crate::sync::shootdown`]). A CPU
+//! that the mm's mask does not name, or that is lazy, runs none of its threads, and passes a full barrier before it
+//! does (`tlb`, `lazy`). Every return to CPL 3 is an `iretq`, which serialises, so SYNC_CORE asks for nothing more.
 //!
-//! MEMBARRIER_CMD_GLOBAL waits in Linux for a grace period of RCU. Here a CPU at CPL 3 is quiescent without a barrier,
-//! as with Linux's nohz_full, where the command does not exist either.
+//! MEMBARRIER_CMD_GLOBAL is for the threads of all processes, and waits in Linux for a grace period of RCU. Here a CPU at
+//! CPL 3 is quiescent without a barrier, as with Linux's nohz_full (where the command does not exist), so a grace period
+//! orders nothing there: it is the same shootdown, of all CPUs that are not lazy.
 
 use abi::objects::{Mm, Pa};
 use abi::syscall::{Errno, membarrier};
@@ -17,7 +18,8 @@ use crate::Kernel;
 use crate::arch::Arch;
 
 /// Commands that exist.
-const COMMANDS: u64 = membarrier::PRIVATE_EXPEDITED
+const COMMANDS: u64 = membarrier::GLOBAL
+    | membarrier::PRIVATE_EXPEDITED
     | membarrier::REGISTER_PRIVATE_EXPEDITED
     | membarrier::PRIVATE_EXPEDITED_SYNC_CORE
     | membarrier::REGISTER_PRIVATE_EXPEDITED_SYNC_CORE
@@ -39,6 +41,11 @@ impl<A: Arch> Kernel<A> {
             register @ (membarrier::REGISTER_PRIVATE_EXPEDITED
             | membarrier::REGISTER_PRIVATE_EXPEDITED_SYNC_CORE) => {
                 space.membarrier.fetch_or(register, SeqCst);
+            }
+            membarrier::GLOBAL => {
+                fence(SeqCst);
+                self.barrier_everywhere(mm);
+                fence(SeqCst);
             }
             barrier @ (membarrier::PRIVATE_EXPEDITED | membarrier::PRIVATE_EXPEDITED_SYNC_CORE) => {
                 // Each command is the bit below its registration.

@@ -11,6 +11,9 @@
 //! `populate`, `residency`, `membarrier`, `fault` (with `fault_path`) and `fork` are what programs ask for. `huge` does for entries of 2 MiB what
 //! these do for small ones; `huge_fault` makes, `huge_split` breaks and `collapse` gathers them; `folio_split` breaks the folio itself.
 //!
+//! What Linux has debated, and what others would decide otherwise, is apart from its callers: `lazy` says who keeps an mm that
+//! nobody runs, `zap_order` when an unmap counts a mapping less, `relocate` how pages move (docs/seams.md).
+//!
 //! `group` counts who pays for which frame, `group_reclaim` holds it against limits, and `group_move` lets a process change sides.
 //!
 //! All of it is methods of [`crate::Kernel`] over the objects of [`abi::objects`]; there are no statics,
@@ -45,6 +48,7 @@ mod huge_split;
 mod i_mmap;
 mod interval_tree;
 mod kswapd;
+mod lazy;
 mod limit;
 mod lru;
 mod map;
@@ -83,6 +87,7 @@ mod vma_lock;
 mod vma_tree;
 mod wire;
 mod writeback;
+mod zap_order;
 mod zero;
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use abi::syscall::Errno;
 
 use super::migrate::Isolated;
 use super::zero::is_uncounted;
-use super::{Field, Slot, is_page_aligned, page_align, page_of};
+use super::{Field, is_page_aligned, page_align, page_of};
 use crate::Kernel;
 use crate::arch::Arch;
 
@@ -22,13 +22,10 @@ impl<A: Arch> Kernel<A> {
         if self.vma_at(space, gva).is_none() {
             return Err(Errno::EFAULT);
         }
-        let entry = self
-            .leaf_table(space, gva)
-            .map(|table| self.read_pte(Slot::new(table, 1, gva)));
-        match entry {
-            Ok(entry) if entry.is_present() && is_uncounted(entry) => Err(Errno::EFAULT),
-            Ok(entry) if entry.is_present() => Ok(0),
-            _ => Err(Errno::ENOENT),
+        match self.leaf_at(space, gva) {
+            Some((_, entry)) if is_uncounted(entry) => Err(Errno::EFAULT),
+            Some(_) => Ok(0),
+            None => Err(Errno::ENOENT),
         }
     }
 

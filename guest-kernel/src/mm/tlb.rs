@@ -1,4 +1,4 @@
-//! Address spaces on CPUs: loading them, lazy TLB mode, and shootdown.
+//! Address spaces on CPUs: loading them, and shootdown. What a CPU does with an mm that it does not run is in `lazy`.
 //!
 //! Every flush of an mm has a number: `mm.tlb_gen` counts them, the slot of what a CPU has loaded says up to
 //! which one it has flushed (Linux's arch/x86/mm/tlb.c). The pairs that make a flush miss nobody:
@@ -18,18 +18,11 @@
 //!   *switcher*: it then sets the bit after the flusher has read the mask, and so reads a `tlb_gen` that the
 //!   flusher has raised before. A processor follows no pointer of a PCID that is not loaded either (SDM
 //!   vol. 3A, 5.10.1), so tables may be freed as leaves are.
-//! - *flusher* raises `tlb_gen`, then reads `lazy`; a CPU that *leaves lazy mode* clears `lazy`, full
-//!   barrier, then reads `tlb_gen`: it gets the IPI or sees that it is behind. One that goes from lazy mode to
-//!   another mm leaves its slot behind, and flushes it when it comes back.
-//!
-//! A flush that frees tables reaches lazy CPUs too: they run no user code, but they may walk the
-//! tables speculatively (Linux 2ff6ddf19c0e, CVE-2025-22045).
 //!
 //! A flusher may hold locks, page-table locks included: the CPUs it waits for take IPIs while they
 //! spin, and the handler takes no lock.
 
 use core::sync::atomic::Ordering::{Acquire, Release, SeqCst};
-use core::sync::atomic::fence;
 
 use abi::bug::Bug;
 use abi::channel::EventKind;
@@ -41,20 +34,21 @@ use super::asid::Choice;
 use super::{Field, pages};
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi};
+use crate::sync::shootdown;
 use crate::testbed::told;
 
 /// Whether page-table pages are freed after a flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FreedTables {
-    /// Only leaf entries changed: lazy CPUs may flush when they stop being lazy.
+    /// Only leaf entries changed.
     No,
-    /// Lazy CPUs must flush now.
+    /// Lazy CPUs must flush too.
     Yes,
 }
 
 /// One flush: what a CPU has to do to be at `tlb_gen`.
 #[derive(Clone, Copy)]
-struct Flush {
+pub(super) struct Flush {
     mm: Pa<Mm>,
     start: u64,
     end: u64,
@@ -69,7 +63,25 @@ impl<A: Arch> Kernel<A> {
     /// when it returns, none uses them. The caller has changed the entries.
     pub fn flush_range(&self, mm: Pa<Mm>, start: u64, end: u64, freed: FreedTables) {
         let flush = self.flush_issue(mm, start, end);
-        let targets = self.flush_targets(mm, freed);
+        let cpus = self.obj(mm).cpumask.load(SeqCst);
+        self.flush_on(cpus, flush, freed);
+    }
+
+    /// As [`Kernel::flush_range`], for everything that `mm` maps.
+    pub fn flush_mm(&self, mm: Pa<Mm>, freed: FreedTables) {
+        self.flush_range(mm, 0, EVERYTHING, freed);
+    }
+
+    /// A full memory barrier on every CPU that runs user code, whatever its process: a flush of nothing in `mm`.
+    pub(super) fn barrier_everywhere(&self, mm: Pa<Mm>) {
+        let flush = self.flush_issue(mm, 0, 0);
+        let cpus = self.root().online.load(SeqCst);
+        self.flush_on(cpus, flush, FreedTables::No);
+    }
+
+    /// Has this CPU flush, and those of `cpus` that are not passed by.
+    fn flush_on(&self, cpus: CpuMask, flush: Flush, freed: FreedTables) {
+        let targets = self.flush_targets(cpus, flush.mm, freed);
         if targets != 0 {
             self.flush_dispatch(flush, targets);
         }
@@ -77,11 +89,6 @@ impl<A: Arch> Kernel<A> {
         if targets != 0 {
             self.flush_sync(flush, targets);
         }
-    }
-
-    /// As [`Kernel::flush_range`], for everything that `mm` maps.
-    pub fn flush_mm(&self, mm: Pa<Mm>, freed: FreedTables) {
-        self.flush_range(mm, 0, EVERYTHING, freed);
     }
 
     /// The flush of munmap, mprotect and madvise: as [`Kernel::flush_range`], but for the seeded
@@ -107,20 +114,18 @@ impl<A: Arch> Kernel<A> {
         let me = 1 << self.arch.cpu();
         for from in 0..root.nr_cpus.get() {
             let request = &root.cpus[from as usize].flush;
-            // Acquire: pairs with the Release in `flush_dispatch`; the request is complete.
-            if request.pending.load(Acquire) & me == 0 {
+            if !shootdown::is_asked(&request.pending, me) {
                 continue;
             }
-            self.flush_here(Flush {
+            self.on_flush_ipi(Flush {
                 mm: request.mm.get(),
                 start: request.start.get(),
                 end: request.end.get(),
                 tlb_gen: request.tlb_gen.get(),
             });
             event!(self, EventKind::IpiAck, [from, 0, 0, 0, 0]);
-            // Release: pairs with the Acquire in `flush_sync`; whoever sees the bit gone may reuse
-            // what this CPU has just stopped using. The request is not read after this.
-            request.pending.fetch_and(!me, Release);
+            // Whoever sees the bit gone may reuse what this CPU has just stopped using.
+            shootdown::answer(&request.pending, me);
             point!(self, Point::IpiAck, [from, 0]);
         }
     }
@@ -150,9 +155,9 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    fn flush_targets(&self, mm: Pa<Mm>, freed: FreedTables) -> CpuMask {
-        let mut targets = self.obj(mm).cpumask.load(SeqCst) & !(1 << self.arch.cpu());
-        let skip_lazy = freed == FreedTables::No || self.config.bugs.has(Bug::FreedTablesSkipLazy);
+    fn flush_targets(&self, cpus: CpuMask, mm: Pa<Mm>, freed: FreedTables) -> CpuMask {
+        let mut targets = cpus & !(1 << self.arch.cpu());
+        let skip_lazy = self.passes_by_lazy(freed);
         let skip_switching = self.config.bugs.has(Bug::FlushSkipSwitching);
         if skip_lazy || skip_switching {
             let mut rest = targets;
@@ -160,7 +165,7 @@ impl<A: Arch> Kernel<A> {
                 let cpu = rest.trailing_zeros();
                 rest &= rest - 1;
                 let state = &self.root().cpus[cpu as usize];
-                if skip_lazy && state.lazy.load(SeqCst) != 0
+                if skip_lazy && shootdown::is_lazy(&state.lazy)
                     || skip_switching && state.loaded_mm.load(SeqCst) != mm
                 {
                     targets &= !(1 << cpu);
@@ -182,8 +187,7 @@ impl<A: Arch> Kernel<A> {
         request.start.set(flush.start);
         request.end.set(flush.end);
         request.tlb_gen.set(flush.tlb_gen);
-        // Release: pairs with the Acquire in `handle_shootdown`.
-        request.pending.store(targets, Release);
+        shootdown::ask(&request.pending, targets);
         self.send_ipi(targets, Ipi::Shootdown);
         point!(self, Point::FlushDispatch, [id, targets]);
     }
@@ -200,9 +204,8 @@ impl<A: Arch> Kernel<A> {
         let id = told(|| self.obj(flush.mm).id.get());
         let pending = &self.this_cpu().flush.pending;
         loop {
-            // Acquire: pairs with the Release in `handle_shootdown`; the frames and tables that are
-            // freed next are no longer in use there.
-            let left = pending.load(Acquire);
+            // Where it is 0, the frames and tables that are freed next are no longer in use there.
+            let left = shootdown::unanswered(pending);
             if left == 0 {
                 break;
             }
@@ -213,7 +216,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Brings this CPU up to `flush`, if it has that mm loaded.
-    fn flush_here(&self, flush: Flush) {
+    pub(super) fn flush_here(&self, flush: Flush) {
         let cpu = self.this_cpu();
         if cpu.loaded_mm.get() != flush.mm {
             // It has left that mm since: CR3 was loaded with a flush, or the mm's slot is behind until it is
@@ -258,7 +261,7 @@ impl<A: Arch> Kernel<A> {
         event!(self, EventKind::FlushLocal, [mm.id.get(), start, end, 0, 0]);
     }
 
-    fn flush_everything_here(&self, mm: &Mm) {
+    pub(super) fn flush_everything_here(&self, mm: &Mm) {
         self.arch.flush_all();
         #[cfg(feature = "testbed")]
         self.soft_flush_all(self.this_cpu().pcid.get());
@@ -268,15 +271,14 @@ impl<A: Arch> Kernel<A> {
 
 /// Which address space this CPU has loaded.
 impl<A: Arch> Kernel<A> {
-    /// Loads `next` on this CPU for user code. A CPU holds a reference (`count`) to the mm that it has
-    /// loaded.
+    /// Loads `next` on this CPU for user code.
     pub fn switch_mm(&self, next: Pa<Mm>) {
         let cpu = self.this_cpu();
         let prev = cpu.loaded_mm.get();
         if prev == next {
             return self.leave_lazy(next);
         }
-        self.mm_grab(next);
+        self.borrow_mm(next);
         let (space, bit) = (self.obj(next), 1 << self.arch.cpu());
         let lazy_late = self.config.bugs.has(Bug::SwitchClearsLazyLate);
         if !lazy_late {
@@ -302,19 +304,6 @@ impl<A: Arch> Kernel<A> {
         self.forget_mm(prev, bit);
     }
 
-    /// This CPU runs no user code from now on and keeps what it has loaded.
-    pub fn enter_lazy(&self) {
-        let cpu = self.this_cpu();
-        if !cpu.loaded_mm.get().is_null() {
-            let mm = told(|| self.obj(cpu.loaded_mm.get()).id.get());
-            // Before the fact: from the store on a flusher may pass this CPU by.
-            event!(self, EventKind::LazyEnter, [mm, 0, 0, 0, 0]);
-            // Release: its user code is over before a flusher may pass it by.
-            cpu.lazy.store(1, Release);
-            point!(self, Point::LazyEnter, [mm, 0]);
-        }
-    }
-
     /// Leaves the loaded mm for the kernel's own tables.
     pub fn leave_mm(&self) {
         let cpu = self.this_cpu();
@@ -327,33 +316,6 @@ impl<A: Arch> Kernel<A> {
         cpu.pcid.set(0);
         cpu.lazy.store(0, SeqCst);
         self.forget_mm(prev, 1 << self.arch.cpu());
-    }
-
-    /// Back to user code on the mm that this CPU kept loaded while it was lazy.
-    fn leave_lazy(&self, mm: Pa<Mm>) {
-        let (cpu, space) = (self.this_cpu(), self.obj(mm));
-        if cpu.lazy.get() == 0 {
-            return;
-        }
-        let loaded = cpu.loaded_asid();
-        point!(
-            self,
-            Point::LazyLeave,
-            [space.id.get(), loaded.tlb_gen.get()]
-        );
-        cpu.lazy.store(0, SeqCst);
-        // The full barrier of the module's second pair.
-        fence(SeqCst);
-        let latest = space.tlb_gen.load(SeqCst);
-        if loaded.tlb_gen.get() < latest && !self.config.bugs.has(Bug::LazyReuseNoFlush) {
-            self.flush_everything_here(space);
-            loaded.tlb_gen.set(latest);
-        }
-        event!(
-            self,
-            EventKind::LazyLeave,
-            [space.id.get(), latest, 0, 0, 0]
-        );
     }
 
     /// SeqCst, before `tlb_gen` is read and before CR3: see the module's first pair.
@@ -384,7 +346,7 @@ impl<A: Arch> Kernel<A> {
                 EventKind::CpumaskClear,
                 [self.obj(prev).id.get(), 0, 0, 0, 0],
             );
-            self.mm_drop(prev);
+            self.give_back_mm(prev);
         }
     }
 }

@@ -10,7 +10,6 @@
 use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 use core::sync::atomic::fence;
 
-use abi::bug::Bug;
 use abi::channel::cause;
 use abi::layout::PAGE_SIZE;
 use abi::lock::LockClass;
@@ -20,7 +19,6 @@ use abi::pte::{NonPresent, Pte, PteFlags};
 
 use super::batch::Batch;
 use super::rmap::{MappedAt, RmapOwner};
-use super::writeback::WRITTEN;
 use super::{Field, FreedTables};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -142,15 +140,8 @@ impl<A: Arch> Kernel<A> {
             Replacement::Swap(slot) => self.swap_slot_dup(slot),
             // Before the address can be touched again: that would find another page than who still reads this one.
             Replacement::Nothing => self.flush_range(mm, gva, gva + PAGE_SIZE, FreedTables::No),
-            // Before the page counts as mapped no more: who writes back what nobody maps asks no entry (`gather`).
-            Replacement::Cached
-                if old.flags().intersects(WRITTEN)
-                    && !self.config.bugs.has(Bug::ReclaimLosesDirty) =>
-            {
-                self.flush_range(mm, gva, gva + PAGE_SIZE, FreedTables::No);
-            }
             // Who touches the address again finds this page, as long as a CPU may still read it here.
-            Replacement::Cached => {}
+            Replacement::Cached => self.reclaim_rmap(mm, gva, old),
         }
         if exclusive {
             folio.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);

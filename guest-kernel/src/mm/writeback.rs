@@ -9,7 +9,7 @@
 //! and gets the last one next time.
 //!
 //! An unmap that clears a dirty entry keeps it counted as a mapping until it has flushed, all under the page-table lock
-//! ([`Kernel::zap_range`]). Write-back looks at a page that is mapped, and so waits for that lock; it does not at one that is
+//! (`zap_order`). Write-back looks at a page that is mapped, and so waits for that lock; it does not at one that is
 //! not. (Linux's mmu_gather with delayed rmap, 5df397dec7c4.)
 //!
 //! A write that fails leaves the page dirty, so that nothing is lost and the next write-back tries again. (Linux's swap does

@@ -1,7 +1,7 @@
 //! Locks over words in shared objects: a spin lock and a reader-writer lock that prefers writers; and RCU.
 //!
 //! Each algorithm is a file of its own, generic over the atomics ([`Word`]), with its ordering rules: [`spin`],
-//! [`rwlock`], [`vma_lock`], [`seqcount`], [`srcu`], [`grace`] (the counters of RCU). What is here and in [`rcu`] puts them on the kernel's
+//! [`rwlock`], [`vma_lock`], [`seqcount`], [`srcu`], [`grace`] (the counters of RCU), [`shootdown`]. What is here and in [`rcu`] puts them on the kernel's
 //! objects, with the events and points that the host sees.
 //!
 //! Both locks spin with [`Arch::relax`], so a CPU that waits still takes IPIs: a shootdown never deadlocks
@@ -19,6 +19,7 @@ pub mod grace;
 pub mod rcu;
 pub mod rwlock;
 pub mod seqcount;
+pub mod shootdown;
 pub mod spin;
 pub mod srcu;
 pub mod vma_lock;

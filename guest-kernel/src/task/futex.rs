@@ -1,5 +1,5 @@
-//! futex: WAIT and WAKE. Every futex is private to its mm, with or without `PRIVATE_FLAG`: memory is
-//! never shared between address spaces. There is no clock, so WAIT takes no timeout (EINVAL).
+//! futex: WAIT and WAKE. Every futex is private to its mm, with or without `PRIVATE_FLAG`, and in shared memory too, where
+//! Linux's is one for all who map it. There is no clock, so WAIT takes no timeout (EINVAL).
 
 use abi::layout::USER_END;
 use abi::objects::{Mm, Pa};

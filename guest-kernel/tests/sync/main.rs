@@ -6,6 +6,7 @@
 mod grace;
 mod locks;
 mod seqcount;
+mod shootdown;
 mod srcu;
 mod vma_lock;
 mod word;

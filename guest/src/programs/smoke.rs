@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use abi::channel::ReportKind::{ChangedUnderneath, WrongPermission, WrongResult};
 use abi::layout::{PAGE_SIZE, USER_END};
-use abi::syscall::{Errno, advice, encode, futex, map, nr, prot};
+use abi::syscall::{Errno, advice, encode, futex, map, membarrier, nr, prot};
 
 use super::{Data, Program, SUBJECT_GVA};
 use crate::sys::{ANONYMOUS, Sys, print_line};
@@ -516,6 +516,12 @@ fn member<S: Sys>(sys: &S, shared: &Shared, index: usize) {
         let own = sys.mmap_anonymous(PAGE_SIZE)?;
         let kept = sys.write(own, 5).is_ok() && sys.read(own) == Ok(5);
         sys.munmap(own, PAGE_SIZE)?;
+        sys.membarrier(membarrier::REGISTER_PRIVATE_EXPEDITED)?;
+        sys.membarrier(membarrier::PRIVATE_EXPEDITED)?;
+        // A Linux with nohz_full has none.
+        if sys.membarrier(membarrier::QUERY)? & membarrier::GLOBAL != 0 {
+            sys.membarrier(membarrier::GLOBAL)?;
+        }
         let tid = sys.gettid()?;
         let written = sys
             .write(SUBJECT_GVA + index as u64 * PAGE_SIZE, tid)

@@ -2,11 +2,15 @@
 
 use abi::layout::{USER_BRK_START, USER_END};
 use abi::objects::{Mm, Pa, folio_flags, vma_flags};
+use abi::point::Point;
 use abi::pte::{Pte, PteFlags};
 use abi::syscall::{Errno, advice, map, membarrier, mlock, msync, prot, rlimit};
 
-use super::{ANON, AT, PAGE, RW, TestKernel, audit, filled, map_at, maps, with_space};
+use super::{
+    ANON, AT, PAGE, RW, TestKernel, audit, filled, map_at, maps, space, teardown, with_space,
+};
 use crate::Kernel;
+use crate::arch::model::testing::Machine;
 use crate::mm::{FaultError, Field, Slot};
 
 fn flags_at(k: &TestKernel, mm: Pa<Mm>, at: u64) -> u64 {
@@ -368,8 +372,6 @@ fn membarrier_reaches_who_runs_the_process_once_it_has_registered() {
         let call = |command, flags| k.on(0, |k| k.membarrier(mm, command, flags));
         let known = call(membarrier::QUERY, 0).unwrap();
         assert_ne!(known & membarrier::PRIVATE_EXPEDITED, 0);
-        assert_eq!(known & membarrier::GLOBAL, 0);
-        assert_eq!(call(membarrier::GLOBAL, 0), Err(Errno::EINVAL));
         assert_eq!(call(membarrier::QUERY, 1), Err(Errno::EINVAL));
         assert_eq!(call(1 << 20, 0), Err(Errno::EINVAL));
         for (barrier, register) in [
@@ -396,6 +398,31 @@ fn membarrier_reaches_who_runs_the_process_once_it_has_registered() {
             | membarrier::REGISTER_PRIVATE_EXPEDITED_SYNC_CORE;
         assert_eq!(call(membarrier::GET_REGISTRATIONS, 0), Ok(both));
     });
+}
+
+#[test]
+fn the_global_membarrier_reaches_every_cpu_that_runs_anything() {
+    let machine = Machine::new(4, "");
+    let k = machine.kernel();
+    let (mm, other) = (space(k, &[0, 2]), space(k, &[1, 3]));
+    k.root().online.set(0b1111);
+    k.on(2, Kernel::enter_lazy);
+    let call = |command| k.on(0, |k| k.membarrier(mm, command, 0));
+    assert_ne!(call(membarrier::QUERY).unwrap() & membarrier::GLOBAL, 0);
+    k.arch.at(Point::FlushDispatch, |k| {
+        let asked = k.root().cpus[0].flush.pending.get();
+        assert_eq!(
+            asked, 0b1010,
+            "all but the caller's and the one that is lazy"
+        );
+    });
+    // Nobody has to register for it.
+    assert_eq!(call(membarrier::GLOBAL), Ok(0));
+    assert_eq!(k.arch.hooks_left(), 0);
+    assert_eq!(k.root().cpus[0].flush.pending.get(), 0, "all have answered");
+    k.root().online.set(0);
+    audit(k);
+    teardown(k, &[mm, other]);
 }
 
 #[test]

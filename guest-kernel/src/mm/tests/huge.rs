@@ -548,6 +548,17 @@ fn wiring_splits() {
 }
 
 #[test]
+fn move_pages_tells_the_node_of_every_page_of_an_entry_of_2_mib() {
+    let machine = machine("");
+    let k = machine.kernel();
+    let mm = filled(k, 1);
+    for page in [0, 5, PAGES - 1] {
+        assert_eq!(k.page_status(mm, AT + page * PAGE), Ok(0));
+    }
+    teardown(k, &[mm]);
+}
+
+#[test]
 fn peek_sees_through_an_entry_of_2_mib() {
     let machine = machine("");
     let k = machine.kernel();

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_is_left_is_s_10() {
+    fn an_entry_that_is_left_is_s_08() {
         use EventKind::{FrameFree, LockRelease, PteChange};
         const FRAME: u64 = 0x77;
         let there = Pte::new(FRAME << PAGE_SHIFT, PteFlags::PRESENT).0;

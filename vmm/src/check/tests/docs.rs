@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use crate::check::{Family, all, described};
 
 const DOCUMENT: &str = include_str!("../../../../docs/invariants.md");
+const SEAMS: &str = include_str!("../../../../docs/seams.md");
 const TESTS: &str = concat!(
     include_str!("pagetable.rs"),
     include_str!("frames.rs"),
@@ -38,9 +39,13 @@ const STREAM_TESTS: &str = concat!(
 
 /// The cells of the table's rows.
 fn rows() -> Vec<Vec<&'static str>> {
-    let lines = DOCUMENT.lines().filter(|line| line.starts_with("| "));
-    let rows = lines.map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect());
-    rows.filter(|cells: &Vec<_>| cells[0] != "ID").collect()
+    let rows = rows_of(DOCUMENT);
+    rows.filter(|cells| cells[0] != "ID").collect()
+}
+
+fn rows_of(document: &'static str) -> impl Iterator<Item = Vec<&'static str>> {
+    let lines = document.lines().filter(|line| line.starts_with("| "));
+    lines.map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
 }
 
 #[test]
@@ -87,6 +92,27 @@ fn every_invariant_has_a_test_that_makes_it_fire() {
             "there is no test {test}"
         );
     }
+}
+
+/// docs/seams.md: the tests of a row are those of its rules.
+#[test]
+fn the_seams_name_the_tests_of_their_rules() {
+    let rules = rows();
+    let test_of = |id: &str| {
+        let rule = rules.iter().find(|cells| cells[0] == id);
+        rule.unwrap_or_else(|| panic!("there is no {id}"))[4]
+    };
+    let is_rule = |word: &&str| matches!(word.as_bytes(), [b'A'..=b'Z', b'-', ..]);
+    let mut compared = 0;
+    for cells in rows_of(SEAMS).filter(|cells| cells.len() == 4) {
+        let named: Vec<_> = cells[2].split(", ").filter(is_rule).collect();
+        if !named.is_empty() {
+            let tests: Vec<_> = named.into_iter().map(test_of).collect();
+            assert_eq!(cells[3], tests.join(", "), "{}", cells[0]);
+            compared += 1;
+        }
+    }
+    assert!(compared > 0);
 }
 
 #[test]

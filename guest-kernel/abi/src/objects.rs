@@ -825,6 +825,9 @@ pub struct Task {
     /// Blocked, or woken and not yet running: the futex word's GVA, 1 for a child's exit, 2 for the disk, 3 for the swap
     /// area, 4 for work.
     pub waits_for: AtomicU64,
+    /// Which futex that is: the GPA of its mm, 0, and its GVA; in shared memory the GPA of the file, its generation, and the
+    /// byte of it.
+    pub futex: [AtomicU64; 3],
     /// Address to clear and wake at exit (CLONE_CHILD_CLEARTID), 0 for none.
     pub clear_tid: AtomicU64,
     /// GVA of the lowest byte of its kernel stack.
@@ -1043,6 +1046,8 @@ pub struct FlushRequest {
     pub start: AtomicU64,
     /// First address past the range; `u64::MAX` for everything.
     pub end: AtomicU64,
+    /// Bytes that the smallest entry that has changed stands for: 4 KiB or 2 MiB.
+    pub stride: AtomicU64,
     /// CPUs that have not acknowledged.
     pub pending: AtomicU64,
     /// `tlb_gen` of the address space that this flush brings a CPU up to.

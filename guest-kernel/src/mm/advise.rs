@@ -15,6 +15,7 @@ use core::convert::Infallible;
 use core::sync::atomic::Ordering::Relaxed;
 
 use super::age::Age;
+use super::changed::Changed;
 use super::gather::{Gather, Unmap};
 use super::zero::is_uncounted;
 use super::{Field, Slot, is_page_aligned, page_align};
@@ -220,7 +221,7 @@ impl<A: Arch> Kernel<A> {
                     let clean = entry.without(PteFlags::WRITE | PteFlags::DIRTY);
                     if clean != entry {
                         self.set_pte(mm, gva, Slot::new(table, 1, gva), entry, clean);
-                        gather.cover(gva, rest);
+                        gather.cover(Changed::pages(gva, rest));
                         point!(self, Point::PteProtect, [mm.id.get(), gva]);
                     }
                 }

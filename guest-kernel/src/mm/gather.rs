@@ -16,6 +16,7 @@ use abi::objects::{AnonVmaChain, Mm, Pa};
 use abi::point::Point;
 use abi::pte::Pte;
 
+use super::changed::Changed;
 use super::zero::is_uncounted;
 use super::{Field, FreedTables, Slot};
 use crate::Kernel;
@@ -51,8 +52,7 @@ impl Unmap {
 pub(super) struct Gather {
     pub(super) mm: Pa<Mm>,
     pub(super) by: Unmap,
-    start: u64,
-    end: u64,
+    changed: Changed,
     /// Addresses, each with what `zap_order` notes in it.
     frames: [u64; MAX_BATCH],
     nr_frames: usize,
@@ -75,13 +75,14 @@ impl Gather {
     ) {
         kernel.folio(table).next.set(self.tables);
         self.tables = table >> PAGE_SHIFT;
-        self.cover(start, end);
+        self.cover(Changed::table(start, end));
     }
 
-    pub(super) fn add_frame(&mut self, gpa: u64, gva: u64) {
+    /// Notes a frame that `entry` mapped.
+    pub(super) fn add_frame(&mut self, gpa: u64, entry: Changed) {
         self.frames[self.nr_frames] = gpa;
         self.nr_frames += 1;
-        self.cover(gva, gva + PAGE_SIZE);
+        self.cover(entry);
     }
 
     /// What it has collected.
@@ -89,10 +90,9 @@ impl Gather {
         &mut self.frames[..self.nr_frames]
     }
 
-    /// The flush is to cover `start..end` too.
-    pub(super) fn cover(&mut self, start: u64, end: u64) {
-        self.start = self.start.min(start);
-        self.end = self.end.max(end);
+    /// The flush is to cover `changed` too.
+    pub(super) fn cover(&mut self, changed: Changed) {
+        self.changed.add(changed);
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -108,8 +108,7 @@ impl<A: Arch> Kernel<A> {
         Gather {
             mm,
             by,
-            start: u64::MAX,
-            end: 0,
+            changed: Changed::NOTHING,
             frames: [0; MAX_BATCH],
             nr_frames: 0,
             room: (self.config.gather_batch as usize).clamp(1, MAX_BATCH),
@@ -161,7 +160,7 @@ impl<A: Arch> Kernel<A> {
             }
             let entry = self.set_pte(mm, found, Slot::new(table, 1, found), entry, Pte::NONE);
             if is_uncounted(entry) {
-                gather.cover(found, found + PAGE_SIZE);
+                gather.cover(Changed::pages(found, found + PAGE_SIZE));
             } else {
                 self.zap_rmap(gather, found, entry);
             }
@@ -173,9 +172,10 @@ impl<A: Arch> Kernel<A> {
 
     /// When it returns, no CPU reaches what was gathered.
     pub(super) fn flush_gathered(&self, gather: &mut Gather) {
-        if gather.start >= gather.end {
+        if gather.changed.is_nothing() {
             return;
         }
+        let changed = core::mem::replace(&mut gather.changed, Changed::NOTHING);
         let freed = if gather.tables == 0 {
             FreedTables::No
         } else {
@@ -183,11 +183,10 @@ impl<A: Arch> Kernel<A> {
         };
         match gather.by {
             Unmap::Syscall | Unmap::Truncate | Unmap::Hole => {
-                self.flush_change(gather.mm, gather.start, gather.end, freed);
+                self.flush_change(gather.mm, changed, freed);
             }
-            Unmap::Exit => self.flush_range(gather.mm, gather.start, gather.end, freed),
+            Unmap::Exit => self.flush_changed(gather.mm, changed, freed),
         }
-        (gather.start, gather.end) = (u64::MAX, 0);
     }
 
     /// Flushes what was gathered and frees it.
@@ -238,7 +237,7 @@ impl<A: Arch> Kernel<A> {
         let pending = &self.obj(gather.mm).flush_pending;
         let skip = self.config.bugs.has(Bug::DontneedSkipNone);
         if pending.load(Acquire) > 1 && !skip {
-            gather.cover(0, u64::MAX);
+            gather.cover(Changed::EVERYTHING);
         }
         self.gather_flush(&mut gather);
         self.release_chains(gather.chains);

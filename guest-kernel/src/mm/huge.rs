@@ -15,8 +15,9 @@ use abi::point::Point;
 use abi::pte::{Pte, level_size};
 use abi::syscall::Errno;
 
+use super::changed::Changed;
 use super::gather::{Gather, Unmap};
-use super::protect::{Reduced, takes_away};
+use super::protect::takes_away;
 use super::{Field, Slot};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -124,7 +125,7 @@ impl<A: Arch> Kernel<A> {
         mm: Pa<Mm>,
         (start, end): (u64, u64),
         flags: u64,
-        reduced: &mut Reduced,
+        reduced: &mut Changed,
     ) {
         let space = self.obj(mm);
         let Ok(()) = self.for_each_huge(space, (start, end), |gva| {
@@ -137,8 +138,7 @@ impl<A: Arch> Kernel<A> {
                     self.set_pte(space, gva, slot, entry, new);
                 }
                 if takes_away(entry, new) {
-                    reduced.start = reduced.start.min(gva);
-                    reduced.end = reduced.end.max(gva + HUGE_PAGE_SIZE);
+                    reduced.add(Changed::huge(gva));
                     point!(self, Point::PteProtect, [space.id.get(), gva]);
                 }
             });

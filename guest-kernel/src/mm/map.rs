@@ -3,7 +3,8 @@
 //! Memory is never accounted ahead (Linux's vm.overcommit_memory=1).
 
 use abi::bug::Bug;
-use abi::layout::{MMAP_BASE, PAGE_SIZE, USER_END, USER_MIN};
+use abi::layout::{HUGE_PAGE_SIZE, MMAP_BASE, PAGE_SIZE, USER_END, USER_MIN};
+use abi::lock::LockClass;
 use abi::objects::{File, Mm, Pa, vma_flags};
 use abi::syscall::{Errno, decode, map, rlimit};
 
@@ -63,7 +64,9 @@ impl<A: Arch> Kernel<A> {
         let space = self.obj(mm);
         let (start, locked) = {
             let _guard = self.mmap_write_lock(space);
-            let start = self.place(space, round_hint(address, flags), bytes, flags)?;
+            let hint = round_hint(address, flags);
+            let is_private = flags & map::SHARED == 0 && backing == Backing::Anonymous;
+            let start = self.place(space, (hint, bytes), flags, is_private)?;
             if flags & map::LOCKED != 0 {
                 self.can_mlock(space)?;
             }
@@ -308,13 +311,14 @@ impl<A: Arch> Kernel<A> {
         mapped
     }
 
-    /// Where a mapping goes (Linux's get_unmapped_area: top-down, and bottom-up for MAP_32BIT and where that fails).
+    /// Where a mapping of `bytes` goes, with a hint or a fixed address (Linux's get_unmapped_area). One of whole folios of
+    /// 2 MiB that is private and anonymous begins with one, if there is no hint.
     pub(super) fn place(
         &self,
         mm: &Mm,
-        address: u64,
-        bytes: u64,
+        (address, bytes): (u64, u64),
         flags: u64,
+        is_private: bool,
     ) -> Result<u64, Errno> {
         if bytes == 0 || bytes > USER_END {
             return Err(Errno::ENOMEM);
@@ -340,6 +344,20 @@ impl<A: Arch> Kernel<A> {
             };
         }
         let hint = page_of(address);
+        if is_private && hint == 0 && bytes.is_multiple_of(HUGE_PAGE_SIZE) {
+            // In a hole that is larger by one folio, at the first boundary above its start, though that may be on one itself
+            // (Linux's __thp_get_unmapped_area).
+            let padded = bytes + HUGE_PAGE_SIZE;
+            if let Ok(at) = self.search(mm, hint, padded, flags) {
+                return Ok((at / HUGE_PAGE_SIZE + 1) * HUGE_PAGE_SIZE);
+            }
+        }
+        self.search(mm, hint, bytes, flags)
+    }
+
+    /// A hole for `bytes`: at `hint`, or top-down, and bottom-up for MAP_32BIT and where that fails (Linux's
+    /// arch_get_unmapped_area_topdown).
+    fn search(&self, mm: &Mm, hint: u64, bytes: u64, flags: u64) -> Result<u64, Errno> {
         let (low, high) = match flags & map::BITS_32 {
             0 => (USER_MIN, USER_END),
             _ => LOW_RANGE,
@@ -374,6 +392,16 @@ impl<A: Arch> Kernel<A> {
             }
         }
         Err(Errno::ENOMEM)
+    }
+
+    /// Where in which file `gva` is, if it is in a shared mapping.
+    pub(crate) fn shared_place(&self, mm: Pa<Mm>, gva: u64) -> Option<(Pa<File>, u64)> {
+        let space = self.obj(mm);
+        let _guard = self.read_lock(&space.mmap_lock, LockClass::MmapRead);
+        let area = self.obj(self.vma_at(space, gva)?);
+        let is_shared = area.flags.get() & vma_flags::SHARED != 0;
+        let byte = area.pgoff.get() * PAGE_SIZE + (gva - area.start.get());
+        Some((area.file.get().some().filter(|_| is_shared)?, byte))
     }
 
     /// The start of a VMA, or of the guard below it (Linux's vm_start_gap).

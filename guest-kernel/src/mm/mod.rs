@@ -11,7 +11,8 @@
 //! `populate`, `residency`, `membarrier`, `fault` (with `fault_path`) and `fork` are what programs ask for. `huge` does for entries of 2 MiB what
 //! these do for small ones; `huge_fault` makes, `huge_split` breaks and `collapse` gathers them; `folio_split` breaks the folio itself.
 //!
-//! What Linux has debated, and what others would decide otherwise, is apart from its callers: `lazy` says who keeps an mm that
+//! What Linux has debated, and what others would decide otherwise, is apart from its callers: `vma_lock` says how long a VMA
+//! lives, `fault_path` how a fault comes by it, `lazy` says who keeps an mm that
 //! nobody runs, `zap_order` when an unmap counts a mapping less, `relocate` how pages move (docs/seams.md).
 //!
 //! `group` counts who pays for which frame, `group_reclaim` holds it against limits, and `group_move` lets a process change sides.
@@ -27,6 +28,7 @@ mod age;
 mod asid;
 mod batch;
 mod boot;
+mod changed;
 mod collapse;
 mod disk_file;
 mod fault;

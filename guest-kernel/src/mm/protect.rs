@@ -9,6 +9,7 @@ use abi::point::Point;
 use abi::pte::{Pte, PteFlags};
 use abi::syscall::{Errno, prot};
 
+use super::changed::Changed;
 use super::vma::{ACCESS, leaf_flags, prot_flags, shared_rights};
 use super::{Field, FreedTables, Slot, is_page_aligned, page_align, pages};
 use crate::Kernel;
@@ -20,12 +21,6 @@ const PROT_GROWSDOWN: u64 = 0x0100_0000;
 const PROT_GROWSUP: u64 = 0x0200_0000;
 /// PROT_SEM: accepted and without effect, as in Linux.
 const PROT_SEM: u64 = 8;
-
-/// What changed in the entries and is not yet flushed.
-pub(super) struct Reduced {
-    pub(super) start: u64,
-    pub(super) end: u64,
-}
 
 impl<A: Arch> Kernel<A> {
     /// mprotect. When it returns, no CPU uses a permission that it took away.
@@ -55,13 +50,10 @@ impl<A: Arch> Kernel<A> {
         }
         let _guard = self.mmap_write_lock(self.obj(mm));
         let start = self.protect_from(mm, (start, end), grows)?;
-        let mut reduced = Reduced {
-            start: u64::MAX,
-            end: 0,
-        };
+        let mut reduced = Changed::NOTHING;
         let result = self.protect_range(mm, (start, end), prot_flags(prot), &mut reduced);
-        if reduced.start < reduced.end {
-            self.flush_change(mm, reduced.start, reduced.end, FreedTables::No);
+        if !reduced.is_nothing() {
+            self.flush_change(mm, reduced, FreedTables::No);
         }
         result
     }
@@ -95,7 +87,7 @@ impl<A: Arch> Kernel<A> {
         mm: Pa<Mm>,
         (start, end): (u64, u64),
         access: u64,
-        reduced: &mut Reduced,
+        reduced: &mut Changed,
     ) -> Result<(), Errno> {
         let mut at = start;
         while at < end {
@@ -113,7 +105,7 @@ impl<A: Arch> Kernel<A> {
         vma: Pa<Vma>,
         (start, end): (u64, u64),
         access: u64,
-        reduced: &mut Reduced,
+        reduced: &mut Changed,
     ) -> Result<(), Errno> {
         let area = self.obj(vma);
         let old = area.flags.get();
@@ -153,7 +145,7 @@ impl<A: Arch> Kernel<A> {
         mm: Pa<Mm>,
         (start, end): (u64, u64),
         flags: u64,
-        reduced: &mut Reduced,
+        reduced: &mut Changed,
     ) {
         let space = self.obj(mm);
         self.protect_huge_range(mm, (start, end), flags, reduced);
@@ -168,8 +160,7 @@ impl<A: Arch> Kernel<A> {
                         self.set_pte(space, gva, Slot::new(table, 1, gva), entry, new);
                     }
                     if takes_away(entry, new) {
-                        reduced.start = reduced.start.min(gva);
-                        reduced.end = reduced.end.max(gva + PAGE_SIZE);
+                        reduced.add(Changed::pages(gva, gva + PAGE_SIZE));
                         point!(self, Point::PteProtect, [space.id.get(), gva]);
                     }
                     rest = gva + PAGE_SIZE;

@@ -269,7 +269,8 @@ impl<A: Arch> Kernel<A> {
             flags if flags & mremap::FIXED != 0 => (request.new, map::FIXED),
             _ => (request.new, 0),
         };
-        let new = self.place(space, hint, request.new_len, flags)?;
+        let is_private = self.obj(vma).file.get().is_null();
+        let new = self.place(space, (hint, request.new_len), flags, is_private)?;
         if space.map_count.get() >= MAX_MAP_COUNT - 3 {
             return Err(Errno::ENOMEM);
         }

@@ -30,8 +30,9 @@ use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::objects::{Mm, Pa};
 use abi::point::Point;
 
+use super::Field;
 use super::asid::Choice;
-use super::{Field, pages};
+use super::changed::Changed;
 use crate::Kernel;
 use crate::arch::{Arch, CpuMask, Ipi};
 use crate::sync::shootdown;
@@ -50,31 +51,32 @@ pub enum FreedTables {
 #[derive(Clone, Copy)]
 pub(super) struct Flush {
     mm: Pa<Mm>,
-    start: u64,
-    end: u64,
+    changed: Changed,
     tlb_gen: u64,
 }
-
-/// `end` of a flush of a whole address space.
-const EVERYTHING: u64 = u64::MAX;
 
 impl<A: Arch> Kernel<A> {
     /// Makes every CPU forget its translations of `start..end` in `mm` that were made before the call;
     /// when it returns, none uses them. The caller has changed the entries.
     pub fn flush_range(&self, mm: Pa<Mm>, start: u64, end: u64, freed: FreedTables) {
-        let flush = self.flush_issue(mm, start, end);
+        self.flush_changed(mm, Changed::pages(start, end), freed);
+    }
+
+    /// As [`Kernel::flush_range`], of entries of whatever level.
+    pub(super) fn flush_changed(&self, mm: Pa<Mm>, changed: Changed, freed: FreedTables) {
+        let flush = self.flush_issue(mm, changed);
         let cpus = self.obj(mm).cpumask.load(SeqCst);
         self.flush_on(cpus, flush, freed);
     }
 
     /// As [`Kernel::flush_range`], for everything that `mm` maps.
     pub fn flush_mm(&self, mm: Pa<Mm>, freed: FreedTables) {
-        self.flush_range(mm, 0, EVERYTHING, freed);
+        self.flush_changed(mm, Changed::EVERYTHING, freed);
     }
 
     /// A full memory barrier on every CPU that runs user code, whatever its process: a flush of nothing in `mm`.
     pub(super) fn barrier_everywhere(&self, mm: Pa<Mm>) {
-        let flush = self.flush_issue(mm, 0, 0);
+        let flush = self.flush_issue(mm, Changed::pages(0, 0));
         let cpus = self.root().online.load(SeqCst);
         self.flush_on(cpus, flush, FreedTables::No);
     }
@@ -93,14 +95,19 @@ impl<A: Arch> Kernel<A> {
 
     /// The flush of munmap, mprotect and madvise: as [`Kernel::flush_range`], but for the seeded
     /// bugs that forget the other CPUs or the last page.
-    pub(super) fn flush_change(&self, mm: Pa<Mm>, start: u64, end: u64, freed: FreedTables) {
-        let short = self.config.bugs.has(Bug::FlushRangeShort) && end != EVERYTHING;
-        let end = if short { end - PAGE_SIZE } else { end };
+    pub(super) fn flush_change(&self, mm: Pa<Mm>, mut changed: Changed, freed: FreedTables) {
+        let bugs = self.config.bugs;
+        if bugs.has(Bug::FlushRangeShort) && changed != Changed::EVERYTHING {
+            changed.end -= PAGE_SIZE;
+        }
+        if bugs.has(Bug::FlushWrongLevel) {
+            changed.stride = HUGE_PAGE_SIZE;
+        }
         if self.config.bugs.has(Bug::ShootdownSkipRemote) {
-            let flush = self.flush_issue(mm, start, end);
+            let flush = self.flush_issue(mm, changed);
             self.flush_here(flush);
         } else {
-            self.flush_range(mm, start, end, freed);
+            self.flush_changed(mm, changed, freed);
         }
     }
 
@@ -119,8 +126,11 @@ impl<A: Arch> Kernel<A> {
             }
             self.on_flush_ipi(Flush {
                 mm: request.mm.get(),
-                start: request.start.get(),
-                end: request.end.get(),
+                changed: Changed {
+                    start: request.start.get(),
+                    end: request.end.get(),
+                    stride: request.stride.get(),
+                },
                 tlb_gen: request.tlb_gen.get(),
             });
             event!(self, EventKind::IpiAck, [from, 0, 0, 0, 0]);
@@ -132,8 +142,12 @@ impl<A: Arch> Kernel<A> {
 
     /// Numbers a flush. SeqCst is the full barrier between the changed entries and the reads of
     /// `cpumask` and `lazy` that follow.
-    fn flush_issue(&self, mm: Pa<Mm>, start: u64, end: u64) -> Flush {
-        point!(self, Point::FlushIssue, [self.obj(mm).id.get(), start]);
+    fn flush_issue(&self, mm: Pa<Mm>, changed: Changed) -> Flush {
+        point!(
+            self,
+            Point::FlushIssue,
+            [self.obj(mm).id.get(), changed.start]
+        );
         let counter = &self.obj(mm).tlb_gen;
         let tlb_gen = if self.config.bugs.has(Bug::TlbGenPlainAdd) {
             let next = counter.load(SeqCst) + 1;
@@ -149,8 +163,7 @@ impl<A: Arch> Kernel<A> {
         );
         Flush {
             mm,
-            start,
-            end,
+            changed,
             tlb_gen,
         }
     }
@@ -180,12 +193,13 @@ impl<A: Arch> Kernel<A> {
         event!(
             self,
             EventKind::ShootdownBegin,
-            [id, flush.start, flush.end, targets, 0],
+            [id, flush.changed.start, flush.changed.end, targets, 0],
         );
         let request = &self.this_cpu().flush;
         request.mm.set(flush.mm);
-        request.start.set(flush.start);
-        request.end.set(flush.end);
+        request.start.set(flush.changed.start);
+        request.end.set(flush.changed.end);
+        request.stride.set(flush.changed.stride);
         request.tlb_gen.set(flush.tlb_gen);
         shootdown::ask(&request.pending, targets);
         self.send_ipi(targets, Ipi::Shootdown);
@@ -232,15 +246,16 @@ impl<A: Arch> Kernel<A> {
         }
         // The range alone is enough only if nothing else is outstanding (Linux's flush_tlb_func).
         let next_in_line = have + 1 == flush.tlb_gen && flush.tlb_gen == latest;
-        if next_in_line && pages(flush.end - flush.start) <= self.config.flush_ceiling {
-            if self.config.bugs.has(Bug::FlushWrongLevel) {
-                let mut gva = flush.start;
-                while gva < flush.end {
-                    self.flush_pages_here(mm, gva, gva + PAGE_SIZE);
-                    gva += HUGE_PAGE_SIZE;
-                }
+        let Changed { start, end, stride } = flush.changed;
+        if next_in_line && flush.changed.len() <= self.config.flush_ceiling {
+            if stride == PAGE_SIZE {
+                self.flush_pages_here(mm, start, end);
             } else {
-                self.flush_pages_here(mm, flush.start, flush.end);
+                let mut gva = start;
+                while gva < end {
+                    self.flush_pages_here(mm, gva, gva + PAGE_SIZE);
+                    gva += stride;
+                }
             }
             loaded.tlb_gen.set(flush.tlb_gen);
         } else {

@@ -27,11 +27,12 @@
 //! (R-01, and F-01 whenever the lock is dropped); no frame is given back before the flush (T-01).
 
 use abi::bug::Bug;
-use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
+use abi::layout::PAGE_SIZE;
 use abi::objects::{Mm, Pa};
 use abi::pte::{Pte, PteFlags};
 
 use super::FreedTables;
+use super::changed::Changed;
 use super::gather::Gather;
 use super::writeback::WRITTEN;
 use crate::Kernel;
@@ -44,24 +45,23 @@ impl<A: Arch> Kernel<A> {
     /// The gather has cleared `entry` at `gva`, under its page-table lock.
     #[inline]
     pub(super) fn zap_rmap(&self, gather: &mut Gather, gva: u64, entry: Pte) {
-        let gpa = entry.address();
+        let (gpa, page) = (entry.address(), Changed::pages(gva, gva + PAGE_SIZE));
         if self.is_dirty_mapping(entry) {
             self.mark_page_dirty(gpa);
-            gather.add_frame(gpa | STILL_COUNTED, gva);
+            gather.add_frame(gpa | STILL_COUNTED, page);
             gather.delayed_rmap = true;
         } else {
             if !self.config.bugs.has(Bug::MapcountAfterUnlock) {
                 self.folio_unmap(gpa);
             }
-            gather.add_frame(gpa, gva);
+            gather.add_frame(gpa, page);
         }
     }
 
     /// As [`Kernel::zap_rmap`], of an entry of 2 MiB, which is never a file's.
     pub(super) fn zap_rmap_huge(&self, gather: &mut Gather, gva: u64, entry: Pte) {
         self.folio_unmap_huge(entry.address());
-        gather.add_frame(entry.address(), gva);
-        gather.cover(gva, gva + HUGE_PAGE_SIZE);
+        gather.add_frame(entry.address(), Changed::huge(gva));
     }
 
     /// The page-table lock is about to be dropped (Linux's tlb_flush_rmaps).

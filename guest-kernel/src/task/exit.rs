@@ -155,8 +155,12 @@ impl<A: Arch> Kernel<A> {
         let mm = task.mm.get();
         let clear_tid = task.clear_tid.swap(0, Relaxed);
         // As in Linux's mm_release(): with no other user nobody can be waiting for it.
-        if clear_tid != 0 && self.obj(mm).users.get() > 1 && self.put_user(clear_tid, 0).is_ok() {
-            self.futex_wake(mm, clear_tid, 1);
+        if clear_tid != 0
+            && self.obj(mm).users.get() > 1
+            && self.put_user(clear_tid, 0).is_ok()
+            && let Ok(key) = self.futex_key(clear_tid, false)
+        {
+            self.futex_wake(key, 1);
         }
         task.mm.set(Pa::NULL);
         self.enter_lazy();

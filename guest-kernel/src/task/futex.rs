@@ -1,8 +1,8 @@
-//! futex: WAIT and WAKE. Every futex is private to its mm, with or without `PRIVATE_FLAG`, and in shared memory too, where
-//! Linux's is one for all who map it. There is no clock, so WAIT takes no timeout (EINVAL).
+//! futex: WAIT and WAKE, of words that one process uses or several (the latter in shared memory). There is no clock, so WAIT takes
+//! no timeout (EINVAL).
 
 use abi::layout::USER_END;
-use abi::objects::{Mm, Pa};
+use abi::objects::{Mm, Pa, Task};
 use abi::syscall::{Errno, futex};
 
 use crate::Kernel;
@@ -30,9 +30,25 @@ impl FutexOp {
     }
 }
 
+/// Which futex a word is ([`Task::futex`]).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct FutexKey(pub(super) [u64; 3]);
+
+impl FutexKey {
+    /// One of a process's own memory.
+    pub(super) const fn private(mm: Pa<Mm>, gva: u64) -> Self {
+        Self([mm.0, 0, gva])
+    }
+
+    fn is_of(self, task: &Task) -> bool {
+        (0..3).all(|word| task.futex[word].get() == self.0[word])
+    }
+}
+
 impl<A: Arch> Kernel<A> {
     /// futex.
     pub(super) fn futex(&self, gva: u64, op: u64, value: u64, timeout: u64) -> Result<u64, Errno> {
+        let is_private = op & futex::PRIVATE_FLAG != 0;
         let op = FutexOp::decode(op, value, timeout)?;
         if !gva.is_multiple_of(4) {
             return Err(Errno::EINVAL);
@@ -42,10 +58,32 @@ impl<A: Arch> Kernel<A> {
         if gva > USER_END {
             return Err(Errno::EFAULT);
         }
+        let key = self.futex_key(gva, is_private)?;
         match op {
-            FutexOp::Wait(expected) => self.futex_wait(gva, expected),
-            FutexOp::Wake(most) => Ok(self.futex_wake(self.current().mm.get(), gva, most)),
+            FutexOp::Wait(expected) => self.futex_wait(key, gva, expected),
+            FutexOp::Wake(most) => Ok(self.futex_wake(key, most)),
         }
+    }
+
+    /// Which futex the word at `gva` is. In shared memory it is the same for all who map it, unless the caller says that only
+    /// its own process uses it (Linux's `get_futex_key`).
+    ///
+    /// # Errors
+    /// EFAULT where it must be read for that, and cannot.
+    pub(super) fn futex_key(&self, gva: u64, is_private: bool) -> Result<FutexKey, Errno> {
+        let mm = self.current().mm.get();
+        if is_private {
+            return Ok(FutexKey::private(mm, gva));
+        }
+        self.get_user(gva)?;
+        Ok(match self.shared_place(mm, gva) {
+            // Another file may have this one's memory by the time of a wake.
+            Some((file, byte)) => {
+                let generation = self.obj(file).generation.get();
+                FutexKey([file.0, generation.into(), byte])
+            }
+            None => FutexKey::private(mm, gva),
+        })
     }
 
     /// Blocks until a wake, if the word still holds `expected`.
@@ -54,7 +92,7 @@ impl<A: Arch> Kernel<A> {
     /// the look and the sleep. A fault cannot be handled under a spin lock, so one there is refused
     /// ([`Kernel::kernel_user_fault`]) and the word is read in again without (Linux's
     /// `futex_get_value_locked()`).
-    fn futex_wait(&self, gva: u64, expected: u32) -> Result<u64, Errno> {
+    fn futex_wait(&self, key: FutexKey, gva: u64, expected: u32) -> Result<u64, Errno> {
         loop {
             self.get_user(gva)?;
             let lock = self.sched_lock();
@@ -66,21 +104,21 @@ impl<A: Arch> Kernel<A> {
             }
             self.may_block()?;
             let task = self.this_cpu().current.get();
+            for (word, value) in self.obj(task).futex.iter().zip(key.0) {
+                word.set(value);
+            }
             self.queue_push(&self.root().futex_queue, task);
             self.block(lock, gva);
             return Ok(0);
         }
     }
 
-    /// Wakes up to `most` tasks of `mm` that wait for the word at `gva`, in the order of their
-    /// arrival. Returns how many.
-    pub(super) fn futex_wake(&self, mm: Pa<Mm>, gva: u64, most: u32) -> u64 {
+    /// Wakes up to `most` tasks that wait for the word that is `key`, in the order of their arrival. Returns how many.
+    pub(super) fn futex_wake(&self, key: FutexKey, most: u32) -> u64 {
         let lock = self.sched_lock();
         let mut woken = 0;
         while woken < u64::from(most) {
-            let waiter = self.queue_take(&self.root().futex_queue, |_, task| {
-                task.waits_for.get() == gva && task.mm.get() == mm
-            });
+            let waiter = self.queue_take(&self.root().futex_queue, |_, task| key.is_of(task));
             let Some(task) = waiter else { break };
             self.wake(task);
             woken += 1;

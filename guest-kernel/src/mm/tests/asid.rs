@@ -214,6 +214,7 @@ fn a_flush_during_a_switch_that_keeps_is_not_missed() {
         request.mm.set(one);
         request.start.set(AT);
         request.end.set(AT + PAGE);
+        request.stride.set(PAGE);
         request.tlb_gen.set(space.tlb_gen.load(Relaxed) + 1);
         space.tlb_gen.fetch_add(1, Relaxed);
         request.pending.set(0b10);

@@ -245,6 +245,7 @@ fn a_flush_during_a_switch_is_not_missed() {
         let request = &k.root().cpus[0].flush;
         request.mm.set(mm);
         request.end.set(PAGE);
+        request.stride.set(PAGE);
         request.tlb_gen.set(space.tlb_gen.fetch_add(1, SeqCst) + 1);
         request.pending.set(0b10);
     });

@@ -14,7 +14,7 @@ use abi::syscall::{Errno, advice, mremap, prot};
 use super::{AT, PAGE, RW, TestKernel, audit, map_at, space, teardown};
 use crate::arch::Arch;
 use crate::arch::model::testing::Machine;
-use crate::mm::Field;
+use crate::mm::{FaultError, Field};
 
 const PAGES: u64 = HUGE / PAGE;
 
@@ -51,6 +51,24 @@ fn filled(k: &TestKernel, count: u64) -> Pa<Mm> {
     }
     audit(k);
     mm
+}
+
+/// Where only entries of level 2 have changed, one address in every 2 MiB is enough.
+#[test]
+fn whole_folios_are_flushed_one_by_one() {
+    let machine = Machine::with_memory(32 << 20, 2, "flush_ceiling=3");
+    let k = machine.kernel();
+    let mm = filled(k, 3);
+    let before = k.arch.flushes(1);
+    k.mprotect(mm, AT, 3 * HUGE, prot::READ).unwrap();
+    assert_eq!(k.arch.flushes(1), before + 3, "everything would be one");
+    for number in 0..3 {
+        k.user_read(1, AT + number * HUGE).unwrap();
+    }
+    k.munmap(mm, AT, HUGE).unwrap();
+    assert_eq!(k.arch.flushes(1), before + 4);
+    assert_eq!(k.user_read(1, AT), Err(FaultError::NoMapping));
+    teardown(k, &[mm]);
 }
 
 #[test]

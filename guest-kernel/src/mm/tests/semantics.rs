@@ -2,11 +2,11 @@
 
 use abi::boot::Segment;
 use abi::layout::{
-    MMAP_BASE, USER_BRK_START, USER_END, USER_MIN, USER_STACK_BYTES, USER_STACK_TOP,
+    HUGE_PAGE_SIZE, MMAP_BASE, USER_BRK_START, USER_END, USER_MIN, USER_STACK_BYTES, USER_STACK_TOP,
 };
 use abi::objects::{Pa, SlabId, Task, vma_flags};
 use abi::pte::PteFlags;
-use abi::syscall::{Errno, advice, map, prot};
+use abi::syscall::{Errno, advice, map, mremap, prot};
 
 use super::{ANON, AT, PAGE, RW, audit, map_at, maps, space, teardown, with_space};
 use crate::Kernel;
@@ -63,6 +63,35 @@ fn mmap_takes_hints_and_fixed_addresses() {
             Ok(AT + 8 * PAGE)
         );
     });
+}
+
+/// Linux's __thp_get_unmapped_area: measured on 6.18.
+#[test]
+fn whole_folios_of_2_mib_begin_with_one() {
+    with_space(|k, mm| {
+        let top = page_of_2_mib(MMAP_BASE);
+        // A page at the top makes the plain place one that is not aligned.
+        assert_eq!(k.mmap(mm, 0, PAGE, RW, ANON), Ok(MMAP_BASE - PAGE));
+        let below =
+            |at: u64, bytes: u64| page_of_2_mib(at - bytes - HUGE_PAGE_SIZE) + HUGE_PAGE_SIZE;
+        let first = below(MMAP_BASE - PAGE, HUGE_PAGE_SIZE);
+        assert!(first.is_multiple_of(HUGE_PAGE_SIZE) && first < top);
+        assert_eq!(k.mmap(mm, 0, HUGE_PAGE_SIZE, RW, ANON), Ok(first));
+        // Only whole ones, without a hint, of private memory.
+        let odd = HUGE_PAGE_SIZE + PAGE;
+        assert_eq!(k.mmap(mm, 0, odd, RW, ANON), Ok(first - odd));
+        let shared = map::SHARED | map::ANONYMOUS;
+        let plain = first - odd - HUGE_PAGE_SIZE;
+        assert_eq!(k.mmap(mm, 0, HUGE_PAGE_SIZE, RW, shared), Ok(plain));
+        assert_eq!(k.mmap(mm, AT, HUGE_PAGE_SIZE, RW, ANON), Ok(AT));
+        // What is moved, too.
+        let moved = k.mremap(mm, AT, (PAGE, 2 * HUGE_PAGE_SIZE), mremap::MAYMOVE, 0);
+        assert_eq!(moved, Ok(below(plain, 2 * HUGE_PAGE_SIZE)));
+    });
+}
+
+fn page_of_2_mib(gva: u64) -> u64 {
+    gva & !(HUGE_PAGE_SIZE - 1)
 }
 
 #[test]

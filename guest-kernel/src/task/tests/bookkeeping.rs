@@ -12,6 +12,7 @@ use crate::arch::model::Model;
 use crate::arch::model::testing::Machine;
 use crate::arch::{Arch, Ipi};
 use crate::mm::Field;
+use crate::task::futex::FutexKey;
 use crate::task::wait::{Children, Which};
 
 const MEMORY: u64 = 4 << 20;
@@ -73,6 +74,12 @@ impl Bench {
         object.state.set(TaskState::Blocked as u32);
         object.waits_for.set(word);
         object.mm.set(Pa::<Mm>::new(mm));
+        let key = FutexKey::private(Pa::new(mm), word);
+        object
+            .futex
+            .iter()
+            .zip(key.0)
+            .for_each(|(word, value)| word.set(value));
         if word != Task::WAITS_FOR_CHILD {
             let queue = &self.kernel().root().futex_queue;
             self.kernel().queue_push(queue, task);
@@ -172,12 +179,13 @@ fn futex_wakes_in_order_of_arrival_and_only_its_own_word_and_mm() {
     ] {
         bench.waits_for(task, mm, word);
     }
-    assert_eq!(bench.kernel().futex_wake(Pa::new(MM), WORD, 2), 2);
+    let key = FutexKey::private(Pa::new(MM), WORD);
+    assert_eq!(bench.kernel().futex_wake(key, 2), 2);
     let states = [a, b, c, d, e].map(|task| bench.state(task));
     use TaskState::{Blocked, Ready};
     assert_eq!(states, [Ready, Blocked, Blocked, Ready, Blocked]);
-    assert_eq!(bench.kernel().futex_wake(Pa::new(MM), WORD, 2), 1);
-    assert_eq!(bench.kernel().futex_wake(Pa::new(MM), WORD, 2), 0);
+    assert_eq!(bench.kernel().futex_wake(key, 2), 1);
+    assert_eq!(bench.kernel().futex_wake(key, 2), 0);
     let rest: Vec<_> = bench
         .kernel()
         .queue_iter(&bench.kernel().root().futex_queue)

@@ -254,6 +254,46 @@ fn a_mutex_of_futexes_keeps_its_promise_on_every_number_of_cpus() {
     }
 }
 
+/// A word in shared memory is one futex for all who map it, wherever they do; in private memory each has its own.
+#[test]
+fn processes_wake_each_other_in_shared_memory_only() {
+    const SHARED: u64 = 2 * WORDS;
+    const GO: u64 = SHARED;
+    const ASLEEP: u64 = SHARED + 4;
+    let parent = |user: &mut User<'_>| {
+        map_words(user);
+        let flags = map::SHARED | map::ANONYMOUS | map::FIXED;
+        let access = prot::READ | prot::WRITE;
+        let shared = user.call(nr::MMAP, [SHARED, 0x1000, access, flags]);
+        assert_eq!(shared, Ok(SHARED));
+        let child = user.clone(signal::SIGCHLD, 0, 1).expect("a child");
+        while user.load(ASLEEP) == 0 {
+            user.call(nr::SCHED_YIELD, [0; 4]).expect("a yield");
+        }
+        // Its own process's only, and it is asleep in another one: nobody.
+        assert_eq!(user.call(nr::FUTEX, [GO, WAKE, 1, 0]), Ok(0));
+        while user.call(nr::FUTEX, [GO, futex::WAKE, 1, 0]) == Ok(0) {
+            user.call(nr::SCHED_YIELD, [0; 4]).expect("a yield");
+        }
+        assert_eq!(user.call(nr::WAIT4, [child, 0, 0, 0]), Ok(child));
+        let unmapped = user.call(nr::FUTEX, [3 * WORDS, futex::WAKE, 1, 0]);
+        assert_eq!(unmapped, Err(Errno::EFAULT));
+        0
+    };
+    let child = |user: &mut User<'_>| {
+        user.store(ASLEEP, 1);
+        let slept = user.call(nr::FUTEX, [GO, futex::WAIT, 0, 0]);
+        assert_eq!(slept, Ok(0));
+        0
+    };
+    for cpus in [1, 2] {
+        assert_eq!(
+            machine(cpus, vec![program(parent), program(child)]).status,
+            0
+        );
+    }
+}
+
 #[test]
 fn exit_group_ends_threads_that_run_wait_and_are_ready() {
     const READY: u64 = WORDS;

@@ -7,6 +7,8 @@
 
 mod maps;
 pub mod oracle;
+mod own_file;
+mod pagemap;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -29,7 +29,9 @@ pub const HEAP: u64 = 0x1000_0000_0000;
 /// Bytes of the heap that are looked at.
 pub const HEAP_BYTES: u64 = 1 << 30;
 /// Most words of an observation.
-pub const MAX_WORDS: usize = 384;
+pub const MAX_WORDS: usize = 768;
+/// Pages that are looked at in one piece: as many as a word has bits.
+pub const LOOKED_AT: u64 = u64::BITS as u64;
 /// Results that a case can keep by number.
 pub const MAX_SLOTS: usize = 4096;
 
@@ -51,6 +53,10 @@ pub struct Case {
     pub ops: u32,
     /// Words behind them.
     pub words: u32,
+    /// A [`Residency`].
+    pub residency: u32,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 /// One step.
@@ -123,6 +129,16 @@ impl Area {
     }
 }
 
+/// What of a VMA is looked at after every step: its first pages and, where it has more, its last ones. Each piece is told by its
+/// first address and its pages.
+pub fn looked_at(start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+    let pages = end.saturating_sub(start) / PAGE_SIZE;
+    let first = pages.min(LOOKED_AT);
+    let last = (pages - first).min(LOOKED_AT);
+    let pieces = [(start, first), (end - last * PAGE_SIZE, last)];
+    pieces.into_iter().filter(|(_, pages)| *pages > 0)
+}
+
 macro_rules! numbered {
     ($(#[$outer:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $value:literal,)+ }) => {
         $(#[$outer])*
@@ -163,6 +179,16 @@ numbered! {
         /// Sets the soft limit of a resource (first argument) to so many bytes (second); of address space and data, so many more
         /// than the process had when it began.
         Limit = 9,
+    }
+}
+
+numbered! {
+    /// How the pages that are in memory (mincore) are compared.
+    Residency {
+        /// They are the same.
+        Same = 0,
+        /// They are not, as it is each kernel's own business: the guest says what Linux has said.
+        Open = 1,
     }
 }
 

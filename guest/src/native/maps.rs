@@ -4,11 +4,12 @@
 //! Nothing here allocates: it runs in forked processes of a program with threads.
 
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use abi::oracle::Area;
-use abi::syscall::{Errno, decode, nr};
+use abi::syscall::{Errno, decode};
 
+use super::own_file::{self, OwnFile};
 use crate::rt::raw_syscall;
 
 /// `struct procmap_query` of Linux's uapi/linux/fs.h.
@@ -35,7 +36,7 @@ const COVERING_OR_NEXT: u64 = 0x10;
 const FLAGS: u64 = 0xf;
 /// `_IOWR('f', 17, struct procmap_query)`.
 const PROCMAP_QUERY: u64 = 3 << 30 | (size_of::<Query>() as u64) << 16 | (b'f' as u64) << 8 | 17;
-const MAPS: &CStr = c"/proc/self/maps";
+const PATH: &CStr = c"/proc/self/maps";
 const ENOENT: Errno = Errno(2);
 const ENOTTY: Errno = Errno(25);
 
@@ -51,7 +52,8 @@ pub(super) fn read(start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Er
 }
 
 fn query_all(start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno> {
-    let file = maps_of_this_process()?;
+    static MAPS: OwnFile = OwnFile::new(PATH);
+    let file = MAPS.descriptor()?;
     let mut at = start;
     for (found, area) in areas.iter_mut().enumerate() {
         let mut query = Query {
@@ -78,32 +80,13 @@ fn query_all(start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno> {
     Ok(areas.len())
 }
 
-/// The file, opened once by each process: it shows the process that opened it.
-fn maps_of_this_process() -> Result<u64, Errno> {
-    /// Process and file.
-    static OPENED: AtomicU64 = AtomicU64::new(0);
-    let process = call(nr::GETPID as i64, [0; 3])?;
-    let opened = OPENED.load(Relaxed);
-    if opened >> 32 == process {
-        return Ok(opened & 0xffff_ffff);
-    }
-    let file = open()?;
-    OPENED.store(process << 32 | file, Relaxed);
-    Ok(file)
-}
-
-fn open() -> Result<u64, Errno> {
-    let path = MAPS.as_ptr().expose_provenance() as u64;
-    call(libc::SYS_open, [path, libc::O_CLOEXEC as u64, 0])
-}
-
 fn call(number: i64, [a, b, c]: [u64; 3]) -> Result<u64, Errno> {
     decode(raw_syscall(number.cast_unsigned(), [a, b, c, 0, 0, 0]))
 }
 
 /// From the text.
 fn parse_all(start: u64, end: u64, areas: &mut [Area]) -> Result<usize, Errno> {
-    let file = open()?;
+    let file = own_file::open(PATH)?;
     let mut parser = Parser::default();
     let mut found = 0;
     let mut buffer = [0u8; 4096];

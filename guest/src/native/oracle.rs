@@ -16,14 +16,14 @@ use abi::oracle::{ARENA, Area, MAX_WORDS, Op};
 use abi::syscall::{Errno, decode, rlimit};
 use zerocopy::IntoBytes;
 
-use super::maps;
-use crate::programs::oracle::{Sink, State, case_of, prepare, run_case};
+use super::{maps, pagemap};
+use crate::programs::oracle::{Pages, Sink, State, case_of, prepare, run_case};
 use crate::rt::{Rt, Testbed, Tlb, raw_syscall};
 use crate::sys::Sys;
 
 /// Words of memory for the steps of a batch of cases, and for what they show.
 const STEPS: usize = 1 << 20;
-const SHOWN: usize = 16 << 20;
+const SHOWN: usize = 32 << 20;
 /// Words of a step.
 const OP: usize = size_of::<Op>() / 8;
 
@@ -240,6 +240,20 @@ struct Record {
 }
 
 impl<S: Sys> Sink<S> for Record {
+    fn pages(&self, _: usize, _: usize, piece: (u64, u64), resident: u64) -> Pages {
+        let known = pagemap::read(piece).unwrap_or_default();
+        Pages {
+            // Where this host has swap, that is its own business.
+            resident: resident | known.elsewhere,
+            mapped: known.present | known.elsewhere,
+            elsewhere: 0,
+        }
+    }
+
+    fn on_linux(&self, _: usize, _: usize) -> u64 {
+        unreachable!("it says of no page that it is elsewhere")
+    }
+
     fn observe(&self, _: &S, step: usize, words: &[u64]) -> bool {
         let at = self.log[0].load(Relaxed) as usize;
         let head = [(self.case as u64) << 32 | step as u64, words.len() as u64];

@@ -5,7 +5,7 @@
 //! sides: on the host's Linux it records ([`crate::native::oracle`]), here it compares.
 //!
 //! # What is wrong
-//! The first step whose observation differs: the result, a value that was read, or the map of VMAs. All words of
+//! The first step whose observation differs: the result, a value that was read, the map of VMAs, the pages in memory or their contents. All words of
 //! this kernel's observation are told by reports of the kind `WrongResult`: `gva` is the case (upper half)
 //! and the step, `expected` the index of the word (upper half) and their number. A process that did not
 //! come to its end is told by the step [`NO_STEP`]. Nothing behind it is executed.
@@ -28,6 +28,7 @@ use blob::Blob;
 pub(crate) use interpret::State;
 pub(crate) use interpret::{Sink, run as run_case};
 pub(crate) use prepare::prepare;
+pub(crate) use words::Pages;
 
 /// A case to record, of the bytes of its steps.
 #[cfg(any(test, feature = "native"))]
@@ -86,6 +87,26 @@ struct Compare<'a> {
 }
 
 impl<S: Sys> Sink<S> for Compare<'_> {
+    fn pages(&self, step: usize, at: usize, _: (u64, u64), resident: u64) -> Pages {
+        let mapped = self.case.map_at(step, at + 1);
+        if self.case.compares_residency() {
+            return Pages {
+                resident,
+                mapped,
+                elsewhere: 0,
+            };
+        }
+        Pages {
+            resident: self.case.map_at(step, at),
+            mapped,
+            elsewhere: mapped & !resident,
+        }
+    }
+
+    fn on_linux(&self, step: usize, at: usize) -> u64 {
+        self.case.map_at(step, at)
+    }
+
     fn observe(&self, sys: &S, step: usize, words: &[u64]) -> bool {
         if self.case.expects(step, words) {
             return true;

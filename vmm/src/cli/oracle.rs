@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use abi::param::Config;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -16,7 +17,7 @@ use super::interrupt;
 use super::output::Output;
 use crate::boot;
 use crate::engine::EngineKind;
-use crate::oracle::{Counts, Guest, Outcome, Plan, Summary, campaign, report};
+use crate::oracle::{Counts, Guest, Outcome, Plan, Summary, campaign, report, residency};
 use crate::report::verdict::Detail;
 
 /// Longest wall time of a machine: a batch takes seconds where CPL 0 is emulated.
@@ -27,14 +28,12 @@ pub(super) fn oracle(options: &Oracle, output: &Output) -> Result<Exit, Failure>
     if options.engine == EngineKind::Kvm {
         crate::session::host()?;
     }
-    let bugs: Vec<String> = options
-        .bugs
-        .iter()
-        .map(|bug| format!("bug={}", bug.name()))
-        .collect();
+    let cmdline = cmdline(options);
+    let config = Config::parse(&cmdline).expect("arguments are checked");
     let guest = Guest {
         engine: options.engine,
-        cmdline: &bugs.join(" "),
+        cmdline: &cmdline,
+        residency: residency::with_this_host(&config),
         timeout: TIMEOUT,
         interrupt: interrupt::on_ctrl_c(),
     };
@@ -43,6 +42,25 @@ pub(super) fn oracle(options: &Oracle, output: &Output) -> Result<Exit, Failure>
     } else {
         recorded::traces(options, guest, output)
     }
+}
+
+/// Parameters and seeded bugs.
+fn cmdline(options: &Oracle) -> String {
+    let params = options
+        .params
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"));
+    let bugs = options.bugs.iter().map(|bug| format!("bug={}", bug.name()));
+    params.chain(bugs).collect::<Vec<_>>().join(" ")
+}
+
+/// As they were given.
+fn kernel_options(options: &Oracle) -> String {
+    let params = options.params.iter();
+    let params = params.map(|(key, value)| format!(" --param {key}={value}"));
+    let bugs = options.bugs.iter();
+    let bugs = bugs.map(|bug| format!(" --bug {}", bug.name()));
+    params.chain(bugs).collect()
 }
 
 fn generated(options: &Oracle, guest: &Guest<'_>, output: &Output) -> Result<Exit, Failure> {
@@ -55,6 +73,7 @@ fn generated(options: &Oracle, guest: &Guest<'_>, output: &Output) -> Result<Exi
         batch: batch(options.engine),
         jobs: options.jobs,
         shrink: options.shrink,
+        residency: guest.residency,
     };
     let (counts, stop) = (Counts::default(), AtomicBool::new(false));
     let started = Instant::now();
@@ -68,7 +87,7 @@ fn generated(options: &Oracle, guest: &Guest<'_>, output: &Output) -> Result<Exi
     if let Some(found) = &found {
         text = format!(
             "{} case {} of seed {seed} differs; {} steps of {} are enough ({} tries)\n\n{}\n{text}  again: stalemate \
-             oracle --engine {} --seed {seed} --ops {} --first {} --cases 1\n",
+             oracle --engine {} --seed {seed} --ops {} --first {} --cases 1{}\n",
             output.paint.red("✘ difference"),
             found.case,
             crate::oracle::case::count(&found.steps),
@@ -78,6 +97,7 @@ fn generated(options: &Oracle, guest: &Guest<'_>, output: &Output) -> Result<Exi
             options.engine,
             options.ops,
             found.case,
+            kernel_options(options),
         );
     }
     output.say(&text);

@@ -2,9 +2,9 @@
 
 use std::fmt::{self, Write as _};
 
-use abi::layout::PAGE_SIZE;
-use abi::oracle::{Arg, Mode, Op, OpKind, Returns};
-use abi::syscall::rlimit;
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
+use abi::oracle::{Arg, Mode, Op, OpKind, Residency, Returns};
+use abi::syscall::{advice, nr, rlimit};
 
 use super::calls::{CALLS, Call, index_of};
 use super::recorded::Recorded;
@@ -110,6 +110,44 @@ pub fn count(steps: &[Step]) -> usize {
         _ => 0,
     };
     steps.iter().map(|step| 1 + inner(step)).sum()
+}
+
+/// True where the two sides need not show the same: docs/oracle.md says why.
+#[must_use]
+pub fn is_open(steps: &[Step], residency: Residency) -> bool {
+    let pages_out = has(steps, &|step| advises(step, advice::PAGEOUT));
+    let is_open = residency == Residency::Open;
+    pages_out && has(steps, &|step| advises(step, advice::FREE))
+        || (pages_out || is_open) && has(steps, &|step| calls(step, nr::MINCORE).is_some())
+        || is_open && has_unwritten_huge_pages(steps)
+}
+
+/// A mapping that folios of 2 MiB fit into, which is not written at once.
+fn has_unwritten_huge_pages(steps: &[Step]) -> bool {
+    let is_huge = |step| calls(step, nr::MMAP).is_some_and(|args| args[1].offset >= HUGE_PAGE_SIZE);
+    steps.iter().enumerate().any(|(index, step)| match step {
+        Step::Fork(body) => has_unwritten_huge_pages(body),
+        step => is_huge(step) && !matches!(steps.get(index + 1), Some(Step::Store(..))),
+    })
+}
+
+fn has(steps: &[Step], is: &dyn Fn(&Step) -> bool) -> bool {
+    steps.iter().any(|step| match step {
+        Step::Fork(body) => has(body, is),
+        step => is(step),
+    })
+}
+
+fn advises(step: &Step, advice: u64) -> bool {
+    calls(step, nr::MADVISE).is_some_and(|args| args[2].offset == advice)
+}
+
+/// The arguments of a step that makes this call.
+fn calls(step: &Step, nr: u64) -> Option<&[Value]> {
+    match step {
+        Step::Call { call, args } if CALLS[*call].nr == nr => Some(args),
+        _ => None,
+    }
 }
 
 /// The steps as the interpreter gets them. Every process looks at its memory in the end.
@@ -261,6 +299,29 @@ mod tests {
         assert_eq!(lines.len(), ops.len());
         assert_eq!(lines[1], (1, "store arena+0x1000 = 0x7".into()));
         assert_eq!(lines[4].0, 1);
+    }
+
+    #[test]
+    fn what_need_not_be_the_same_is_known_by_its_steps() {
+        let call = |nr, args: &[u64]| Step::Call {
+            call: index_of(nr),
+            args: args.iter().copied().map(Value::raw).collect(),
+        };
+        let advise = |advice| call(nr::MADVISE, &[0, PAGE_SIZE, advice]);
+        let (free, out) = (advise(advice::FREE), advise(advice::PAGEOUT));
+        let mincore = call(nr::MINCORE, &[0, PAGE_SIZE, 0]);
+        let map = call(nr::MMAP, &[0, HUGE_PAGE_SIZE, 3, 0x22, 0, 0]);
+        let store = Step::Store(Value::raw(0), 1);
+        let open = |steps: &[&Step]| {
+            let steps: Vec<Step> = steps.iter().copied().cloned().collect();
+            [Residency::Same, Residency::Open].map(|it| is_open(&steps, it))
+        };
+        assert_eq!(open(&[&free, &Step::Fork(vec![out.clone()])]), [true; 2]);
+        assert_eq!(open(&[&free, &free]), [false; 2]);
+        assert_eq!(open(&[&out, &map, &store]), [false; 2]);
+        assert_eq!(open(&[&out, &mincore]), [true; 2]);
+        assert_eq!(open(&[&free, &mincore]), [false, true]);
+        assert_eq!(open(&[&map, &free, &store]), [false, true]);
     }
 
     #[test]

@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::time::Duration;
 
-use abi::oracle::{Case, Header, MAGIC, MAX_WORDS, Op, Span};
+use abi::oracle::{Case, Header, MAGIC, MAX_WORDS, Op, Residency, Span};
+use abi::point::Point;
 use guest::programs::oracle::NO_STEP;
 use zerocopy::IntoBytes;
 
-use super::OracleError;
+use super::{OracleError, residency};
 use crate::control::{Machine, MachineConfig, ProbeReport, ProgramSpec, Stop};
 use crate::engine::model::ModelEngine;
 use crate::engine::{Engine as _, EngineError, EngineKind, Halt, Limit, PointSet, UNBOUNDED};
@@ -75,6 +76,8 @@ pub struct Guest<'a> {
     pub engine: EngineKind,
     /// Kernel parameters and seeded bugs, as a command line.
     pub cmdline: &'a str,
+    /// How the pages that are in memory are compared.
+    pub residency: Residency,
     /// Longest wall time of a batch on vCPUs.
     pub timeout: Duration,
     /// Stops machines.
@@ -86,7 +89,7 @@ const MEMORY: u64 = 24 << 20;
 
 impl Executor for Guest<'_> {
     fn execute(&mut self, cases: &[Expected]) -> Result<Outcome, OracleError> {
-        let blob = blob(cases);
+        let blob = blob(cases, self.residency);
         let memory = (MEMORY + blob.len() as u64).next_multiple_of(1 << 20);
         match self.engine {
             EngineKind::Model => self.on_the_model(blob, memory),
@@ -94,6 +97,9 @@ impl Executor for Guest<'_> {
         }
     }
 }
+
+/// Where the model's kernel waits for the disk, which does nothing by itself there.
+const WAITS: PointSet = PointSet::of(&[Point::DiskWait, Point::IdleEnter]);
 
 /// Puts a difference together, out of the reports that tell its words.
 #[derive(Default)]
@@ -154,7 +160,7 @@ impl Guest<'_> {
         let mut reports = Reports::default();
         let limit = Limit {
             points: UNBOUNDED,
-            traps: PointSet::default(),
+            traps: WAITS,
         };
         let mut events = Vec::new();
         loop {
@@ -168,7 +174,12 @@ impl Guest<'_> {
                         reason: crash.reason,
                     });
                 }
-                Halt::Point { .. } | Halt::FirstUser | Halt::Instruction { .. } => {}
+                Halt::Point { .. } => {
+                    while engine.disk_in_flight(0) {
+                        engine.disk_complete(0);
+                    }
+                }
+                Halt::FirstUser | Halt::Instruction { .. } => {}
             }
         }
     }
@@ -221,7 +232,7 @@ fn console(machine: &Machine) -> String {
 }
 
 /// The program's data.
-fn blob(cases: &[Expected]) -> Vec<u8> {
+fn blob(cases: &[Expected], residency: Residency) -> Vec<u8> {
     let header = Header {
         magic: MAGIC,
         cases: cases.len() as u64,
@@ -231,6 +242,8 @@ fn blob(cases: &[Expected]) -> Vec<u8> {
         let header = Case {
             ops: case.ops.len() as u32,
             words: case.words.len() as u32,
+            residency: residency::of(&case.ops, residency) as u32,
+            reserved: 0,
         };
         blob.extend_from_slice(header.as_bytes());
         blob.extend_from_slice(case.ops.as_bytes());

@@ -1,10 +1,11 @@
 //! Draws cases: case number i of a seed is always the same.
 
-use abi::layout::PAGE_SIZE;
-use abi::oracle::Mode;
-use abi::syscall::nr;
+use abi::layout::{HUGE_PAGE_SIZE as HUGE, PAGE_SIZE};
+use abi::oracle::{Mode, Residency};
+use abi::syscall::{advice, map, nr, prot};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::sample::select;
 use proptest::strategy::{BoxedStrategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -23,18 +24,23 @@ pub(super) struct Generator {
     seed: u64,
     steps: usize,
     step: BoxedStrategy<Step>,
+    residency: Residency,
     /// What three quarters of the cases begin with: a file that has pages.
-    file: [BoxedStrategy<Step>; 2],
+    file: Vec<BoxedStrategy<Step>>,
+    /// What one in eight begins with: 2 MiB of the arena in one folio.
+    huge: Vec<BoxedStrategy<Step>>,
 }
 
 impl Generator {
-    /// Of cases with `steps` steps.
-    pub(super) fn new(seed: u64, steps: usize) -> Self {
+    /// Of cases with `steps` steps, none of them open (`case::is_open`).
+    pub(super) fn new(seed: u64, steps: usize, residency: Residency) -> Self {
         Self {
             seed,
             steps,
             step: step(DEPTH),
+            residency,
             file: file_with_pages(),
+            huge: huge_pages(),
         }
     }
 
@@ -47,24 +53,37 @@ impl Generator {
         }
         let from_seed = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
         let mut runner = TestRunner::new_with_rng(Config::default(), from_seed);
-        let mut steps = Vec::new();
-        let mut count = 0;
-        if !rng.next().is_multiple_of(4) && self.steps > self.file.len() {
-            for step in &self.file {
-                count += 1;
-                steps.push(step.new_tree(&mut runner).expect("nothing is filtered"));
+        let (mut steps, mut drawn) = (Vec::new(), Vec::new());
+        let mut begin = |with: &[BoxedStrategy<Step>]| {
+            if steps.len() + with.len() < self.steps {
+                for step in with {
+                    let tree = step.new_tree(&mut runner).expect("nothing is filtered");
+                    drawn.push(tree.current());
+                    steps.push(tree);
+                }
             }
+        };
+        if !rng.next().is_multiple_of(4) {
+            begin(&self.file);
         }
+        if rng.next().is_multiple_of(8) {
+            begin(&self.huge);
+        }
+        let mut count = steps.len();
         while count < self.steps {
             let tree = self
                 .step
                 .new_tree(&mut runner)
                 .expect("nothing is filtered");
-            let more = case::count(&[tree.current()]);
-            // A fork that does not fit any more gives way to something smaller.
-            if count + more <= self.steps {
+            drawn.push(tree.current());
+            let more = case::count(&drawn[drawn.len() - 1..]);
+            // A fork that does not fit any more gives way to something smaller, one of two kinds of advice that do not go together to
+            // something else.
+            if count + more <= self.steps && !case::is_open(&drawn, self.residency) {
                 count += more;
                 steps.push(tree);
+            } else {
+                drawn.pop();
             }
         }
         Tree::new(steps)
@@ -105,11 +124,14 @@ fn step(depth: u32) -> BoxedStrategy<Step> {
     proptest::strategy::Union::new_weighted(all).boxed()
 }
 
-fn file_with_pages() -> [BoxedStrategy<Step>; 2] {
-    let call = |nr: u64, args| Step::Call {
+fn call(nr: u64, args: Vec<Value>) -> Step {
+    Step::Call {
         call: index_of(nr),
         args,
-    };
+    }
+}
+
+fn file_with_pages() -> Vec<BoxedStrategy<Step>> {
     let made = call(
         nr::MEMFD_CREATE,
         vec![Value::new(Mode::Name, 0, 0), Value::raw(0)],
@@ -118,7 +140,26 @@ fn file_with_pages() -> [BoxedStrategy<Step>; 2] {
         let size = Value::raw(pages * PAGE_SIZE);
         call(nr::FTRUNCATE, vec![Value::new(Mode::File, 0, 0), size])
     });
-    [Just(made).boxed(), sized.boxed()]
+    vec![Just(made).boxed(), sized.boxed()]
+}
+
+fn huge_pages() -> Vec<BoxedStrategy<Step>> {
+    let arena = |page: u64| Value::new(Mode::Arena, 0, page * PAGE_SIZE);
+    let map = select(vec![HUGE, HUGE + 3 * PAGE_SIZE, 2 * HUGE]).prop_map(move |bytes| {
+        // Not counted against the memory that there is.
+        let flags = map::PRIVATE | map::ANONYMOUS | map::NORESERVE | map::FIXED;
+        let rest = [bytes, prot::READ | prot::WRITE, flags, u64::MAX, 0];
+        let args = [arena(0)].into_iter().chain(rest.map(Value::raw));
+        call(nr::MMAP, args.collect())
+    });
+    // It has an anon_vma then, with or without folios of 2 MiB.
+    let store = (0u64..32, 1u64..1 << 16).prop_map(move |(page, it)| Step::Store(arena(page), it));
+    let args = vec![arena(0), Value::raw(HUGE), Value::raw(advice::COLLAPSE)];
+    vec![
+        map.boxed(),
+        store.boxed(),
+        Just(call(nr::MADVISE, args)).boxed(),
+    ]
 }
 
 /// A word of a page that is not its first.
@@ -142,7 +183,11 @@ mod tests {
 
     #[test]
     fn a_seed_gives_the_same_cases_and_another_one_others() {
-        let case = |seed, index| Generator::new(seed, 50).tree(index).current();
+        let case = |seed, index| {
+            Generator::new(seed, 50, Residency::Same)
+                .tree(index)
+                .current()
+        };
         assert_eq!(case(1, 7), case(1, 7));
         assert_ne!(case(1, 7), case(1, 8));
         assert_ne!(case(1, 7), case(2, 7));
@@ -151,7 +196,7 @@ mod tests {
     #[test]
     fn a_case_has_exactly_as_many_steps_as_were_asked_for() {
         for steps in [1, 2, 50] {
-            let generator = Generator::new(3, steps);
+            let generator = Generator::new(3, steps, Residency::Same);
             for index in 0..50 {
                 assert_eq!(case::count(&generator.tree(index).current()), steps);
             }
@@ -159,8 +204,17 @@ mod tests {
     }
 
     #[test]
+    fn no_case_is_open() {
+        for residency in [Residency::Same, Residency::Open] {
+            let generator = Generator::new(1, 50, residency);
+            let mut cases = (0..200).map(|index| generator.tree(index).current());
+            assert!(!cases.any(|steps| case::is_open(&steps, residency)));
+        }
+    }
+
+    #[test]
     fn everything_is_drawn_before_long() {
-        let generator = Generator::new(1, 50);
+        let generator = Generator::new(1, 50, Residency::Same);
         let (mut calls, mut words, mut depth) = (BTreeSet::new(), BTreeSet::new(), 0);
         fn visit(steps: &[Step], level: usize, see: &mut impl FnMut(&Step, usize)) {
             for step in steps {
@@ -198,6 +252,8 @@ mod tests {
             "limit",
             "FREE",
             "MEMLOCK",
+            "PAGEOUT",
+            "COLLAPSE",
         ] {
             assert!(
                 words.iter().any(|it| it.contains(word)),

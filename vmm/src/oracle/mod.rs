@@ -13,6 +13,7 @@ mod generate;
 pub mod observation;
 pub mod recorded;
 pub mod report;
+pub mod residency;
 mod shrink;
 
 pub use campaign::{Counts, Difference, Plan, Summary};

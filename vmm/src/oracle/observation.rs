@@ -1,9 +1,10 @@
 //! What a step showed, out of the words of the interpreter (`guest::programs::oracle`).
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use abi::layout::PAGE_SIZE;
-use abi::oracle::{ARENA, FENCE, HEAP, HEAP_BYTES, TOP};
+use abi::oracle::{ARENA, FENCE, HEAP, HEAP_BYTES, TOP, looked_at};
 use abi::syscall::decode;
 
 use super::calls::CALLS;
@@ -34,6 +35,15 @@ pub struct Observation<'a> {
     map: &'a [u64],
 }
 
+/// What was seen of a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// It is in memory.
+    pub is_resident: bool,
+    /// What was read, where it was.
+    pub content: Option<u64>,
+}
+
 impl<'a> Observation<'a> {
     /// Takes `words` apart; those of a hostile guest may mean anything.
     #[must_use]
@@ -46,11 +56,23 @@ impl<'a> Observation<'a> {
 
     /// The VMAs.
     pub fn areas(&self) -> impl Iterator<Item = Area> + use<'a> {
-        self.map.chunks_exact(2).map(|pair| Area {
-            start: pair[0],
-            end: pair[1] & !FLAGS,
-            flags: pair[1] & FLAGS,
+        let mut rest = self.map;
+        std::iter::from_fn(move || area(&mut rest, |_, _| ()))
+    }
+
+    /// The pages that were in memory, or read.
+    #[must_use]
+    pub fn pages(&self) -> BTreeMap<u64, Page> {
+        let mut pages = BTreeMap::new();
+        let mut rest = self.map;
+        while area(&mut rest, |at, page| {
+            if page != Page::default() {
+                pages.insert(at, page);
+            }
         })
+        .is_some()
+        {}
+        pages
     }
 
     /// How many VMAs were split and merged by a step that led from `before` to here: bounds inside
@@ -141,6 +163,63 @@ impl<'a> Observation<'a> {
     }
 }
 
+/// Takes the first VMA off `words`, and tells of each of its pages that is looked at.
+fn area(words: &mut &[u64], mut each: impl FnMut(u64, Page)) -> Option<Area> {
+    let (&[start, end], mut rest) = words.split_first_chunk()?;
+    let area = Area {
+        start,
+        end: end & !FLAGS,
+        flags: end & FLAGS,
+    };
+    for (start, pages) in looked_at(area.start, area.end) {
+        let (&[resident, read], behind) = rest.split_first_chunk()?;
+        let mut contents = behind.iter();
+        for page in 0..pages {
+            let is_set = |bits: u64| bits >> page & 1 != 0;
+            let seen = Page {
+                is_resident: is_set(resident),
+                content: is_set(read).then(|| contents.next().copied()).flatten(),
+            };
+            each(start.wrapping_add(page * PAGE_SIZE), seen);
+        }
+        rest = contents.as_slice();
+    }
+    *words = rest;
+    Some(area)
+}
+
+/// What two sides have seen of the pages of which they have not seen the same: a line for each.
+#[must_use]
+pub fn page_lines(sides: [(&str, &Observation<'_>); 2]) -> Vec<String> {
+    let pages = sides.map(|(_, seen)| seen.pages());
+    let places: BTreeSet<u64> = pages.iter().flat_map(BTreeMap::keys).copied().collect();
+    let mut lines = Vec::new();
+    for at in places {
+        let [one, other] =
+            [&pages[0], &pages[1]].map(|it| it.get(&at).copied().unwrap_or_default());
+        if one != other {
+            let texts = [(sides[0].0, one), (sides[1].0, other)]
+                .map(|(name, page)| format!("{name}: {}", page.text()));
+            lines.push(format!("{}  {}", place(at), texts.join("; ")));
+        }
+    }
+    lines
+}
+
+impl Page {
+    fn text(self) -> String {
+        let resident = if self.is_resident {
+            "in memory"
+        } else {
+            "not in memory"
+        };
+        match self.content {
+            Some(content) => format!("{resident}, has {}", word(content)),
+            None => resident.into(),
+        }
+    }
+}
+
 /// A step of an encoded case.
 #[derive(Clone, Copy, Debug)]
 pub enum OneStep<'a> {
@@ -212,10 +291,35 @@ mod tests {
     use super::*;
 
     fn words(areas: &[(u64, u64, u64)]) -> Vec<u64> {
-        let pairs = areas.iter().flat_map(|(start, end, flags)| {
-            [ARENA + start * PAGE_SIZE, (ARENA + end * PAGE_SIZE) | flags]
+        let untouched = areas.iter().flat_map(|(start, end, flags)| {
+            let (start, end) = (ARENA + start * PAGE_SIZE, ARENA + end * PAGE_SIZE);
+            [start, end | flags, 0, 0]
         });
-        [1, 0].into_iter().chain(pairs).collect()
+        [1, 0].into_iter().chain(untouched).collect()
+    }
+
+    #[test]
+    fn a_wrong_byte_of_mincore_and_wrong_contents_are_told_by_page() {
+        let (start, end) = (ARENA, ARENA + 70 * PAGE_SIZE);
+        // Two pieces: 64 pages, and 6.
+        let linux = [0, start, end | 3, 0b111, 0b101, 7, 8, 0b10, 0];
+        let seen = |change: &[(usize, u64)]| {
+            let mut guest = linux;
+            for (index, word) in change {
+                guest[*index] = *word;
+            }
+            let sides = [Observation::new(&linux), Observation::new(&guest)];
+            page_lines([("Linux", &sides[0]), ("guest", &sides[1])])
+        };
+        assert_eq!(seen(&[]), [""; 0]);
+        let content = "arena+0x2000  Linux: in memory, has 0x8; guest: in memory, has 0x9";
+        assert_eq!(seen(&[(6, 9)]), [content]);
+        let byte = "arena+0x1000  Linux: in memory; guest: not in memory";
+        assert_eq!(seen(&[(3, 0b101)]), [byte]);
+        let last = "arena+0x41000  Linux: in memory; guest: not in memory";
+        assert_eq!(seen(&[(7, 0)]), [last]);
+        assert_eq!(seen(&[(6, 9), (3, 0b101), (7, 0)]), [byte, content, last]);
+        assert_eq!(Observation::new(&linux).areas().count(), 1);
     }
 
     #[test]
@@ -243,7 +347,7 @@ mod tests {
             &[3, 1, 2, 3],
         ] {
             let seen = Observation::new(words);
-            let _ = seen.map_lines();
+            let _ = (seen.map_lines(), seen.pages());
             for step in [OneStep::Contents, OneStep::Of(&Step::Fork(vec![]))] {
                 assert!(!seen.result_text(&step).is_empty() || matches!(step, OneStep::Contents));
             }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::campaign::Difference;
 use super::case::lines;
 use super::executor::Outcome;
-use super::observation::{Observation, flat};
+use super::observation::{Observation, flat, page_lines};
 
 /// Most lines of a program that are shown, and what is shown of a longer one.
 const MAX_LINES: usize = 500;
@@ -69,6 +69,15 @@ fn sides(found: &Difference, step: usize, words: &[u64], text: &mut String) {
     }
     let maps = [linux.map_lines(), guest.map_lines()];
     if maps[0] == maps[1] {
+        let pages = page_lines([("Linux", &linux), ("guest", &guest)]);
+        if !pages.is_empty() {
+            *text += "pages that are not the same:\n";
+            for line in &pages {
+                let _ = writeln!(text, "    {line}");
+            }
+        } else if results[0] == results[1] {
+            *text += "they differ behind what an observation has room for\n";
+        }
         *text += "the maps are the same:\n";
         for line in &maps[0] {
             let _ = writeln!(text, "    {line}");

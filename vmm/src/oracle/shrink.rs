@@ -133,13 +133,15 @@ impl Tree {
 
 #[cfg(test)]
 mod tests {
+    use abi::oracle::Residency;
+
     use super::*;
     use crate::oracle::case::Value;
     use crate::oracle::generate::Generator;
 
     /// Shrinks case `index` of 50 steps for as long as `fails` says so.
     fn shrunk(index: u64, fails: impl Fn(&[Step]) -> bool) -> (Vec<Step>, u32) {
-        let mut tree = Generator::new(1, 50).tree(index);
+        let mut tree = Generator::new(1, 50, Residency::Same).tree(index);
         let (mut best, mut tries) = (tree.current(), 0);
         assert!(fails(&best));
         while tree.simplify() {
@@ -165,7 +167,7 @@ mod tests {
             steps.iter().filter(is_store).count()
         };
         for index in 0..20 {
-            if stores(&Generator::new(1, 50).tree(index).current()) < 2 {
+            if stores(&Generator::new(1, 50, Residency::Same).tree(index).current()) < 2 {
                 continue;
             }
             let (steps, tries) = shrunk(index, |steps| stores(steps) >= 2);

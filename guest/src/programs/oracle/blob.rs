@@ -1,6 +1,8 @@
 //! The blob, checked once so that the interpreter can trust it.
 
-use abi::oracle::{self, Arg, Header, MAGIC, MAX_SLOTS, Mode, Op, OpKind, Returns, Span};
+use abi::oracle::{
+    self, Arg, Header, MAGIC, MAX_SLOTS, Mode, Op, OpKind, Residency, Returns, Span,
+};
 use zerocopy::FromBytes;
 
 /// A well-formed blob.
@@ -16,6 +18,7 @@ pub(crate) struct Case<'a> {
     ops: &'a [u8],
     spans: &'a [u8],
     words: &'a [u8],
+    residency: u32,
 }
 
 /// Most processes that one case has at a time, but for the first.
@@ -69,6 +72,7 @@ impl<'a> Case<'a> {
             ops,
             spans: &[],
             words: &[],
+            residency: Residency::Same as u32,
         }
     }
 
@@ -81,6 +85,7 @@ impl<'a> Case<'a> {
             ops: &body[..ops],
             spans: &body[ops..ops + spans],
             words: &body[ops + spans..],
+            residency: header.residency,
         };
         Some((case, behind))
     }
@@ -97,7 +102,7 @@ impl<'a> Case<'a> {
                 && span.start as usize + span.len as usize <= words
         });
         // A child's steps end within its parent's.
-        steps_hold && self.nests(0, self.len())
+        steps_hold && Residency::from_u32(self.residency).is_some() && self.nests(0, self.len())
     }
 
     fn nests(&self, from: usize, to: usize) -> bool {
@@ -136,15 +141,33 @@ impl<'a> Case<'a> {
         Span::read_from_bytes(&self.spans[step * SPAN..][..SPAN]).expect("whole records")
     }
 
-    /// True where `words` are what Linux showed at `step`.
-    pub(super) fn expects(&self, step: usize, words: &[u64]) -> bool {
+    /// True where what Linux has in memory is compared.
+    pub(super) fn compares_residency(&self) -> bool {
+        self.residency == Residency::Same as u32
+    }
+
+    /// What Linux showed at `step`.
+    fn shown(&self, step: usize) -> &'a [[u8; WORD]] {
         let span = self.span(step);
         let bytes = &self.words[span.start as usize * WORD..][..span.len as usize * WORD];
-        let (expected, _) = bytes.as_chunks::<WORD>();
-        span.len as usize == words.len()
-            && expected
-                .iter()
-                .zip(words)
-                .all(|(expected, word)| u64::from_le_bytes(*expected) == *word)
+        bytes.as_chunks().0
+    }
+
+    /// Word `at` of the map that Linux showed at `step`; 0 where it has fewer.
+    pub(super) fn map_at(&self, step: usize, at: usize) -> u64 {
+        let mut words = self
+            .shown(step)
+            .iter()
+            .map(|word| u64::from_le_bytes(*word));
+        let result = words.next().unwrap_or(0);
+        words.nth((result as usize).saturating_add(at)).unwrap_or(0)
+    }
+
+    /// True where `words` are what Linux showed at `step`.
+    pub(super) fn expects(&self, step: usize, words: &[u64]) -> bool {
+        let shown = self.shown(step).iter();
+        shown
+            .map(|word| u64::from_le_bytes(*word))
+            .eq(words.iter().copied())
     }
 }

@@ -9,7 +9,7 @@ use abi::syscall::{Errno, encode, nr, rlimit};
 
 use super::blob::Case;
 use super::limits;
-use super::words::{BUS, FAULT, Words, for_each_area, seen};
+use super::words::{BUS, FAULT, Pages, Words, for_each_area, seen};
 use crate::sys::{Fault, Signal, Sys};
 
 /// Results that can be used later.
@@ -22,10 +22,15 @@ const FILE_PAGES: u64 = 8;
 const NAME: u64 = u64::from_le_bytes(*b"oracle\0\0");
 /// Access bits of a page that can be read: x86 has no pages that can be written but not read. One that can
 /// only be executed is left alone, as what a load of it does depends on protection keys.
-const READABLE: u64 = 3;
+pub(super) const READABLE: u64 = 3;
 
 /// Gets the observations.
 pub(crate) trait Sink<S> {
+    /// What the observation of `step` says from word `at` of the map on of a piece of a VMA (its first address and its pages), of which
+    /// mincore has found `resident` in memory.
+    fn pages(&self, step: usize, at: usize, piece: (u64, u64), resident: u64) -> Pages;
+    /// What word `at` of the map is on Linux at `step`, which must be known where pages are said to be elsewhere.
+    fn on_linux(&self, step: usize, at: usize) -> u64;
     /// What step number `step` showed. False ends the process.
     fn observe(&self, sys: &S, step: usize, words: &[u64]) -> bool;
 }
@@ -180,7 +185,12 @@ fn run_range<S: Sys>(
             execute(sys, &op, state, &mut words);
         }
         words.end_result();
-        words.map(sys, state.heap);
+        words.map(
+            sys,
+            state.heap,
+            |at, piece, resident| sink.pages(step, at, piece, resident),
+            |at| sink.on_linux(step, at),
+        );
         if !sink.observe(sys, step, words.get()) {
             return Verdict::Differs;
         }
@@ -253,7 +263,7 @@ fn load<S: Sys>(sys: &S, gva: u64) -> u64 {
     sys.read(gva).unwrap_or_else(fault)
 }
 
-fn fault(fault: Fault) -> u64 {
+pub(super) fn fault(fault: Fault) -> u64 {
     match fault.signal {
         Signal::Segv => FAULT,
         Signal::Bus => BUS,

@@ -1,7 +1,10 @@
-use abi::oracle::{ARENA, Arg, Case as Head, Header, MAGIC, Mode, Op, OpKind, Returns, Span};
+use abi::oracle::{
+    ARENA, Arg, Case as Head, Header, MAGIC, Mode, Op, OpKind, Residency, Returns, Span, looked_at,
+};
 use abi::syscall::{Errno, encode, map, nr, prot};
 use zerocopy::IntoBytes;
 
+use super::Sink;
 use super::blob::Blob;
 use super::words::FAULT;
 use crate::native::oracle::Linux;
@@ -58,23 +61,44 @@ fn map_fixed(page: u64, pages: u64) -> Op {
 }
 
 /// A VMA of the arena: first page, last page, flags.
-type Pages = (u64, u64, u64);
+type Area = (u64, u64, u64);
+/// What is seen of its first piece: the pages in memory, those that are read, what is in these.
+type Seen = (u64, u64, Vec<u64>);
 
-/// What each step shows on Linux: its result, and the map of the arena.
-fn record(ops: &[Op]) -> Vec<(Vec<u64>, Vec<Pages>)> {
+/// A step: its result, and the map of the arena.
+type Shown = (Vec<u64>, Vec<(Area, Seen)>);
+
+/// What each step shows on Linux.
+fn record_all(ops: &[Op]) -> Vec<Shown> {
     let mut linux = Linux::start().unwrap();
     let cases = [ops];
     let shown = linux.run(&cases).unwrap();
     let steps = shown.map(|shown| {
-        let (result, rest) = shown.words[1..].split_at(shown.words[0] as usize);
-        let pages = |address: u64| (address & !(PAGE - 1)).wrapping_sub(ARENA) / PAGE;
-        let areas = rest
-            .chunks(2)
-            .map(|it| (pages(it[0]), pages(it[1]), it[1] % PAGE));
-        let inside = areas.filter(|(first, ..)| *first < 1 << 20).collect();
-        (result.to_vec(), inside)
+        let (result, mut rest) = shown.words[1..].split_at(shown.words[0] as usize);
+        let page = |address: u64| (address & !(PAGE - 1)).wrapping_sub(ARENA) / PAGE;
+        let mut areas = Vec::new();
+        while let [start, end, behind @ ..] = rest {
+            rest = behind;
+            let mut pieces = Vec::new();
+            for _ in looked_at(*start, end & !(PAGE - 1)) {
+                let (contents, behind) = rest[2..].split_at(rest[1].count_ones() as usize);
+                pieces.push((rest[0], rest[1], contents.to_vec()));
+                rest = behind;
+            }
+            if page(*start) < 1 << 20 {
+                areas.push(((page(*start), page(*end), end % PAGE), pieces.remove(0)));
+            }
+        }
+        (result.to_vec(), areas)
     });
     steps.collect()
+}
+
+/// That without the pages.
+fn record(ops: &[Op]) -> Vec<(Vec<u64>, Vec<Area>)> {
+    let steps = record_all(ops).into_iter();
+    let maps = steps.map(|(result, areas)| (result, areas.into_iter().map(|it| it.0).collect()));
+    maps.collect()
 }
 
 #[test]
@@ -114,6 +138,67 @@ fn linux_shows_results_accesses_and_the_map_after_every_step() {
 }
 
 #[test]
+fn linux_shows_the_pages_in_memory_and_their_contents_and_the_look_leaves_them() {
+    let fork = Op {
+        body: 1,
+        ..op(OpKind::Fork, &[])
+    };
+    let inside = |page: u64, byte: u64| Arg {
+        value: page * PAGE + byte,
+        ..arena(0)
+    };
+    let store = |place: Arg, value: u64| op(OpKind::Store, &[place, raw(value)]);
+    let steps = record_all(&[
+        map_fixed(0, 3),
+        store(arena(1), 7),
+        store(inside(1, PAGE / 2), 9),
+        op(OpKind::Load, &[arena(2)]),
+        fork,
+        store(inside(2, PAGE - 8), 5),
+        call(nr::MPROTECT, &[arena(0), raw(3 * PAGE), raw(prot::NONE)]),
+        call(nr::MUNMAP, &[arena(0), raw(2 * PAGE)]),
+    ]);
+    let seen: Vec<Seen> = steps
+        .into_iter()
+        .map(|mut step| step.1.remove(0).1)
+        .collect();
+    let both = 9 << 32 | 7;
+    let expected = [
+        (0, 0, vec![]),
+        (0b010, 0b010, vec![7]),
+        (0b010, 0b010, vec![both]),
+        (0b110, 0b110, vec![both, 0]),
+        // The child's first.
+        (0b110, 0b110, vec![both, 5 << 48]),
+        (0b110, 0b110, vec![both, 0]),
+        // What cannot be read is in memory all the same.
+        (0b110, 0, vec![]),
+        (0b1, 0, vec![]),
+    ];
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn a_guest_says_what_it_has_in_memory_where_that_is_compared() {
+    let (on_linux, mapped, here) = (0b0110, 0b0010, 0b0101);
+    let said = |residency| {
+        let spans = [Span { start: 0, len: 4 }];
+        let blob = blob_with(
+            &[map_fixed(0, 1)],
+            &spans,
+            &[1, 9, on_linux, mapped],
+            residency,
+        );
+        let case = Blob::parse(&blob).unwrap().cases().next().unwrap();
+        let compare = super::Compare { number: 0, case };
+        let pages = Sink::<crate::native::Native>::pages(&compare, 0, 0, (ARENA, 4), here);
+        (pages.resident, pages.mapped, pages.elsewhere)
+    };
+    assert_eq!(said(Residency::Same), (here, mapped, 0));
+    assert_eq!(said(Residency::Open), (on_linux, mapped, mapped));
+}
+
+#[test]
 fn places_are_found_from_one_address_down_whatever_the_process_has() {
     let anywhere = |pages: u64| {
         let flags = raw(ANONYMOUS);
@@ -143,6 +228,10 @@ fn places_are_found_from_one_address_down_whatever_the_process_has() {
 }
 
 fn blob(ops: &[Op], spans: &[Span], words: &[u64]) -> Vec<u8> {
+    blob_with(ops, spans, words, Residency::Same)
+}
+
+fn blob_with(ops: &[Op], spans: &[Span], words: &[u64], residency: Residency) -> Vec<u8> {
     let head = Header {
         magic: MAGIC,
         cases: 1,
@@ -150,6 +239,8 @@ fn blob(ops: &[Op], spans: &[Span], words: &[u64]) -> Vec<u8> {
     let case = Head {
         ops: ops.len() as u32,
         words: words.len() as u32,
+        residency: residency as u32,
+        reserved: 0,
     };
     [
         head.as_bytes(),
@@ -185,6 +276,9 @@ fn malformed_blobs_are_refused() {
     bad[0] ^= 1;
     assert_eq!(reason(&bad), Some("is not a list of cases"));
     let malformed = Some("has a malformed case");
+    let mut bad = good.clone();
+    bad[size_of::<Header>() + 8] = 77;
+    assert_eq!(reason(&bad), malformed);
     let mut unknown = map_fixed(0, 1);
     unknown.kind = 77;
     assert_eq!(reason(&one(unknown, span)), malformed);

@@ -1,10 +1,19 @@
-//! One observation: how many words the result has, the result, and the VMAs that are looked at, each as its
-//! start and its end with the flags in the low bits. The map that follows makes every difference visible that a call
-//! leaves behind; what is in the pages only an access shows.
+//! One observation: how many words the result has, the result, and the VMAs that are looked at. Each is its start, its end
+//! with the flags in the low bits, and for each piece of it ([`abi::oracle::looked_at`]) the pages that are in memory, as bits,
+//! those that are read, and what was read of each of these.
+//!
+//! # Which pages are read
+//! Those that Linux has mapped, where they can be read at all: the load finds them mapped and changes nothing. A page that is not
+//! mapped would come to be by the look at it, and the next step would find another process than the case has made. What
+//! Linux has mapped, /proc/self/pagemap tells; the guest is told with what Linux has shown.
+
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{PAGE_SIZE, USER_MIN};
-use abi::oracle::{ARENA, Area, FENCE, HEAP, HEAP_BYTES, MAX_WORDS, TOP};
+use abi::oracle::{ARENA, Area, FENCE, HEAP, HEAP_BYTES, LOOKED_AT, MAX_WORDS, TOP, looked_at};
 
+use super::interpret::{READABLE, fault};
 use crate::sys::Sys;
 
 /// What an access shows that would have been a SIGSEGV, and one that would have been a SIGBUS.
@@ -17,6 +26,19 @@ const TIB: u64 = 1 << 40;
 /// VMAs that are asked for at once, and at a time where there are more.
 const AREAS: usize = 100;
 const CHUNK: usize = 24;
+/// Bytes of a page at which a word is read: where stores aim at.
+const WORDS_OF_PAGE: [u64; 4] = [0, 8, PAGE_SIZE / 2, PAGE_SIZE - 8];
+
+/// Pages of a piece, as bits.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pages {
+    /// In memory.
+    pub(crate) resident: u64,
+    /// Mapped on Linux.
+    pub(crate) mapped: u64,
+    /// Of these, what this kernel has put elsewhere and a look would bring back.
+    pub(crate) elsewhere: u64,
+}
 
 /// Words of an observation. What comes when it is full is folded into the last one: a difference there is one, though
 /// nobody sees where.
@@ -55,13 +77,69 @@ impl Words {
         &self.words[..self.used]
     }
 
-    /// Adds the map.
-    pub(super) fn map<S: Sys>(&mut self, sys: &S, heap: u64) {
+    /// Words of the map so far.
+    fn of_map(&self) -> usize {
+        self.used - 1 - self.words[0] as usize
+    }
+
+    /// Adds the map with its pages. What is said of those of a piece that mincore has found, `known` makes out of them, the index
+    /// of the word in the map and the piece; `on_linux` tells what Linux has shown there.
+    pub(super) fn map<S: Sys>(
+        &mut self,
+        sys: &S,
+        heap: u64,
+        known: impl Fn(usize, (u64, u64), u64) -> Pages,
+        on_linux: impl Fn(usize) -> u64,
+    ) {
         for_each_area(sys, heap, |area| {
             self.push(seen(heap, area.start));
             self.push(seen(heap, area.end) | area.flags);
+            for piece in looked_at(area.start, area.end) {
+                let (start, pages) = piece;
+                // What is folded could not be told to the guest.
+                let has_room = self.used + 2 + pages as usize <= MAX_WORDS;
+                let known = if has_room {
+                    known(self.of_map(), piece, in_memory(sys, piece))
+                } else {
+                    Pages::default()
+                };
+                let all = u64::MAX >> (LOOKED_AT - pages);
+                let is_readable = area.flags & READABLE != 0;
+                let read = if is_readable { known.mapped & all } else { 0 };
+                self.push(known.resident & all);
+                self.push(read);
+                for page in (0..pages).filter(|page| read >> page & 1 != 0) {
+                    self.push(if known.elsewhere >> page & 1 != 0 {
+                        on_linux(self.of_map())
+                    } else {
+                        content(sys, start + page * PAGE_SIZE)
+                    });
+                }
+            }
         });
     }
+}
+
+/// What mincore says of a piece of a VMA.
+fn in_memory<S: Sys>(sys: &S, (start, pages): (u64, u64)) -> u64 {
+    let vector = [const { AtomicU64::new(0) }; LOOKED_AT as usize / 8];
+    let used = &vector[..pages.div_ceil(8) as usize];
+    // For what is mapped it never fails; where it does, it says of no page that it is there.
+    let _ = sys.lend(used, |vector| sys.mincore(start, pages, vector));
+    let byte = |page: u64| vector[page as usize / 8].load(Relaxed) >> (page % 8 * 8);
+    (0..pages).fold(0, |all, page| all | (byte(page) & 1) << page)
+}
+
+/// Some words of a page in one. They are small numbers in a case mostly, which lie side by side in it then.
+fn content<S: Sys>(sys: &S, page: u64) -> u64 {
+    let mut all = 0;
+    for (index, offset) in WORDS_OF_PAGE.into_iter().enumerate() {
+        match sys.read(page + offset) {
+            Ok(word) => all ^= word.rotate_left(16 * index as u32),
+            Err(it) => return fault(it),
+        }
+    }
+    all
 }
 
 /// An address as an observation has it: the heap is elsewhere on both sides.

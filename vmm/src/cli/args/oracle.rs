@@ -4,7 +4,7 @@ use abi::bug::Bug;
 use clap::Args;
 
 use super::Json;
-use super::values::{bug, duration, jobs};
+use super::values::{bug, duration, jobs, param};
 use crate::engine::EngineKind;
 
 /// `oracle`.
@@ -37,6 +37,9 @@ pub struct Oracle {
     /// Switch a seeded bug on; repeatable (`list bugs`)
     #[arg(long = "bug", value_name = "NAME", value_parser = bug, help_heading = "Kernel")]
     pub bugs: Vec<Bug>,
+    /// Kernel parameter; repeatable (`list params`)
+    #[arg(long = "param", value_name = "KEY=VALUE", value_parser = param, help_heading = "Kernel")]
+    pub params: Vec<(String, String)>,
     /// `--json`.
     #[command(flatten)]
     pub json: Json,

@@ -81,9 +81,9 @@ pub(super) fn any_protection() -> BoxedStrategy<Value> {
 
 pub(super) fn advices() -> BoxedStrategy<Value> {
     use advice::{
-        COLD, DODUMP, DOFORK, DONTDUMP, DONTFORK, DONTNEED, DONTNEED_LOCKED, FREE, HUGEPAGE,
-        KEEPONFORK, MERGEABLE, NOHUGEPAGE, NORMAL, POPULATE_READ, POPULATE_WRITE, RANDOM, REMOVE,
-        SEQUENTIAL, UNMERGEABLE, WILLNEED, WIPEONFORK,
+        COLD, COLLAPSE, DODUMP, DOFORK, DONTDUMP, DONTFORK, DONTNEED, DONTNEED_LOCKED, FREE,
+        HUGEPAGE, KEEPONFORK, MERGEABLE, NOHUGEPAGE, NORMAL, PAGEOUT, POPULATE_READ,
+        POPULATE_WRITE, RANDOM, REMOVE, SEQUENTIAL, UNMERGEABLE, WILLNEED, WIPEONFORK,
     };
     prop_oneof![
         4 => raw(&[DONTNEED, DONTNEED_LOCKED]),
@@ -91,7 +91,7 @@ pub(super) fn advices() -> BoxedStrategy<Value> {
         3 => raw(&[DONTFORK, DOFORK, WIPEONFORK, KEEPONFORK]),
         2 => raw(&[DONTDUMP, DODUMP, HUGEPAGE, NOHUGEPAGE]),
         2 => raw(&[POPULATE_READ, POPULATE_WRITE]),
-        1 => raw(&[WILLNEED, COLD]),
+        2 => raw(&[WILLNEED, COLD, COLLAPSE, PAGEOUT]),
         1 => raw(&[FREE]),
         1 => raw(&[REMOVE, MERGEABLE, UNMERGEABLE]),
     ]

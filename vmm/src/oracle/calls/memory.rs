@@ -1,8 +1,8 @@
 //! The calls on memory.
 
-use abi::layout::{PAGE_SIZE, USER_END};
+use abi::layout::{HUGE_PAGE_SIZE as HUGE, PAGE_SIZE, USER_END};
 use abi::oracle::{Mode, Returns};
-use abi::syscall::{map, mlock, mremap, nr};
+use abi::syscall::{advice, map, mlock, mremap, nr};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -108,6 +108,20 @@ pub(super) const CALLS: &[Call] = &[
         draw: || {
             let lengths = prop_oneof![length(), wraps()].boxed();
             three(bad_place(), lengths, bad_advices())
+        },
+    },
+    Call {
+        name: "madvise",
+        nr: nr::MADVISE,
+        weight: 1,
+        returns: Returns::Number,
+        shows: &[Show::Place, Show::Place, Show::Advice],
+        draw: || {
+            use advice::{COLLAPSE, DONTNEED, HUGEPAGE, NOHUGEPAGE};
+            let advices =
+                prop_oneof![4 => raw(&[COLLAPSE]), 1 => raw(&[DONTNEED, HUGEPAGE, NOHUGEPAGE])];
+            let arena = Just(Value::new(Mode::Arena, 0, 0)).boxed();
+            three(arena, raw(&[HUGE, 2 * HUGE]), advices.boxed())
         },
     },
     Call {

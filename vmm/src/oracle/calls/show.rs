@@ -83,6 +83,7 @@ const ADVICE: &[(&str, u64)] = &[
     ("POPULATE_READ", advice::POPULATE_READ),
     ("POPULATE_WRITE", advice::POPULATE_WRITE),
     ("DONTNEED_LOCKED", advice::DONTNEED_LOCKED),
+    ("COLLAPSE", advice::COLLAPSE),
 ];
 
 /// The names of the bits of `value`, and the rest as a number.

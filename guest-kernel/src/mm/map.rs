@@ -394,14 +394,17 @@ impl<A: Arch> Kernel<A> {
         Err(Errno::ENOMEM)
     }
 
-    /// Where in which file `gva` is, if it is in a shared mapping.
-    pub(crate) fn shared_place(&self, mm: Pa<Mm>, gva: u64) -> Option<(Pa<File>, u64)> {
+    /// Which byte of which file `gva` is: in shared memory, and in a private mapping where the file's own page is mapped.
+    pub(crate) fn file_place(&self, mm: Pa<Mm>, gva: u64) -> Option<(Pa<File>, u64)> {
         let space = self.obj(mm);
         let _guard = self.read_lock(&space.mmap_lock, LockClass::MmapRead);
         let area = self.obj(self.vma_at(space, gva)?);
-        let is_shared = area.flags.get() & vma_flags::SHARED != 0;
         let byte = area.pgoff.get() * PAGE_SIZE + (gva - area.start.get());
-        Some((area.file.get().some().filter(|_| is_shared)?, byte))
+        let is_its_page = area.flags.get() & vma_flags::SHARED != 0
+            || self
+                .leaf_at(space, gva)
+                .is_some_and(|(_, entry)| entry.is_present() && self.is_file_page(entry));
+        Some((area.file.get().some().filter(|_| is_its_page)?, byte))
     }
 
     /// The start of a VMA, or of the guard below it (Linux's vm_start_gap).

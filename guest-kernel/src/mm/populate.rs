@@ -7,7 +7,7 @@ use abi::pte::fault;
 use abi::syscall::Errno;
 
 use super::vma::ACCESS;
-use super::{FaultError, Field};
+use super::{FaultError, Field, page_of};
 use crate::Kernel;
 use crate::arch::Arch;
 
@@ -75,6 +75,15 @@ impl<A: Arch> Kernel<A> {
             at = to;
         }
         Ok(())
+    }
+
+    /// Makes the access of page-fault `error` to the page of `gva`, as a program's would be made, but that no stack grows for it
+    /// (Linux's `get_user_pages` of one page that nobody keeps). False where it is not permitted.
+    pub(crate) fn fault_page(&self, mm: Pa<Mm>, gva: u64, error: u64) -> bool {
+        let _guard = self.read_lock(&self.obj(mm).mmap_lock, LockClass::MmapRead);
+        let page = page_of(gva);
+        self.populate_access(mm, (page, page + PAGE_SIZE), error)
+            .is_ok()
     }
 
     /// madvise's MADV_POPULATE_READ and MADV_POPULATE_WRITE: makes the accesses of page-fault `error` to all of

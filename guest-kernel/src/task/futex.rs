@@ -3,6 +3,7 @@
 
 use abi::layout::USER_END;
 use abi::objects::{Mm, Pa, Task};
+use abi::pte::fault;
 use abi::syscall::{Errno, futex};
 
 use crate::Kernel;
@@ -65,25 +66,31 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// Which futex the word at `gva` is. In shared memory it is the same for all who map it, unless the caller says that only
-    /// its own process uses it (Linux's `get_futex_key`).
+    /// Which futex the word at `gva` is. In a file's page it is the same for all who map it, unless the caller says that only
+    /// its own process uses it (Linux's `get_futex_key`). Otherwise the page is made writable, if it may be: so a private mapping
+    /// gets its own.
     ///
     /// # Errors
-    /// EFAULT where it must be read for that, and cannot.
+    /// EFAULT where the page cannot be read, and for private memory where it cannot be written: nobody would ever wake who waits
+    /// there.
     pub(super) fn futex_key(&self, gva: u64, is_private: bool) -> Result<FutexKey, Errno> {
         let mm = self.current().mm.get();
         if is_private {
             return Ok(FutexKey::private(mm, gva));
         }
-        self.get_user(gva)?;
-        Ok(match self.shared_place(mm, gva) {
+        let is_writable = self.fault_page(mm, gva, fault::USER | fault::WRITE);
+        if !is_writable && !self.fault_page(mm, gva, fault::USER) {
+            return Err(Errno::EFAULT);
+        }
+        match self.file_place(mm, gva) {
             // Another file may have this one's memory by the time of a wake.
             Some((file, byte)) => {
                 let generation = self.obj(file).generation.get();
-                FutexKey([file.0, generation.into(), byte])
+                Ok(FutexKey([file.0, generation.into(), byte]))
             }
-            None => FutexKey::private(mm, gva),
-        })
+            None if is_writable => Ok(FutexKey::private(mm, gva)),
+            None => Err(Errno::EFAULT),
+        }
     }
 
     /// Blocks until a wake, if the word still holds `expected`.

@@ -155,6 +155,8 @@ fn mapper<S: Sys>(sys: &S, shared: &Shared) -> Option<u64> {
 /// The call that is raced with.
 fn lead<S: Sys>(sys: &S, shared: &Shared) {
     let (findings, bytes) = (&shared.findings, shared.bytes());
+    // The other thread may go first without being preferred.
+    sys.relax();
     let result = match shared.test {
         Test::Protect => sys.mprotect(SUBJECT_GVA, bytes, prot::READ),
         Test::Tree => sys.munmap(LOWEST, SUBJECT_GVA - LOWEST),

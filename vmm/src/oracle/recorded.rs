@@ -61,7 +61,6 @@ const MAX_DEPTH: usize = 4;
 const MAX_STEPS: usize = 40_000;
 /// Most that MAP_POPULATE makes the guest allocate.
 const MAX_POPULATE: u64 = 8 << 20;
-const HUGE: u64 = 2 << 20;
 
 /// Makes the cases of a trace.
 #[must_use]
@@ -250,10 +249,8 @@ impl Process {
             false => Value::raw(u64::MAX),
         };
         let is_fixed = flags & (map::FIXED | map::FIXED_NOREPLACE) != 0;
-        let address = match result {
-            // Linux would align it to 2 MiB: docs/oracle.md.
-            Some(at) if addr == 0 && !is_file && len.is_multiple_of(HUGE) => far(at),
-            _ if addr == 0 => Value::raw(0),
+        let address = match addr {
+            0 => Value::raw(0),
             _ => self.value(addr).unwrap_or(far(addr)),
         };
         let range = result.and_then(|at| pages(at, len));

@@ -143,7 +143,7 @@ fn v09_a_vma_was_locked_in_a_write_that_never_was() {
 
 #[test]
 fn v10_a_fault_has_left_a_vma_held() {
-    fires(&["V-10", "L-14"], |world| {
+    fires(&["L-14", "V-10"], |world| {
         change_vma(world, world.parent, EMPTY, |vma| {
             vma.refs.store(VmaRefs::ATTACHED + 1, Relaxed);
         });

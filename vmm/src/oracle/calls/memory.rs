@@ -305,9 +305,12 @@ pub(super) fn mmap(
 
 /// More than there is memory: never counted against it, never populated.
 fn large_mmap() -> BoxedStrategy<Vec<Value>> {
-    // Not a multiple of 2 MiB, where Linux chooses another place: docs/oracle.md.
-    let lengths =
-        select(&[3 << 20, 1 << 30, 1 << 38][..]).prop_map(|bytes| Value::raw(bytes + PAGE_SIZE));
+    // Multiples of 2 MiB and others, for which another place is chosen.
+    let lengths = (
+        select(&[2 << 20, 4 << 20, 1 << 30, 1 << 38][..]),
+        select(&[0, PAGE_SIZE][..]),
+    )
+        .prop_map(|(bytes, more)| Value::raw(bytes + more));
     let flags = raw(&[0, map::FIXED_NOREPLACE, map::STACK])
         .prop_map(|more| more.plus(map::PRIVATE | map::ANONYMOUS | map::NORESERVE));
     mmap(anywhere(), lengths.boxed(), flags.boxed())

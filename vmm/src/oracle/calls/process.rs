@@ -103,9 +103,10 @@ pub(super) const CALLS: &[Call] = &[
             const NEVER: u64 = 0xdead_beef;
             let operations = raw(&[futex::WAIT, futex::WAKE]);
             let word = prop_oneof![6 => Just(0u64), 1 => Just(4), 1 => Just(2)];
-            (bad_place(), word, operations)
-                .prop_map(|(place, word, operation)| {
-                    let operation = operation.plus(futex::PRIVATE_FLAG);
+            let flags = prop_oneof![2 => Just(futex::PRIVATE_FLAG), 1 => Just(0)];
+            (bad_place(), word, operations, flags)
+                .prop_map(|(place, word, operation, flag)| {
+                    let operation = operation.plus(flag);
                     vec![
                         place.plus(word),
                         operation,

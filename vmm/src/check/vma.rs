@@ -349,11 +349,11 @@ fn attached_and_owned(context: &Context<'_>, findings: &mut Findings) {
 fn write_locks(context: &Context<'_>, findings: &mut Findings) {
     for space in context.spaces_without(InFlight::vmas, findings) {
         let mm = space.mm;
-        let locked = |vma: &&VmaView| {
-            vma.lock_seq > mm.lock_seq || vma.lock_seq % 2 == 0 && vma.lock_seq != 0
+        let is_wrong = |vma: &&VmaView| {
+            vma.lock_seq > mm.lock_seq || vma.lock_seq.is_multiple_of(2) && vma.lock_seq != 0
         };
-        let wrong = mm.vmas.iter().find(locked);
-        findings.require(mm.lock_seq % 2 == 0 && wrong.is_none(), || {
+        let wrong = mm.vmas.iter().find(is_wrong);
+        findings.require(mm.lock_seq.is_multiple_of(2) && wrong.is_none(), || {
             let found = match wrong {
                 Some(vma) => format!(
                     "{}, and lock_seq {} of {}",

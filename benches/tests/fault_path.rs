@@ -33,7 +33,7 @@ fn the_fault_path_of_a_bare_kernel_has_no_trace_of_it() {
         "handle_fault",
         "first_touch",
         "alloc_user_frame",
-        "flush_range",
+        "flush_here",
         "set_pte",
     ] {
         let reached = names.iter().any(|name| name.ends_with(part));

@@ -3,7 +3,7 @@
 //!
 //! A page of a file is mapped, and leaves the page cache, only under its folio lock: who finds a frame in the cache,
 //! and then under that lock finds that it still is the file's, may map it before truncate goes on (Linux's
-//! filemap_fault and truncate_inode_folio). Lock order: position, inode, mmap_lock, folio, i_mmap, anon_vma, page
+//! filemap_fault and truncate_inode_folio). Lock order: position, inode, mmap_lock, VMA, folio, i_mmap, anon_vma, page
 //! table, cache (Linux's mm/filemap.c and mm/rmap.c, the lists at their tops).
 
 use core::sync::atomic::Ordering::Relaxed;

@@ -10,8 +10,9 @@ use abi::point::Point;
 use abi::pte::{Pte, PteFlags, fault};
 use abi::syscall::Errno;
 
-use super::fault::{FaultError, Faulting, UNSHARE};
+use super::fault::{Faulting, UNSHARE};
 use super::huge::huge_page_of;
+use super::swap_in::Unfinished;
 use super::vma::leaf_flags;
 use super::{Field, Slot, pages};
 use crate::Kernel;
@@ -22,7 +23,7 @@ impl<A: Arch> Kernel<A> {
     /// for the fault to go on with small pages.
     ///
     /// # Errors
-    /// ENOMEM.
+    /// ENOMEM; that the mmap_lock is needed.
     #[cold]
     #[inline(never)]
     pub(super) fn fault_above_table(
@@ -31,14 +32,19 @@ impl<A: Arch> Kernel<A> {
         vma: Pa<Vma>,
         gva: u64,
         error: u64,
-    ) -> Result<Option<u64>, FaultError> {
+    ) -> Result<Option<u64>, Unfinished> {
         let space = self.obj(mm);
         let base = huge_page_of(gva);
         if self.takes_huge_faults(vma, base) {
             let table = self.table_alloc_at(mm, gva, 2)?;
             let slot = Slot::new(table, 2, base);
-            if self.read_pte(slot).is_none() && self.fill_huge(mm, vma, base, slot) {
-                return Ok(None);
+            if self.read_pte(slot).is_none() {
+                // Of a read too: a folio of 2 MiB is never one of zeroes for all.
+                match self.fault_anon_vma(mm, vma, error) {
+                    Ok(()) if self.fill_huge(mm, vma, base, slot) => return Ok(None),
+                    Err(Unfinished::NeedsMmapLock) => return Err(Unfinished::NeedsMmapLock),
+                    _ => {}
+                }
             }
         }
         if let Ok(table) = self.table_at(space, gva, 2) {
@@ -81,11 +87,8 @@ impl<A: Arch> Kernel<A> {
             && base + HUGE_PAGE_SIZE <= area.end.get()
     }
 
-    /// Maps 2 MiB of zeroes behind the empty entry `slot`. False where small pages must serve.
+    /// Maps 2 MiB of zeroes behind the empty entry `slot`, in a VMA that has an anon_vma. False where small pages must serve.
     fn fill_huge(&self, mm: Pa<Mm>, vma: Pa<Vma>, base: u64, slot: Slot) -> bool {
-        if self.anon_vma_prepare(mm, vma).is_err() {
-            return false;
-        }
         let Ok((head, set_aside)) = self.alloc_huge(mm) else {
             return false;
         };

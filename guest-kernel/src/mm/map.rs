@@ -394,17 +394,24 @@ impl<A: Arch> Kernel<A> {
         Err(Errno::ENOMEM)
     }
 
-    /// Which byte of which file `gva` is: in shared memory, and in a private mapping where the file's own page is mapped.
-    pub(crate) fn file_place(&self, mm: Pa<Mm>, gva: u64) -> Option<(Pa<File>, u64)> {
+    /// Which byte of which file `gva` is: the file, its generation, as another may have its memory later, and the byte. In shared
+    /// memory, and in a private mapping that cannot be written where it is the file's own page.
+    pub(crate) fn file_place(&self, mm: Pa<Mm>, gva: u64, is_writable: bool) -> Option<[u64; 3]> {
         let space = self.obj(mm);
         let _guard = self.read_lock(&space.mmap_lock, LockClass::MmapRead);
         let area = self.obj(self.vma_at(space, gva)?);
+        let file = area.file.get().some()?;
+        let is_copied = || {
+            is_writable
+                || self
+                    .leaf_at(space, gva)
+                    .is_some_and(|(_, entry)| !self.is_file_page(entry))
+        };
+        if area.flags.get() & vma_flags::SHARED == 0 && is_copied() {
+            return None;
+        }
         let byte = area.pgoff.get() * PAGE_SIZE + (gva - area.start.get());
-        let is_its_page = area.flags.get() & vma_flags::SHARED != 0
-            || self
-                .leaf_at(space, gva)
-                .is_some_and(|(_, entry)| entry.is_present() && self.is_file_page(entry));
-        Some((area.file.get().some().filter(|_| is_its_page)?, byte))
+        Some([file.0, self.obj(file).generation.get().into(), byte])
     }
 
     /// The start of a VMA, or of the guard below it (Linux's vm_start_gap).

@@ -3,7 +3,7 @@
 //! Locks (Linux's split page-table locks): entries of a level-1 table are under that table's own
 //! [`Folio::lock`], entries of all higher levels under the lock of the mm's level-4 table. Entries are
 //! read without a lock, and what was read is checked again under it. Upper entries are set by any
-//! fault and cleared only under the mmap_lock held for writing, so a walk under the mmap_lock reaches
+//! fault and cleared only where no VMA is, under the mmap_lock held for writing: a walk under the mmap_lock, or in a VMA that is held, reaches
 //! tables that stay. An entry of level 2 that maps 2 MiB does not: whoever holds the upper lock may split or clear it
 //! (`huge`).
 //!

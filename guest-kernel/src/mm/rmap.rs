@@ -31,6 +31,8 @@ impl<A: Arch> Kernel<A> {
         if !area.anon_vma.load(Acquire).is_null() {
             return Ok(());
         }
+        // Neighbours are looked at: a VMA's own lock does not do.
+        debug_assert!(self.obj(mm).mmap_lock.load(Relaxed) != 0);
         let chain = self.slab_alloc::<AnonVmaChain>()?;
         let neighbour = self.mergeable_anon_vma(mm, vma);
         let anon = match neighbour {

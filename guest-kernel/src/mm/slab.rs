@@ -2,7 +2,7 @@
 //! reference to an object finds an object of the same type (Linux's SLAB_TYPESAFE_BY_RCU).
 //!
 //! A free object is zero but for its generation and its link, so what the ABI says of a free slot
-//! (`Mm::id` is 0, `Vma::attached` is 0, `Task::state` is Free) holds by itself.
+//! (`Mm::id` is 0, `Vma::refs` is 0, `Task::state` is Free) holds by itself.
 #![allow(unsafe_code, reason = "the words of objects in type-stable memory")]
 
 use core::sync::atomic::{AtomicU32, AtomicU64};
@@ -116,7 +116,14 @@ impl<A: Arch> Kernel<A> {
                     return Ok(object);
                 }
             }
-            self.slab_grow::<T>()?;
+            // Where memory is short, objects of this type may have become free meanwhile, for a grace period is over.
+            self.slab_grow::<T>().or_else(|error| {
+                if slab.free.get() == 0 {
+                    Err(error)
+                } else {
+                    Ok(())
+                }
+            })?;
         }
     }
 

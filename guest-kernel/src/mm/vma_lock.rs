@@ -19,19 +19,25 @@ use abi::point::Point;
 use super::Field;
 use crate::Kernel;
 use crate::arch::Arch;
-use crate::sync::{Guard, Taken, vma_lock};
+use crate::sync::{Guard, Taken, rwlock, vma_lock};
 use crate::testbed::told;
 
 /// The mmap_lock held for writing, and with it every VMA that was locked meanwhile.
 #[must_use = "the lock is released at once"]
 pub(super) struct MmapWriter<'k, A: Arch> {
+    kernel: &'k Kernel<A>,
     mm: &'k Mm,
-    _mmap: Guard<'k, A>,
 }
 
 impl<A: Arch> Drop for MmapWriter<'_, A> {
     fn drop(&mut self) {
-        vma_lock::end(&self.mm.lock_seq);
+        let Self { kernel, mm } = self;
+        let lock = [kernel.lock_id(&mm.mmap_lock), LockClass::MmapWrite as u64];
+        // Told before the VMAs are free, and not only before the mmap_lock is: a fault may have one at once.
+        event!(kernel, EventKind::LockRelease, [lock[0], lock[1], 0, 0, 0],);
+        vma_lock::end(&mm.lock_seq);
+        rwlock::release_write(&mm.mmap_lock);
+        point!(kernel, Point::LockRelease, lock);
     }
 }
 
@@ -45,9 +51,9 @@ pub(super) struct VmaReader<'k, A: Arch> {
 impl<A: Arch> Kernel<A> {
     /// Takes the mmap_lock of `mm` for writing.
     pub(super) fn mmap_write_lock<'k>(&'k self, mm: &'k Mm) -> MmapWriter<'k, A> {
-        let guard = self.write_lock(&mm.mmap_lock, LockClass::MmapWrite);
+        self.write_lock(&mm.mmap_lock, LockClass::MmapWrite);
         vma_lock::begin(&mm.lock_seq);
-        MmapWriter { mm, _mmap: guard }
+        MmapWriter { kernel: self, mm }
     }
 
     /// The VMA of `mm` that holds `address`, held for reading (Linux's function of this name). None where there is none, or

@@ -418,8 +418,8 @@ impl<A: Arch> Kernel<A> {
         let total = count(left) + count(right);
         if total <= VMA_NODE_SLOTS {
             self.move_slots(right, 0, left, count(left), count(right));
-            self.rcu_retire_node(right);
             self.take_slot(parent, left_index + 1);
+            self.rcu_retire_node(right);
         } else {
             let want = total / 2;
             let have = count(left);

@@ -118,11 +118,14 @@ impl<A: Arch> Kernel<A> {
         rwlock::try_read(word).then(|| self.acquired(word, class, Taken::Trying, 0))
     }
 
-    /// Takes the reader-writer lock `word` for writing: alone.
-    pub fn write_lock<'k>(&'k self, word: &'k AtomicU64, class: LockClass) -> Guard<'k, A> {
+    /// Takes the reader-writer lock `word` for writing: alone. Who releases it tells so ([`crate::mm`]'s `mmap_write_lock`).
+    pub(crate) fn write_lock(&self, word: &AtomicU64, class: LockClass) {
         loop {
             match rwlock::try_write(word) {
-                Ok(()) => return self.acquired(word, class, Taken::Waiting, 0),
+                Ok(()) => {
+                    core::mem::forget(self.acquired(word, class, Taken::Waiting, 0));
+                    return;
+                }
                 Err(rwlock::Refused::Raced) => {}
                 Err(rwlock::Refused::Held) => {
                     rwlock::claim(word);
@@ -188,7 +191,6 @@ impl<A: Arch> Drop for Guard<'_, A> {
         );
         match class {
             LockClass::MmapRead => rwlock::release_read(*word),
-            LockClass::MmapWrite => rwlock::release_write(*word),
             LockClass::VmaRead => vma_lock::release(*word),
             LockClass::VmaWrite => vma_lock::admit(*word),
             _ => spin::release(*word),

@@ -215,7 +215,7 @@ impl<A: Arch> Kernel<A> {
         self.spin(Point::RcuWait, [first.0, self.this_cpu().rcu.pending.get()]);
     }
 
-    /// Frees what all CPUs have retired, after a grace period. False where there is nothing, or where this CPU is
+    /// Frees what all CPUs have retired, after a grace period. False where no frame has become free, or where this CPU is
     /// in a section.
     pub(crate) fn rcu_reclaim(&self) -> bool {
         if self.this_cpu().rcu.nesting.get() != 0 {
@@ -235,10 +235,9 @@ impl<A: Arch> Kernel<A> {
             *taken = list.swap(0, Acquire);
         }
         self.synchronize_rcu();
-        for list in taken {
-            self.free_retired(list);
-        }
-        true
+        taken
+            .into_iter()
+            .fold(false, |frames, list| self.free_retired(list) | frames)
     }
 
     fn grace_wait(&self) {
@@ -298,16 +297,21 @@ impl<A: Arch> Kernel<A> {
         self.free_retired(rcu.waiting.swap(0, Acquire));
     }
 
-    fn free_retired(&self, list: u64) {
-        let mut next = list;
+    /// True where frames are among what is on `list`.
+    fn free_retired(&self, list: u64) -> bool {
+        let (mut next, mut frames) = (list, false);
         while next != 0 {
             let object = next;
             next = self.next_retired(object).get();
             match retired_node(object) {
                 Some(node) => self.free_retired_node(node),
-                None => self.free_retired_table(object),
+                None => {
+                    self.free_retired_table(object);
+                    frames = true;
+                }
             }
         }
+        frames
     }
 
     fn free_retired_node(&self, node: Pa<VmaNode>) {

@@ -82,12 +82,8 @@ impl<A: Arch> Kernel<A> {
         if !is_writable && !self.fault_page(mm, gva, fault::USER) {
             return Err(Errno::EFAULT);
         }
-        match self.file_place(mm, gva) {
-            // Another file may have this one's memory by the time of a wake.
-            Some((file, byte)) => {
-                let generation = self.obj(file).generation.get();
-                Ok(FutexKey([file.0, generation.into(), byte]))
-            }
+        match self.file_place(mm, gva, is_writable) {
+            Some(place) => Ok(FutexKey(place)),
             None if is_writable => Ok(FutexKey::private(mm, gva)),
             None => Err(Errno::EFAULT),
         }

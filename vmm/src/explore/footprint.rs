@@ -323,6 +323,11 @@ fn points(
         Doing::Call(call) if is_of_mm(call) => {
             // Walks to leaf tables take no lock.
             print.touch(Resource::Tables, Mode::Read);
+            let of_slab = to.args[1] == LockClass::Slab as u64;
+            if of_slab && matches!(end, P::LockAcquire | P::LockWait) {
+                // It may be giving back what was in the tree of VMAs, of whose changes nothing else tells.
+                print.touch(Resource::Vmas, Mode::Write);
+            }
             if end == P::CowCopy {
                 // A collapse reads all pages of a table.
                 print.touch(Resource::Frames, Mode::Read);

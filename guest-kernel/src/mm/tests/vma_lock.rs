@@ -1,6 +1,6 @@
 //! Locks of single VMAs, and the fault path that takes them.
 
-use abi::layout::PAGE_SIZE;
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::objects::{Mm, Pa, SlabId, VmaRefs};
 use abi::point::Point;
 use abi::pte::fault;
@@ -168,4 +168,23 @@ fn nodes_of_the_tree_stay_until_their_readers_have_left() {
         assert_eq!(retired(), 0);
         k.rcu_leave_kernel();
     });
+}
+
+/// A read that maps 2 MiB makes an anon_vma, too.
+#[test]
+fn a_first_anon_vma_of_2_mib_is_not_waited_for_either() {
+    let machine = Machine::with_memory(32 << 20, 2, "thp=always");
+    let k = machine.kernel();
+    let mm = space(k, &[0]);
+    map_at(k, mm, AT, HUGE_PAGE_SIZE / PAGE_SIZE, RW);
+    let vma = k.vma_at(k.obj(mm), AT).unwrap();
+    let read = || k.fault_in_or_wait(mm, vma, AT, fault::USER | VMA_LOCKED);
+    {
+        let _writer = k.mmap_write_lock(k.obj(mm));
+        assert!(matches!(read(), Err(Unfinished::NeedsMmapLock)));
+        assert!(k.obj(vma).anon_vma.get().is_null());
+    }
+    assert!(read().is_ok());
+    assert_eq!(k.obj(mm).huge.get(), 1);
+    teardown(k, &[mm]);
 }

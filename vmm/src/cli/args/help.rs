@@ -140,7 +140,8 @@ Examples:
 A case is a short program of memory calls, loads, stores and forks. Linux executes it in a process
 of its own, then the guest kernel does, and both must show the same after every step: the result,
 what was read, the map of VMAs, which pages are in memory and what is in them. What differs is made
-smaller and printed. docs/oracle.md says what is compared, and which rules of Linux are left out because they depend on the host.
+smaller and printed. docs/oracle.md says what is compared, and which rules of Linux are left out
+because they depend on the host.
 
 Exit codes:
   0  both agree

@@ -311,6 +311,7 @@ macro_rules! events {
                 match self { $(EventKind::$variant => &[$($arg),*],)+ }
             }
             /// The kind with number `id`.
+            #[inline]
             #[must_use]
             pub fn from_id(id: u32) -> Option<Self> {
                 match id { $($id => Some(EventKind::$variant),)+ _ => None }

@@ -17,6 +17,7 @@ macro_rules! classes {
                 match self { $(Self::$variant => $name,)+ }
             }
             /// The class with number `id`.
+            #[inline]
             #[must_use]
             pub fn from_u64(id: u64) -> Option<Self> {
                 match id { $($id => Some(Self::$variant),)+ _ => None }

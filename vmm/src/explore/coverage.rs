@@ -5,6 +5,7 @@
 //! same schedules will show little more; it is no proof (Krena et al., *Coverage Metrics for
 //! Saturation-Based and Search-Based Testing of Concurrent Software*, RV 2011).
 
+use std::collections::hash_map::Entry;
 use std::hash::{Hash as _, Hasher as _};
 
 use abi::channel::{Event, EventKind, access};
@@ -29,10 +30,12 @@ impl Coverage {
             let Some((resource, class)) = touched(&seen.event) else {
                 continue;
             };
-            let before = self.last.insert(key(resource), (seen.vcpu, class));
-            if let Some((vcpu, before)) = before
-                && vcpu != seen.vcpu
-            {
+            let now = (seen.vcpu, class);
+            let (vcpu, before) = match self.last.entry(key(resource)) {
+                Entry::Occupied(mut last) => last.insert(now),
+                Entry::Vacant(none) => *none.insert(now),
+            };
+            if vcpu != seen.vcpu {
                 let mut hash = FxHasher::default();
                 (vcpu, before, seen.vcpu, class).hash(&mut hash);
                 let pair = hash.finish();

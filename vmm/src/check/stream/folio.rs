@@ -346,6 +346,7 @@ impl Monitor for Folios {
                 EventKind::SyscallExit,
                 EventKind::FaultExit,
             ])
+            .of_locks(&[LockClass::PageTable])
         }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {

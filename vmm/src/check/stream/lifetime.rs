@@ -7,6 +7,7 @@ use abi::channel::{EventKind, Walker};
 use abi::pte::Pte;
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::locks::KEEP_VMAS;
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -271,6 +272,7 @@ impl Monitor for Lifetime {
                 EventKind::FaultExit,
                 EventKind::SyscallExit,
             ])
+            .of_locks(KEEP_VMAS)
         }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {

@@ -8,9 +8,10 @@ use std::mem::offset_of;
 
 use abi::channel::{Event, EventKind};
 use abi::lock::LockClass;
-use abi::objects::Vma;
+use abi::objects::{Mm, Vma};
 use rustc_hash::FxHashSet;
 
+use super::order::Order;
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -35,7 +36,7 @@ const KEPT: &str = "K-03";
 /// Who holds a lock: spin locks belong to a CPU (the scheduler's is handed over with it at a context
 /// switch), mmap_locks to a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Holder {
+enum Holder {
     Cpu(usize),
     Task(u32),
 }
@@ -46,6 +47,7 @@ pub struct Locks {
     held: Vec<(Holder, u64, LockClass)>,
     /// Locks whose history is known: those taken at least once since the start.
     known: FxHashSet<u64>,
+    pub(super) order: Order,
 }
 
 fn rank(class: LockClass) -> u8 {
@@ -90,11 +92,17 @@ impl Locks {
                 .found(format!("{who:?} holds it"));
             found.push(violation(HOLDER, finding));
         }
+        if !was_tried(&seen.event) {
+            self.waited(seen, word, class, found);
+        }
+        self.held.push((me, word, class));
+    }
+
+    /// Somebody has waited for a lock that he has now.
+    fn waited(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
         let mine = [Holder::Cpu(seen.vcpu), Holder::Task(seen.event.task)];
-        let waits = !was_tried(&seen.event);
-        let before = self.held.iter();
-        let mut before = before.filter(|(who, ..)| waits && mine.contains(who));
-        let wrong = before.find(|(_, _, held)| {
+        let before = self.held.iter().filter(|(who, ..)| mine.contains(who));
+        let wrong = before.clone().find(|(_, _, held)| {
             rank(*held) > rank(class) || rank(*held) == rank(class) && !may_nest(class)
         });
         if let Some((_, at, held)) = wrong {
@@ -104,7 +112,9 @@ impl Locks {
                 .found(format!("{} at {at:#x} held meanwhile", held.name()));
             found.push(violation(ORDER, finding));
         }
-        self.held.push((me, word, class));
+        for &(_, at, held) in before.filter(|(_, at, _)| *at != word) {
+            self.order.taken(seen, (held, at), (class, word), found);
+        }
     }
 
     fn released(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
@@ -137,12 +147,14 @@ impl Monitor for Locks {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
     }
-    fn start(&mut self, _: &dyn PhysMem, _: u64, _: usize) {
+    fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, _: usize) {
+        self.order.start(memory, kernel_root);
         self.reset();
     }
     fn reset(&mut self) {
         self.held.clear();
         self.known.clear();
+        self.order.reset();
     }
     fn follows(&self) -> Kinds {
         const {
@@ -151,23 +163,27 @@ impl Monitor for Locks {
                 EventKind::LockRelease,
                 EventKind::SyscallExit,
                 EventKind::FaultExit,
+                EventKind::MmCreate,
+                EventKind::FrameAlloc,
             ])
         }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let [word, class, ..] = seen.event.args;
+        let [word, class, third, ..] = seen.event.args;
         let class = LockClass::from_u64(class);
         match (EventKind::from_id(seen.event.kind), class) {
             (Some(EventKind::LockAcquire), Some(class)) => self.acquired(seen, word, class, found),
             (Some(EventKind::LockRelease), Some(class)) => self.released(seen, word, class, found),
             (Some(EventKind::SyscallExit | EventKind::FaultExit), _) => self.over(seen, found),
+            (Some(EventKind::MmCreate), _) => self.order.mm_created(third),
+            (Some(EventKind::FrameAlloc), _) => self.order.frame_allocated(word, third),
             _ => {}
         }
     }
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
 }
 
-pub(super) fn holder(seen: &Seen, class: LockClass) -> Holder {
+fn holder(seen: &Seen, class: LockClass) -> Holder {
     match rank(class) {
         0 => Holder::Task(seen.event.task),
         _ => Holder::Cpu(seen.vcpu),
@@ -176,7 +192,7 @@ pub(super) fn holder(seen: &Seen, class: LockClass) -> Holder {
 
 /// True where a lock was only tried: who does not wait for it closes no cycle (Linux's lockdep, the trylock argument of
 /// lock_acquire).
-pub(super) fn was_tried(event: &Event) -> bool {
+fn was_tried(event: &Event) -> bool {
     event.args[2] != 0
 }
 
@@ -189,6 +205,23 @@ pub(super) fn vma_of(word: u64) -> u64 {
 pub(super) fn is_mmap_lock(class: u64) -> bool {
     use LockClass::{MmapRead, MmapWrite};
     class == MmapRead as u64 || class == MmapWrite as u64
+}
+
+/// Locks under which VMAs stay: of all of an mm, or of one.
+pub(super) const KEEP_VMAS: &[LockClass] = &[
+    LockClass::MmapRead,
+    LockClass::MmapWrite,
+    LockClass::VmaRead,
+];
+
+/// True for the number of one of [`KEEP_VMAS`].
+pub(super) fn keeps_vmas(class: u64) -> bool {
+    KEEP_VMAS.iter().any(|keeps| *keeps as u64 == class)
+}
+
+/// Where the mmap_lock of the mm at `mm` is.
+pub(super) fn mmap_lock(mm: u64) -> u64 {
+    mm.wrapping_add(offset_of!(Mm, mmap_lock) as u64)
 }
 
 fn finding(seen: &Seen, title: &str, class: LockClass, word: u64) -> Finding {

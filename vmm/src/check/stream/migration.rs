@@ -98,6 +98,7 @@ impl Monitor for Migrations {
                 EventKind::LockRelease,
                 EventKind::FrameFree,
             ])
+            .of_locks(&[LockClass::Folio])
         }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {

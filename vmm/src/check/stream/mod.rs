@@ -9,7 +9,7 @@ pub mod lifetime;
 pub mod locks;
 pub mod merge;
 pub mod migration;
-pub mod order;
+mod order;
 pub mod rcu;
 pub mod rmap;
 pub mod tlb;
@@ -18,6 +18,7 @@ pub mod walk;
 mod words;
 
 use abi::channel::{Event, EventKind};
+use abi::lock::LockClass;
 
 use super::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -31,58 +32,103 @@ pub struct Seen {
     pub event: Event,
 }
 
-/// A set of kinds of events.
+/// A set of kinds of events, and of classes of locks whose taking and dropping belong to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kinds(u64);
+pub struct Kinds {
+    kinds: u64,
+    classes: u64,
+}
 
 impl Kinds {
     /// All of them, those that nobody knows included.
-    pub const ALL: Self = Self(u64::MAX);
+    pub const ALL: Self = Self {
+        kinds: u64::MAX,
+        classes: u64::MAX,
+    };
 
-    /// Those of `kinds`.
+    /// Those of `kinds`, for locks of every class.
     #[must_use]
     pub const fn of(kinds: &[EventKind]) -> Self {
         let (mut set, mut index) = (0, 0);
         while index < kinds.len() {
-            set |= Self::bit(kinds[index] as u32);
+            set |= bit(kinds[index] as u64);
             index += 1;
         }
-        Self(set)
+        Self {
+            kinds: set,
+            classes: u64::MAX,
+        }
     }
 
-    /// True where the kind with number `kind` is one of them. It may be for a number that is no kind's.
+    /// The same, without locks of other classes than `classes`.
     #[must_use]
-    pub const fn has(self, kind: u32) -> bool {
-        self.0 & Self::bit(kind) != 0
+    pub const fn of_locks(self, classes: &[LockClass]) -> Self {
+        let (mut set, mut index) = (0, 0);
+        while index < classes.len() {
+            set |= bit(classes[index] as u64);
+            index += 1;
+        }
+        Self {
+            classes: set,
+            ..self
+        }
     }
 
-    const fn bit(kind: u32) -> u64 {
-        1 << (kind % u64::BITS)
+    /// True where `event` is of the set. It may be where its kind or its class is none that anybody knows.
+    #[must_use]
+    pub const fn has(self, event: &Event) -> bool {
+        let classes = if is_of_lock(event.kind) {
+            self.classes & bit(event.args[1])
+        } else {
+            1
+        };
+        self.kinds & bit(event.kind as u64) != 0 && classes != 0
     }
 }
 
-/// Which of some monitors follow each kind of event.
+/// Numbers of kinds and of classes are small: those that are not are nobody's.
+const fn bit(number: u64) -> u64 {
+    1 << (number % u64::BITS as u64)
+}
+
+const fn is_of_lock(kind: u32) -> bool {
+    kind == EventKind::LockAcquire as u32 || kind == EventKind::LockRelease as u32
+}
+
+/// Which of some monitors follow each kind of event, and of those of locks each class.
 #[derive(Clone, Debug)]
-pub struct Audience([u32; u64::BITS as usize]);
+pub struct Audience {
+    kinds: [u32; u64::BITS as usize],
+    classes: [u32; u64::BITS as usize],
+}
 
 impl Audience {
     /// Of `monitors`, at most 32.
     #[must_use]
     pub fn of(monitors: &[Box<dyn Monitor>]) -> Self {
         assert!(monitors.len() <= u32::BITS as usize, "too many monitors");
-        let mut who = [0; u64::BITS as usize];
+        let mut all = Self {
+            kinds: [0; u64::BITS as usize],
+            classes: [0; u64::BITS as usize],
+        };
         for (index, monitor) in monitors.iter().enumerate() {
-            let follows = monitor.follows();
-            for (kind, who) in who.iter_mut().enumerate() {
-                *who |= u32::from(follows.has(kind as u32)) << index;
+            let Kinds { kinds, classes } = monitor.follows();
+            for (set, who) in [(kinds, &mut all.kinds), (classes, &mut all.classes)] {
+                for (number, who) in who.iter_mut().enumerate() {
+                    *who |= u32::from(set & bit(number as u64) != 0) << index;
+                }
             }
         }
-        Self(who)
+        all
     }
 
-    /// Tells the next event to those of `monitors` that follow its kind.
+    /// Tells the next event to those of `monitors` that follow it.
     pub fn tell(&self, monitors: &mut [Box<dyn Monitor>], seen: &Seen, found: &mut Vec<Violation>) {
-        let mut left = self.0[(seen.event.kind % u64::BITS) as usize];
+        let Event { kind, args, .. } = seen.event;
+        let mut left = self.kinds[(kind % u64::BITS) as usize];
+        if is_of_lock(kind) {
+            left &= self.classes[(args[1] % u64::from(u64::BITS)) as usize];
+        }
         while left != 0 {
             monitors[left.trailing_zeros() as usize].observe(seen, found);
             left &= left - 1;
@@ -233,7 +279,6 @@ pub fn all() -> Vec<Box<dyn Monitor>> {
         Box::new(folio::Folios::default()),
         Box::new(walk::Walks::default()),
         Box::new(rcu::Rcu::default()),
-        Box::new(order::LockOrder::default()),
         Box::new(rmap::Rmap::default()),
         Box::new(migration::Migrations::default()),
         Box::new(groups::Charges::default()),

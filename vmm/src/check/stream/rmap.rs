@@ -16,7 +16,7 @@ use abi::objects::{
 use abi::pte::{Pte, index};
 use rustc_hash::FxHashMap;
 
-use super::words::{Word as _, mms};
+use super::words::{Object, Word as _, mms};
 use super::{Kinds, Monitor, Rule, Seen, tlb, violation};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -200,9 +200,9 @@ impl<'m> Guest<'m> {
     }
 
     /// The folio that the frame is a page of, and which page.
-    fn folio_of(&self, frame: u64) -> (u64, u64) {
+    fn folio_of(&self, frame: u64) -> (Object<'m>, u64) {
         let own = self.folio(frame);
-        if self.kind(own) == FrameKind::Tail as u64 {
+        if kind(&own) == FrameKind::Tail as u64 {
             let head = frame & !(HUGE_PAGE_SIZE - 1);
             (self.folio(head), (frame - head) >> PAGE_SHIFT)
         } else {
@@ -210,96 +210,89 @@ impl<'m> Guest<'m> {
         }
     }
 
-    fn folio(&self, frame: u64) -> u64 {
+    fn folio(&self, frame: u64) -> Object<'m> {
         let offset = (frame >> PAGE_SHIFT).wrapping_mul(size_of::<Folio>() as u64);
-        self.folios.wrapping_add(offset)
+        self.object(self.folios.wrapping_add(offset))
+    }
+
+    fn object(&self, gpa: u64) -> Object<'m> {
+        Object::at(self.memory, gpa)
     }
 
     /// How many entries a walk back from the folio of `frame` finds.
     fn walk_back(&mut self, frame: u64) -> Result<u32, Dead> {
-        let memory = self.memory;
         let (folio, page) = self.folio_of(frame);
-        let anon = memory.field(folio, offset_of!(Folio, owner));
-        let at = memory
-            .field(folio, offset_of!(Folio, index))
-            .wrapping_add(page);
+        let owner = folio.field(offset_of!(Folio, owner));
+        let at = folio.field(offset_of!(Folio, index)).wrapping_add(page);
         self.hits.clear();
-        if anon == 0 {
+        if owner == 0 {
             return Ok(0);
         }
-        if self.is_file_page(folio) {
-            return self.walk_file(anon, at, frame);
+        if is_file_page(&folio) {
+            return self.walk_file(owner, at, frame);
         }
-        self.alive("AnonVma", anon, offset_of!(AnonVma, generation))?;
-        let mut chain = memory.field(anon, offset_of!(AnonVma, chains));
-        while chain != 0 && self.left > 0 {
+        let anon = self.alive("AnonVma", owner, offset_of!(AnonVma, generation))?;
+        let mut next = anon.field(offset_of!(AnonVma, chains));
+        while next != 0 && self.left > 0 {
             self.left -= 1;
-            self.alive("AnonVmaChain", chain, offset_of!(AnonVmaChain, generation))?;
-            let vma = memory.field(chain, offset_of!(AnonVmaChain, vma));
-            self.pass(vma, at, frame)?;
-            chain = memory.field(chain, offset_of!(AnonVmaChain, next_of_anon));
+            let chain = self.alive("AnonVmaChain", next, offset_of!(AnonVmaChain, generation))?;
+            self.pass(chain.field(offset_of!(AnonVmaChain, vma)), at, frame)?;
+            next = chain.field(offset_of!(AnonVmaChain, next_of_anon));
         }
         Ok(self.hits.len() as u32)
     }
 
     /// The same from page `at` of a file, by all VMAs of its tree.
     fn walk_file(&mut self, file: u64, at: u64, frame: u64) -> Result<u32, Dead> {
-        let memory = self.memory;
-        self.alive("File", file, offset_of!(File, generation))?;
-        let mut left = vec![memory.field(file, offset_of!(File, i_mmap))];
-        while let Some(vma) = left.pop() {
-            if vma == 0 || self.left == 0 {
+        let file = self.alive("File", file, offset_of!(File, generation))?;
+        let mut left = vec![file.field(offset_of!(File, i_mmap))];
+        while let Some(next) = left.pop() {
+            if next == 0 || self.left == 0 {
                 continue;
             }
             self.left -= 1;
-            self.pass(vma, at, frame)?;
-            left.push(memory.field(vma, offset_of!(Vma, left_of_file)));
-            left.push(memory.field(vma, offset_of!(Vma, right_of_file)));
+            let vma = self.pass(next, at, frame)?;
+            left.push(vma.field(offset_of!(Vma, left_of_file)));
+            left.push(vma.field(offset_of!(Vma, right_of_file)));
         }
         Ok(self.hits.len() as u32)
     }
 
     /// A walk back from `frame`, whose page offset is `at`, comes to a VMA.
-    fn pass(&mut self, vma: u64, at: u64, frame: u64) -> Result<(), Dead> {
-        let memory = self.memory;
-        self.alive("VMA", vma, offset_of!(Vma, generation))?;
-        if !VmaRefs::is_attached(memory.field(vma, offset_of!(Vma, refs))) {
+    fn pass(&mut self, vma: u64, at: u64, frame: u64) -> Result<Object<'m>, Dead> {
+        let area = self.alive("VMA", vma, offset_of!(Vma, generation))?;
+        if !VmaRefs::is_attached(area.field(offset_of!(Vma, refs))) {
             return Err(("VMA", vma));
         }
-        let start = memory.field(vma, offset_of!(Vma, start));
-        let end = memory.field(vma, offset_of!(Vma, end));
-        let first = memory.field(vma, offset_of!(Vma, pgoff));
+        let start = area.field(offset_of!(Vma, start));
+        let end = area.field(offset_of!(Vma, end));
+        let first = area.field(offset_of!(Vma, pgoff));
         let offset = at.wrapping_sub(first);
         if at >= first && offset < end.wrapping_sub(start) >> PAGE_SHIFT {
-            let mm = memory.field(vma, offset_of!(Vma, mm));
-            self.alive("mm", mm, offset_of!(Mm, generation))?;
-            let place = (mm, start.wrapping_add(offset << PAGE_SHIFT));
+            let mm = area.field(offset_of!(Vma, mm));
+            let pgd = self
+                .alive("mm", mm, offset_of!(Mm, generation))?
+                .field(offset_of!(Mm, pgd));
+            let gva = start.wrapping_add(offset << PAGE_SHIFT);
             // Two VMAs may cover one page for a moment: that is one entry.
-            if self.maps(place, frame) && !self.hits.contains(&place) {
-                self.hits.push(place);
+            if self.maps(pgd, gva, frame) && !self.hits.contains(&(mm, gva)) {
+                self.hits.push((mm, gva));
             }
         }
-        Ok(())
+        Ok(area)
     }
 
-    fn alive(&self, kind: &'static str, object: u64, generation: usize) -> Result<(), Dead> {
-        match self.memory.half(object, generation) % 2 {
-            1 => Ok(()),
-            _ => Err((kind, object)),
+    /// The object at `gpa`, whose generation is odd as long as it is allocated.
+    fn alive(&self, kind: &'static str, gpa: u64, generation: usize) -> Result<Object<'m>, Dead> {
+        let object = self.object(gpa);
+        match object.half(generation) % 2 {
+            1 => Ok(object),
+            _ => Err((kind, gpa)),
         }
     }
 
-    fn kind(&self, folio: u64) -> u64 {
-        self.memory.field(folio, offset_of!(Folio, kind) & !7) & 0xff
-    }
-
-    /// True where the descriptor at `folio` is that of a page of a file.
-    fn is_file_page(&self, folio: u64) -> bool {
-        self.kind(folio) == FrameKind::File as u64
-    }
-
-    fn maps(&self, (mm, gva): (u64, u64), frame: u64) -> bool {
-        let mut table = self.memory.field(mm, offset_of!(Mm, pgd));
+    fn maps(&self, pgd: u64, gva: u64, frame: u64) -> bool {
+        let mut table = pgd;
         for level in [4, 3, 2, 1] {
             let entry = Pte(self.memory.field(table, 8 * index(gva, level)));
             if !entry.is_present() {
@@ -320,8 +313,8 @@ impl<'m> Guest<'m> {
         let memory = self.memory;
         let mut left = MAX_TABLES;
         let (folio, _) = self.folio_of(frame);
-        let anon = memory.field(folio, offset_of!(Folio, owner));
-        let list = if self.is_file_page(folio) {
+        let anon = folio.field(offset_of!(Folio, owner));
+        let list = if is_file_page(&folio) {
             memory.field(anon, offset_of!(File, i_mmap_lock))
         } else {
             let root = memory.field(anon, offset_of!(AnonVma, root));
@@ -337,9 +330,7 @@ impl<'m> Guest<'m> {
 
     fn is_table_locked(&self, table: u64, level: u8, left: &mut u32) -> bool {
         *left = left.saturating_sub(1);
-        let lock = self
-            .memory
-            .field(self.folio(table), offset_of!(Folio, lock));
+        let lock = self.folio(table).field(offset_of!(Folio, lock));
         let user = if level == 4 { 256 } else { 512 };
         lock != 0
             || level > 1
@@ -361,6 +352,15 @@ impl<'m> Guest<'m> {
             .map(|(mm, gva)| format!("mapped by mm {mm} at GVA {gva:#x}"))
             .collect()
     }
+}
+
+fn kind(folio: &Object<'_>) -> u64 {
+    folio.field(offset_of!(Folio, kind) & !7) & 0xff
+}
+
+/// True where the descriptor is that of a page of a file.
+fn is_file_page(folio: &Object<'_>) -> bool {
+    kind(folio) == FrameKind::File as u64
 }
 
 fn finding(guest: &Guest<'_>, title: &str, frame: u64) -> Finding {

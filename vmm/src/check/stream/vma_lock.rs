@@ -12,7 +12,7 @@ use abi::lock::LockClass;
 use abi::objects::{Mm, VMA_NODE_SLOTS, Vma, VmaNode, VmaSlot};
 use rustc_hash::FxHashMap;
 
-use super::locks::vma_of;
+use super::locks::{mmap_lock, vma_of};
 use super::words::{Word as _, mms};
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
@@ -275,6 +275,11 @@ impl Monitor for VmaLocks {
                 EventKind::MmCreate,
                 EventKind::MmFree,
             ])
+            .of_locks(&[
+                LockClass::MmapWrite,
+                LockClass::VmaRead,
+                LockClass::VmaWrite,
+            ])
         }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
@@ -301,10 +306,6 @@ impl Monitor for VmaLocks {
         }
     }
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
-}
-
-fn mmap_lock(mm: u64) -> u64 {
-    mm.wrapping_add(offset_of!(Mm, mmap_lock) as u64)
 }
 
 /// The VMAs of the tree of the mm at `mm`, which nobody is changing. A guest may have tied it into a loop.

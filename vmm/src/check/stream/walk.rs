@@ -15,6 +15,7 @@ use abi::objects::{Cpu, FrameKind, KernelRoot, Mm};
 use abi::pte::{Pte, level_size};
 use rustc_hash::FxHashMap;
 
+use super::locks::mmap_lock;
 use super::words::{Word as _, mms};
 use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
@@ -57,6 +58,15 @@ struct Held {
     /// Of a VMA: the number of its mm.
     mm: u64,
 }
+
+/// Locks under which somebody walks.
+const PROTECT: &[LockClass] = &[
+    LockClass::MmapRead,
+    LockClass::MmapWrite,
+    LockClass::VmaRead,
+    LockClass::AnonVma,
+    LockClass::IMmap,
+];
 
 /// What memory says at the start.
 #[derive(Clone, Debug, Default)]
@@ -180,14 +190,7 @@ impl Walks {
         let Some(class) = LockClass::from_u64(class) else {
             return;
         };
-        if !matches!(
-            class,
-            LockClass::MmapRead
-                | LockClass::MmapWrite
-                | LockClass::VmaRead
-                | LockClass::AnonVma
-                | LockClass::IMmap
-        ) {
+        if !PROTECT.contains(&class) {
             return;
         }
         let held = Held {
@@ -292,6 +295,7 @@ impl Monitor for Walks {
                 EventKind::PteChange,
                 EventKind::FrameFree,
             ])
+            .of_locks(PROTECT)
         }
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
@@ -327,10 +331,6 @@ impl Monitor for Walks {
         }
     }
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
-}
-
-fn mmap_lock(mm: u64) -> u64 {
-    mm.wrapping_add(offset_of!(Mm, mmap_lock) as u64)
 }
 
 fn read(memory: &dyn PhysMem, kernel_root: u64, nr_vcpus: usize) -> Start {

@@ -311,7 +311,7 @@ proptest! {
                 let seen = Seen { vcpu, event: event(&mut rng) };
                 monitor.observe(&seen, &mut found);
                 monitor.settled(liar.memory(), number(&mut rng), &mut at_stops);
-                if monitor.follows().has(seen.event.kind) {
+                if monitor.follows().has(&seen.event) {
                     other.observe(&seen, &mut found_by_other);
                 }
             }

@@ -115,6 +115,8 @@ impl Context {
         self.expand(&root, globals, tables, laws);
     }
 
+    /// An entry changes. `tables`: before it has.
+    #[inline]
     pub(super) fn written(
         &mut self,
         it: &Written,
@@ -122,6 +124,13 @@ impl Context {
         tables: &Tables,
         laws: Laws,
     ) {
+        // Most entries become present where none was and nothing is written down.
+        if it.old.is_present() || self.leaves.len() + self.pointers.len() > 0 {
+            self.replaced(it, globals, tables, laws);
+        }
+    }
+
+    fn replaced(&mut self, it: &Written, globals: &mut Notes, tables: &Tables, laws: Laws) {
         self.leaves.resolve(it, laws);
         self.pointers.resolve(it, laws);
         let (mm, level, gva) = it.place;

@@ -26,6 +26,7 @@ use abi::channel::{Event, EventKind, flush};
 use abi::pte::level_size;
 use rustc_hash::FxHashMap;
 
+use super::locks::KEEP_VMAS;
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
 use crate::memory::PhysMem;
@@ -262,14 +263,62 @@ impl Monitor for TlbModel {
     }
     fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         self.now.at += 1;
+        if JUDGED.has(&seen.event) && seen.vcpu < self.now.state.vcpus.len() {
+            self.judge(seen, found);
+        }
+    }
+
+    fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
+        let tables = &self.now.state.tables;
+        if let Some(it) = memory::difference(memory, kernel_root, tables) {
+            found.push(violation(
+                UNEXPLAINED,
+                Finding::new(format!(
+                    "unexplained PTE change at {:#x}, level {}",
+                    it.gva, it.level
+                ))
+                .expected(describe(it.told, it.level))
+                .found(describe(it.is, it.level))
+                .mm(it.mm)
+                .gva(it.gva),
+            ));
+        }
+    }
+}
+
+/// What [`TlbModel::judge`] does something with.
+const JUDGED: Kinds = Kinds::of(&[
+    EventKind::PteChange,
+    EventKind::FlushLocal,
+    EventKind::FlushAll,
+    EventKind::Cr3Load,
+    EventKind::FrameAlloc,
+    EventKind::FrameFree,
+    EventKind::VmaAttach,
+    EventKind::SyscallEnter,
+    EventKind::SyscallExit,
+    EventKind::FaultEnter,
+    EventKind::FaultExit,
+    EventKind::LazyEnter,
+    EventKind::LazyLeave,
+    EventKind::CpumaskSet,
+    EventKind::CpumaskClear,
+    EventKind::LockAcquire,
+    EventKind::LockRelease,
+    EventKind::MmCreate,
+    EventKind::MmDestroy,
+    EventKind::Access,
+    EventKind::DiskSubmit,
+])
+.of_locks(KEEP_VMAS);
+
+impl TlbModel {
+    fn judge(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let Event { task, args, .. } = seen.event;
+        let vcpu = seen.vcpu;
         let Some(kind) = EventKind::from_id(seen.event.kind) else {
             return;
         };
-        let vcpu = seen.vcpu;
-        if vcpu >= self.now.state.vcpus.len() {
-            return;
-        }
         match kind {
             EventKind::PteChange => self.pte_change(seen, found),
             EventKind::FlushLocal => self.flush_local(vcpu, args),
@@ -312,23 +361,6 @@ impl Monitor for TlbModel {
             EventKind::Access => self.access(seen, found),
             EventKind::DiskSubmit => self.written_back(seen, found),
             _ => {}
-        }
-    }
-
-    fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
-        let tables = &self.now.state.tables;
-        if let Some(it) = memory::difference(memory, kernel_root, tables) {
-            found.push(violation(
-                UNEXPLAINED,
-                Finding::new(format!(
-                    "unexplained PTE change at {:#x}, level {}",
-                    it.gva, it.level
-                ))
-                .expected(describe(it.told, it.level))
-                .found(describe(it.is, it.level))
-                .mm(it.mm)
-                .gva(it.gva),
-            ));
         }
     }
 }

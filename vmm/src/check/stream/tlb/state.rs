@@ -1,14 +1,11 @@
 //! The page tables and what each vCPU may hold besides, as events change them.
 
-use std::mem::offset_of;
 use std::sync::Arc;
 
-use abi::lock::LockClass;
-use abi::objects::Mm;
 use abi::pte::{ADDRESS_MASK, Pte, level_size};
 use rustc_hash::FxHashMap;
 
-use super::super::locks::is_mmap_lock;
+use super::super::locks::{is_mmap_lock, keeps_vmas, mmap_lock};
 use super::held::{Change, Held, Rights, Written};
 use super::laws::Laws;
 use super::tables::{Path, Place, Tables, same, slot};
@@ -42,8 +39,7 @@ pub(super) struct MmapLocks {
 impl MmapLocks {
     /// Mm `mm`, whose object is at `object`.
     pub(super) fn created(&mut self, mm: u64, object: u64) {
-        let lock = object.wrapping_add(offset_of!(Mm, mmap_lock) as u64);
-        self.locks.insert(mm, lock);
+        self.locks.insert(mm, mmap_lock(object));
     }
 
     pub(super) fn destroyed(&mut self, mm: u64) {
@@ -51,16 +47,16 @@ impl MmapLocks {
     }
 
     pub(super) fn acquired(&mut self, task: u32, [lock, class, _, mm, _]: [u64; 5]) {
-        let is_vma = class == LockClass::VmaRead as u64;
         // As many as there are tasks that a guest of ours has: a hostile one cannot make the list grow for ever.
-        if (is_vma || is_mmap_lock(class)) && self.held.len() < MAX_HOLDERS {
-            self.held.push((task, lock, is_vma.then_some(mm)));
+        if keeps_vmas(class) && self.held.len() < MAX_HOLDERS {
+            let of = (!is_mmap_lock(class)).then_some(mm);
+            self.held.push((task, lock, of));
         }
     }
 
     pub(super) fn released(&mut self, task: u32, [lock, class, ..]: [u64; 5]) {
         let same = |held: &(u32, u64, _)| (held.0, held.1) == (task, lock);
-        if (class == LockClass::VmaRead as u64 || is_mmap_lock(class))
+        if keeps_vmas(class)
             && let Some(at) = self.held.iter().position(same)
         {
             self.held.swap_remove(at);

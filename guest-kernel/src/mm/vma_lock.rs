@@ -32,12 +32,11 @@ pub(super) struct MmapWriter<'k, A: Arch> {
 impl<A: Arch> Drop for MmapWriter<'_, A> {
     fn drop(&mut self) {
         let Self { kernel, mm } = self;
-        let lock = [kernel.lock_id(&mm.mmap_lock), LockClass::MmapWrite as u64];
-        // Told before the VMAs are free, and not only before the mmap_lock is: a fault may have one at once.
-        event!(kernel, EventKind::LockRelease, [lock[0], lock[1], 0, 0, 0],);
-        vma_lock::end(&mm.lock_seq);
-        rwlock::release_write(&mm.mmap_lock);
-        point!(kernel, Point::LockRelease, lock);
+        // All in one: told before the VMAs are free too, which a fault may have at once.
+        kernel.released(&mm.mmap_lock, LockClass::MmapWrite, || {
+            vma_lock::end(&mm.lock_seq);
+            rwlock::release_write(&mm.mmap_lock);
+        });
     }
 }
 

@@ -85,12 +85,17 @@ impl<A: Arch> Kernel<A> {
 
     /// From here until the mmap_lock of its mm, held for writing, is released nobody reads `vma` (Linux's function of this
     /// name). Waits for those who do: under no lock that a fault takes.
+    #[inline]
     pub(super) fn vma_start_write(&self, vma: Pa<Vma>) {
         let area = self.obj(vma);
         let mm = self.obj(area.mm.get());
-        if area.lock_seq.get() == mm.lock_seq.get() {
-            return;
+        if area.lock_seq.get() != mm.lock_seq.get() {
+            self.vma_note_write(mm, area);
         }
+    }
+
+    #[inline(never)]
+    fn vma_note_write(&self, mm: &Mm, area: &Vma) {
         self.exclude_readers(area);
         let (class, id) = (LockClass::VmaWrite, told(|| mm.id.get()));
         let _excluded = self.acquired(&area.refs, class, Taken::Waiting, id);

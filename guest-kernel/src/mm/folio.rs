@@ -14,7 +14,7 @@ use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
 
 use abi::channel::{EventKind, cause};
 use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
-use abi::objects::{AnonVma, FrameKind, Mm, Pa, folio_flags};
+use abi::objects::{AnonVma, Folio, FrameKind, Mm, Pa, folio_flags};
 use abi::point::Point;
 use abi::pte::Pte;
 use abi::syscall::Errno;
@@ -48,14 +48,16 @@ impl<A: Arch> Kernel<A> {
         self.lru_add(gpa);
     }
 
-    /// Counts one more mapping of a folio, which makes all of them shared (fork).
-    pub(super) fn folio_share(&self, gpa: u64) {
-        let folio = self.folio(gpa);
+    /// Counts one more mapping of a folio, by the page at `gpa`, which makes all of them shared (fork).
+    #[inline]
+    pub(super) fn folio_share(&self, gpa: u64, page: &Folio) {
         // The page's own: see the module.
-        if folio.flags.get() & folio_flags::EXCLUSIVE != 0 {
-            folio.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
+        if page.flags.get() & folio_flags::EXCLUSIVE != 0 {
+            page.flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
         }
-        self.folio_map_again(gpa, cause::SHARE);
+        let (head, folio) = self.head_of(gpa, page);
+        self.count_reference(head, folio, cause::SHARE);
+        self.count_mappings(head, folio, 1, cause::SHARE);
     }
 
     /// Counts one more mapping, which holds a reference of its own, for a [`cause`].
@@ -73,14 +75,27 @@ impl<A: Arch> Kernel<A> {
     /// lock of an entry that maps it knows that it stays so.
     #[inline]
     pub(super) fn head(&self, gpa: u64) -> u64 {
-        if self.folio(gpa).kind.get() == FrameKind::Tail as u8 {
-            gpa & !(HUGE_PAGE_SIZE - 1)
-        } else {
-            gpa
+        self.head_folio(gpa).0
+    }
+
+    /// The same with the descriptor, which most folios are looked up for once only: they are their own heads.
+    #[inline]
+    fn head_folio(&self, gpa: u64) -> (u64, &Folio) {
+        self.head_of(gpa, self.folio(gpa))
+    }
+
+    /// The same where the descriptor of the page at `gpa` is known.
+    #[inline]
+    fn head_of<'k>(&'k self, gpa: u64, page: &'k Folio) -> (u64, &'k Folio) {
+        if page.kind.get() != FrameKind::Tail as u8 {
+            return (gpa, page);
         }
+        let head = gpa & !(HUGE_PAGE_SIZE - 1);
+        (head, self.folio(head))
     }
 
     /// Counts one mapping less. The mapping's reference stays with the caller.
+    #[inline]
     pub(super) fn folio_unmap(&self, gpa: u64) {
         let before = self.set_mapcount(gpa, -1, cause::UNMAP);
         assert!(before > 0, "folio {gpa:#x} unmapped more often than mapped");
@@ -88,19 +103,24 @@ impl<A: Arch> Kernel<A> {
 
     /// Takes a reference, for a [`cause`].
     pub(super) fn folio_get(&self, gpa: u64, cause: u64) {
-        let gpa = self.head(gpa);
+        let (gpa, folio) = self.head_folio(gpa);
+        self.count_reference(gpa, folio, cause);
+    }
+
+    /// Of the folio's head.
+    #[inline]
+    fn count_reference(&self, gpa: u64, folio: &Folio, cause: u64) {
         point!(self, Point::RefcountChange, [gpa, 1]);
-        let before = self.folio(gpa).refcount.fetch_add(1, Relaxed);
+        let before = folio.refcount.fetch_add(1, Relaxed);
         self.refcount_changed(gpa, before, before + 1, cause);
     }
 
     /// Gives a reference up that was taken for a [`cause`]; the last one frees the folio.
     pub(super) fn folio_put(&self, gpa: u64, cause: u64) {
-        let gpa = self.head(gpa);
+        let (gpa, folio) = self.head_folio(gpa);
         // Read first: the last reference leaves the count to `free_frames`, so that 0 means free.
         // AcqRel: whoever frees sees what the other holders did with the frame.
         point!(self, Point::RefcountChange, [gpa, 0]);
-        let folio = self.folio(gpa);
         loop {
             let sole = folio.refcount.load(Acquire) == 1;
             if !sole {
@@ -110,12 +130,21 @@ impl<A: Arch> Kernel<A> {
                 }
                 folio.refcount.set(1);
             }
-            // Reclaim finds folios by its lists, without a reference.
-            if !self.has_swap() || self.lru_forget(gpa) {
-                break;
+            if self.try_free_folio(gpa, cause) {
+                return;
             }
         }
-        self.free_user_frame(gpa, cause);
+    }
+
+    /// Frees a folio that nobody but the caller refers to. False where another has found it by reclaim's lists, for which
+    /// no reference is needed. Apart, so that giving up any other reference needs no stack frame for it.
+    #[inline(never)]
+    fn try_free_folio(&self, gpa: u64, cause: u64) -> bool {
+        let is_free = !self.has_swap() || self.lru_forget(gpa);
+        if is_free {
+            self.free_user_frame(gpa, cause);
+        }
+        is_free
     }
 
     fn free_user_frame(&self, gpa: u64, cause: u64) {
@@ -142,16 +171,15 @@ impl<A: Arch> Kernel<A> {
     /// Pins a folio that is mapped, under the page-table lock of its entry for `gva`.
     pub(super) fn folio_pin(&self, gpa: u64, gva: u64) {
         self.folio_get(gpa, cause::PIN);
-        self.folio(self.head(gpa)).pins.fetch_add(1, SeqCst);
+        self.head_folio(gpa).1.pins.fetch_add(1, SeqCst);
         self.folio_pin_told(gpa, gva);
     }
 
     /// Pins a folio that may be freed any time, unless it is; tells nothing yet. The caller must look whether it is
     /// still the one that it meant (Linux's `try_grab_folio_fast`).
     pub(super) fn folio_try_pin(&self, page: u64) -> bool {
-        let gpa = self.head(page);
+        let (gpa, folio) = self.head_folio(page);
         point!(self, Point::RefcountChange, [gpa, 1]);
-        let folio = self.folio(gpa);
         let taken = folio
             .refcount
             .fetch_update(AcqRel, Acquire, |count| (count > 0).then_some(count + 1));
@@ -169,14 +197,14 @@ impl<A: Arch> Kernel<A> {
 
     /// Gives back what [`Kernel::folio_try_pin`] took.
     pub(super) fn folio_unpin_untold(&self, gpa: u64) {
-        self.folio(self.head(gpa)).pins.fetch_sub(1, SeqCst);
+        self.head_folio(gpa).1.pins.fetch_sub(1, SeqCst);
         self.swap_put(gpa, cause::PIN);
     }
 
     /// A pin is there to stay.
     pub(super) fn folio_pin_told(&self, gpa: u64, gva: u64) {
-        let gpa = self.head(gpa);
-        let pins = told(|| u64::from(self.folio(gpa).pins.get()));
+        let (gpa, folio) = self.head_folio(gpa);
+        let pins = told(|| u64::from(folio.pins.get()));
         event!(
             self,
             EventKind::Pin,
@@ -186,8 +214,8 @@ impl<A: Arch> Kernel<A> {
 
     /// Gives a pin back. Whoever copies the folio from now on has what the device has written.
     pub(super) fn folio_unpin(&self, gpa: u64, gva: u64) {
-        let gpa = self.head(gpa);
-        let before = self.folio(gpa).pins.fetch_sub(1, SeqCst);
+        let (gpa, folio) = self.head_folio(gpa);
+        let before = folio.pins.fetch_sub(1, SeqCst);
         assert!(before > 0, "folio {gpa:#x} unpinned more often than pinned");
         let before = u64::from(before);
         event!(self, EventKind::Pin, [gpa, before - 1, before, gva, 0]);
@@ -195,24 +223,31 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// True where a device uses the folio (Linux's `folio_maybe_dma_pinned`).
+    #[inline]
     pub(super) fn folio_is_pinned(&self, gpa: u64) -> bool {
-        self.folio(self.head(gpa)).pins.load(SeqCst) > 0
+        self.head_folio(gpa).1.pins.load(SeqCst) > 0
     }
 
     /// True where the caller's mapping, whose page-table lock it holds, is all that refers to the
     /// folio: nobody can take another reference, for that takes a mapping.
     pub(super) fn folio_is_sole(&self, gpa: u64) -> bool {
         // Acquire: pairs with the AcqRel of the `folio_put` that left one reference.
-        self.folio(self.head(gpa)).refcount.load(Acquire) == 1
+        self.head_folio(gpa).1.refcount.load(Acquire) == 1
     }
 
     pub(super) fn folio_is_exclusive(&self, gpa: u64) -> bool {
         self.folio(gpa).flags.get() & folio_flags::EXCLUSIVE != 0
     }
 
+    #[inline]
     pub(super) fn set_mapcount(&self, gpa: u64, delta: i32, cause: u64) -> u32 {
-        let gpa = self.head(gpa);
-        let folio = self.folio(gpa);
+        let (gpa, folio) = self.head_folio(gpa);
+        self.count_mappings(gpa, folio, delta, cause)
+    }
+
+    /// Of the folio's head.
+    #[inline]
+    fn count_mappings(&self, gpa: u64, folio: &Folio, delta: i32, cause: u64) -> u32 {
         point!(
             self,
             Point::MapcountChange,
@@ -228,6 +263,7 @@ impl<A: Arch> Kernel<A> {
         before
     }
 
+    #[inline]
     pub(super) fn refcount_changed(&self, gpa: u64, from: u32, to: u32, cause: u64) {
         event!(
             self,

@@ -206,6 +206,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// What parent and child both have after fork where the parent had `entry` (Linux's copy_present_ptes).
+    #[inline]
     pub(super) fn share_entry(&self, entry: Pte) -> Pte {
         if !entry.is_present() {
             return self.share_non_present(entry);
@@ -213,8 +214,9 @@ impl<A: Arch> Kernel<A> {
         if is_uncounted(entry) {
             return entry;
         }
-        self.folio_share(entry.address());
-        if self.is_file_page(entry) {
+        let page = self.folio(entry.address());
+        self.folio_share(entry.address(), page);
+        if page.kind.get() == FrameKind::File as u8 {
             return entry;
         }
         entry.without(PteFlags::WRITE).with(PteFlags::COW)

@@ -140,9 +140,10 @@ impl<A: Arch> Kernel<A> {
         let mm = self.obj(gather.mm);
         let _guard = self.lock_table(table);
         self.flush_batched_pending(gather.mm);
+        let used = &self.folio(table).used;
         let mut gva = start;
         while !gather.is_full() {
-            if self.folio(table).used.get() == 0 {
+            if used.get() == 0 {
                 gva = end;
                 break;
             }

@@ -203,11 +203,17 @@ impl<A: Arch> Kernel<A> {
 
     /// True where fork must give the child a copy of the page of `entry`: a device uses it (Linux's
     /// `folio_needs_cow_for_dma`). While [`Mm::write_protect_seq`] is odd.
+    #[inline]
     pub(super) fn copies_pinned(&self, entry: Pte) -> bool {
         // Who pins without a lock either sees the odd count or is seen here.
         fence(SeqCst);
-        self.folio_is_pinned(entry.address())
-            && !self.is_file_page(entry)
+        self.folio_is_pinned(entry.address()) && self.pin_needs_copy(entry)
+    }
+
+    /// The rest of it, which is asked of few pages.
+    #[cold]
+    fn pin_needs_copy(&self, entry: Pte) -> bool {
+        !self.is_file_page(entry)
             && self.folio_is_exclusive(entry.address())
             && !self.config.bugs.has(Bug::ForkSharesPinned)
     }

@@ -70,26 +70,18 @@ impl<A: Arch> Kernel<A> {
     ///
     /// # Panics
     /// Where the entry is not `old`: somebody wrote it without the lock.
+    // Always: by the thousand entries are set with a level, and an old or new one, that are constants.
+    #[inline(always)]
     pub fn set_pte(&self, mm: &Mm, gva: u64, slot: Slot, old: Pte, new: Pte) -> Pte {
         let entry = self.entry(slot);
         if slot.level > 1 {
             Self::count_huge_ahead(mm, old, new);
         }
-        let (mut seen, mut value) = (old, new);
         // AcqRel: what the entry refers to is visible before the entry is.
-        while let Err(now) = entry.compare_exchange(seen.0, value.0, AcqRel, Acquire) {
-            assert!(
-                (now ^ old.0) & !HARDWARE == 0,
-                "entry for {gva:#x} at level {} is {now:#x}, expected {:#x}",
-                slot.level,
-                old.0
-            );
-            // A bit that hardware sets meanwhile is kept: a lost D is a lost write. A migration entry has both too.
-            if new.is_resident() && new.address() == old.address() {
-                value = Pte(new.0 | (now & !old.0 & HARDWARE));
-            }
-            seen = Pte(now);
-        }
+        let (seen, value) = match entry.compare_exchange(old.0, new.0, AcqRel, Acquire) {
+            Ok(_) => (old, new),
+            Err(now) => set_used_pte(entry, (gva, slot.level), (old, new), now),
+        };
         if seen.is_none() != value.is_none() {
             let delta = if seen.is_none() { 1 } else { -1 };
             let used = &self.folio(slot.table).used;
@@ -129,12 +121,20 @@ impl<A: Arch> Kernel<A> {
 
     /// Keeps the counts of an mm true where an entry above level 1 was `old` and is `new`.
     fn count_upper(mm: &Mm, old: Pte, new: Pte) {
-        let (before, after) = (upper_counts(old), upper_counts(new));
-        let counters = [&mm.tables, &mm.rss];
-        for (counter, (before, after)) in counters.into_iter().zip(before.into_iter().zip(after)) {
-            if before != after {
-                counter.fetch_add(after.wrapping_sub(before), Relaxed);
-            }
+        if old.is_table() != new.is_table() {
+            let delta: i64 = if new.is_table() { 1 } else { -1 };
+            mm.tables.fetch_add(delta.cast_unsigned(), Relaxed);
+        }
+        if old.is_huge() || new.is_huge() {
+            Self::count_huge_entry(mm, old, new);
+        }
+    }
+
+    #[cold]
+    fn count_huge_entry(mm: &Mm, old: Pte, new: Pte) {
+        let (before, after) = (huge_pages(old), huge_pages(new));
+        if before != after {
+            mm.rss.fetch_add(after.wrapping_sub(before), Relaxed);
         }
         if old.is_huge() && !new.is_huge() {
             mm.huge.fetch_sub(1, AcqRel);
@@ -385,6 +385,7 @@ impl<A: Arch> Kernel<A> {
     /// The caller holds what keeps such an entry as it is: for a level-1 table its lock, for the others
     /// the mmap_lock for writing. The loop over empty entries is most of what the end of an address space
     /// costs: it is tight.
+    #[inline]
     pub(super) fn next_entry(
         &self,
         (table, level): (u64, u8),
@@ -401,7 +402,8 @@ impl<A: Arch> Kernel<A> {
             .position(|entry| !Pte(entry.load(Relaxed)).is_none())?;
         let size = level_size(level);
         let gva = (start & !(size - 1)) + at as u64 * size;
-        Some((gva, self.read_pte(Slot::new(table, level, gva))))
+        // Acquire: as `read_pte`.
+        Some((gva, Pte(entries[at].load(Acquire))))
     }
 
     /// Copies the upper half of the kernel's level-4 table, which never changes after boot, to `pgd`.
@@ -444,16 +446,40 @@ impl<A: Arch> Kernel<A> {
     }
 }
 
-/// What an entry above level 1 counts for: tables, pages.
-const fn upper_counts(entry: Pte) -> [u64; 2] {
-    let pages = if entry.is_present() {
+/// Writes `new` to an entry that is not `old` but `now`: the processor has used it since. Returns what was there, and what
+/// is.
+#[cold]
+#[inline(never)]
+fn set_used_pte(
+    entry: &AtomicU64,
+    (gva, level): (u64, u8),
+    (old, new): (Pte, Pte),
+    mut now: u64,
+) -> (Pte, Pte) {
+    let mut value = new;
+    loop {
+        assert!(
+            (now ^ old.0) & !HARDWARE == 0,
+            "entry for {gva:#x} at level {level} is {now:#x}, expected {:#x}",
+            old.0
+        );
+        // A bit that hardware sets meanwhile is kept: a lost D is a lost write. A migration entry has both too.
+        if new.is_resident() && new.address() == old.address() {
+            value = Pte(new.0 | (now & !old.0 & HARDWARE));
+        }
+        // AcqRel: as in `set_pte`.
+        match entry.compare_exchange(now, value.0, AcqRel, Acquire) {
+            Ok(_) => return (Pte(now), value),
+            Err(other) => now = other,
+        }
+    }
+}
+
+/// The pages that an entry above level 1 maps itself.
+const fn huge_pages(entry: Pte) -> u64 {
+    if entry.is_huge() && entry.is_present() {
         ENTRIES_PER_TABLE as u64
     } else {
         0
-    };
-    match (entry.is_huge(), entry.is_table()) {
-        (true, _) => [0, pages],
-        (_, true) => [1, 0],
-        _ => [0; 2],
     }
 }

@@ -217,11 +217,19 @@ impl<A: Arch> Kernel<A> {
 
     /// Gives up a reference to a folio that may be in the swap cache, and with it the folio where nobody needs it any more
     /// (Linux's `free_swap_cache` and `folio_put`).
+    #[inline]
     pub(super) fn swap_put(&self, gpa: u64, cause: u64) {
+        if self.has_swap() {
+            self.swap_free_unmapped(gpa);
+        }
+        self.folio_put(gpa, cause);
+    }
+
+    #[inline(never)]
+    fn swap_free_unmapped(&self, gpa: u64) {
         if self.slot_of(gpa).is_some() && self.folio(gpa).mapcount.load(Acquire) == 0 {
             self.swap_free_folio(gpa);
         }
-        self.folio_put(gpa, cause);
     }
 
     /// The first free slot from where the last search ended. Under the lock.

@@ -32,12 +32,11 @@ pub(super) struct MmapWriter<'k, A: Arch> {
 impl<A: Arch> Drop for MmapWriter<'_, A> {
     fn drop(&mut self) {
         let Self { kernel, mm } = self;
-        let lock = [kernel.lock_id(&mm.mmap_lock), LockClass::MmapWrite as u64];
-        // Told before the VMAs are free, and not only before the mmap_lock is: a fault may have one at once.
-        event!(kernel, EventKind::LockRelease, [lock[0], lock[1], 0, 0, 0],);
-        vma_lock::end(&mm.lock_seq);
-        rwlock::release_write(&mm.mmap_lock);
-        point!(kernel, Point::LockRelease, lock);
+        // All in one: told before the VMAs are free too, which a fault may have at once.
+        kernel.released(&mm.mmap_lock, LockClass::MmapWrite, || {
+            vma_lock::end(&mm.lock_seq);
+            rwlock::release_write(&mm.mmap_lock);
+        });
     }
 }
 
@@ -86,12 +85,17 @@ impl<A: Arch> Kernel<A> {
 
     /// From here until the mmap_lock of its mm, held for writing, is released nobody reads `vma` (Linux's function of this
     /// name). Waits for those who do: under no lock that a fault takes.
+    #[inline]
     pub(super) fn vma_start_write(&self, vma: Pa<Vma>) {
         let area = self.obj(vma);
         let mm = self.obj(area.mm.get());
-        if area.lock_seq.get() == mm.lock_seq.get() {
-            return;
+        if area.lock_seq.get() != mm.lock_seq.get() {
+            self.vma_note_write(mm, area);
         }
+    }
+
+    #[inline(never)]
+    fn vma_note_write(&self, mm: &Mm, area: &Vma) {
         self.exclude_readers(area);
         let (class, id) = (LockClass::VmaWrite, told(|| mm.id.get()));
         let _excluded = self.acquired(&area.refs, class, Taken::Waiting, id);

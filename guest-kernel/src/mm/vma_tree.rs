@@ -43,8 +43,7 @@ impl Reserve {
     }
 }
 
-/// The way from the root to one leaf entry.
-#[derive(Clone)]
+/// The way from the root to one leaf entry; of no levels in an empty tree.
 struct Path {
     nodes: [Pa<VmaNode>; MAX_LEVELS],
     indices: [usize; MAX_LEVELS],
@@ -78,7 +77,7 @@ impl<A: Arch> Kernel<A> {
         if let Some(next) = slots.get(index + 1) {
             return Some(Pa::new(next.child.get()));
         }
-        let mut path = self.descend(mm, address)?;
+        let mut path = self.descend(mm, address);
         self.advance(&mut path).then(|| self.path_vma(&path))
     }
 
@@ -172,24 +171,23 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// The way to the last VMA that starts at or before `key`, or to the first of all.
-    fn descend(&self, mm: &Mm, key: u64) -> Option<Path> {
-        let mut node = mm.vmas.get().some()?;
+    fn descend(&self, mm: &Mm, key: u64) -> Path {
         let mut path = Path {
             nodes: [Pa::NULL; MAX_LEVELS],
             indices: [0; MAX_LEVELS],
             levels: 0,
         };
-        loop {
+        let mut next = mm.vmas.get().some();
+        while let Some(node) = next {
             let object = self.obj(node);
             let index = last_at_or_before(object, key);
             path.nodes[path.levels] = node;
             path.indices[path.levels] = index;
             path.levels += 1;
-            if object.level.get() == 0 {
-                return Some(path);
-            }
-            node = Pa::new(object.slots[index].child.get());
+            let is_inner = object.level.get() > 0;
+            next = is_inner.then(|| Pa::new(object.slots[index].child.get()));
         }
+        path
     }
 
     fn path_slot(&self, path: &Path, level: usize) -> &VmaSlot {
@@ -216,17 +214,15 @@ impl<A: Arch> Kernel<A> {
         true
     }
 
-    /// Moves to the VMA before; false at the first.
-    fn retreat(&self, path: &mut Path) -> bool {
-        let Some(turn) = (0..path.levels).rev().find(|&l| path.indices[l] > 0) else {
-            return false;
-        };
-        path.indices[turn] -= 1;
-        for level in turn + 1..path.levels {
-            path.nodes[level] = Pa::new(self.path_slot(path, level - 1).child.get());
-            path.indices[level] = self.obj(path.nodes[level]).count.get() as usize - 1;
+    /// The VMA before; none before the first.
+    fn path_before(&self, path: &Path) -> Option<Pa<Vma>> {
+        let turn = (0..path.levels).rev().find(|&l| path.indices[l] > 0)?;
+        let mut slot = &self.obj(path.nodes[turn]).slots[path.indices[turn] - 1];
+        for _ in turn + 1..path.levels {
+            let node = self.obj(Pa::<VmaNode>::new(slot.child.get()));
+            slot = &node.slots[node.count.get() as usize - 1];
         }
-        true
+        Some(Pa::new(slot.child.get()))
     }
 }
 
@@ -237,13 +233,12 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// ENOMEM; nothing is set aside.
     pub(super) fn reserve_insert(&self, mm: &Mm, start: u64) -> Result<Reserve, Errno> {
-        let needed = self.descend(mm, start).map_or(1, |path| {
-            let full =
-                |&level: &usize| self.obj(path.nodes[level]).count.get() as usize == VMA_NODE_SLOTS;
-            let splits = (0..path.levels).rev().take_while(full).count();
-            splits + usize::from(splits == path.levels)
-        });
-        self.reserve(needed)
+        let path = self.descend(mm, start);
+        let full =
+            |&level: &usize| self.obj(path.nodes[level]).count.get() as usize == VMA_NODE_SLOTS;
+        let splits = (0..path.levels).rev().take_while(full).count();
+        // A new root too where the old one is split, or where there is none.
+        self.reserve(splits + usize::from(splits == path.levels))
     }
 
     /// Sets nodes aside for any two insertions.
@@ -251,8 +246,7 @@ impl<A: Arch> Kernel<A> {
     /// # Errors
     /// ENOMEM; nothing is set aside.
     pub(super) fn reserve_any(&self, mm: &Mm) -> Result<Reserve, Errno> {
-        let levels = self.descend(mm, 0).map_or(0, |path| path.levels);
-        self.reserve(2 * (levels + 1))
+        self.reserve(2 * (self.descend(mm, 0).levels + 1))
     }
 
     fn reserve(&self, needed: usize) -> Result<Reserve, Errno> {
@@ -284,18 +278,16 @@ impl<A: Arch> Kernel<A> {
     /// Inserts `vma`, which overlaps nothing in the tree.
     pub(super) fn tree_insert(&self, mm: &Mm, vma: Pa<Vma>, reserve: &mut Reserve) {
         let start = self.obj(vma).start.get();
-        match self.descend(mm, start) {
-            None => {
-                let root = reserve.take();
-                self.put_slot(root, 0, (start, vma.0, 0));
-                mm.vmas.store(root, Release);
-            }
-            Some(path) => {
-                let leaf = path.levels - 1;
-                let after = self.path_slot(&path, leaf).start.get() < start;
-                let at = path.indices[leaf] + usize::from(after);
-                self.insert_at(mm, &path, at, (start, vma.0, 0), reserve);
-            }
+        let path = self.descend(mm, start);
+        if path.levels == 0 {
+            let root = reserve.take();
+            self.put_slot(root, 0, (start, vma.0, 0));
+            mm.vmas.store(root, Release);
+        } else {
+            let leaf = path.levels - 1;
+            let after = self.path_slot(&path, leaf).start.get() < start;
+            let at = path.indices[leaf] + usize::from(after);
+            self.insert_at(mm, &path, at, (start, vma.0, 0), reserve);
         }
         self.tree_update(mm, vma, start);
     }
@@ -340,9 +332,9 @@ impl<A: Arch> Kernel<A> {
     /// Removes `vma`.
     pub(super) fn tree_erase(&self, mm: &Mm, vma: Pa<Vma>) {
         let start = self.obj(vma).start.get();
-        let path = self.descend(mm, start).expect("the VMA is in the tree");
-        let leaf = path.levels - 1;
+        let path = self.descend(mm, start);
         assert_eq!(self.path_vma(&path), vma, "VMA at {start:#x} not found");
+        let leaf = path.levels - 1;
         self.take_slot(path.nodes[leaf], path.indices[leaf]);
         for level in (1..path.levels).rev() {
             let node = path.nodes[level];
@@ -353,7 +345,8 @@ impl<A: Arch> Kernel<A> {
             }
         }
         self.shrink_root(mm);
-        if let Some(mut next) = self.descend(mm, start) {
+        let mut next = self.descend(mm, start);
+        if next.levels > 0 {
             // By the listed starts: the bounds of its neighbours may be about to change.
             let listed = self.path_slot(&next, next.levels - 1).start.get();
             if listed > start || self.advance(&mut next) {
@@ -365,26 +358,21 @@ impl<A: Arch> Kernel<A> {
     /// `vma`, which was inserted at `old_start`, has other bounds now, in the same place of the order.
     pub(super) fn tree_update(&self, mm: &Mm, vma: Pa<Vma>, old_start: u64) {
         let area = self.obj(vma);
-        let path = self.descend(mm, old_start).expect("the VMA is in the tree");
-        let leaf = path.levels - 1;
+        let mut path = self.descend(mm, old_start);
         assert_eq!(self.path_vma(&path), vma, "VMA at {old_start:#x} not found");
+        let leaf = path.levels - 1;
         self.path_slot(&path, leaf).start.set(area.start.get());
         self.refresh_gap(&path);
-        let mut next = path;
-        if self.advance(&mut next) {
-            self.refresh_gap(&next);
+        if self.advance(&mut path) {
+            self.refresh_gap(&path);
         }
     }
 
     /// Computes the hole in front of the VMA at `path` again.
     fn refresh_gap(&self, path: &Path) {
         let start = self.obj(self.path_vma(path)).start.get();
-        let mut prev = path.clone();
-        let before = if self.retreat(&mut prev) {
-            self.obj(self.path_vma(&prev)).end.get()
-        } else {
-            0
-        };
+        let before = self.path_before(path);
+        let before = before.map_or(0, |vma| self.obj(vma).end.get());
         // While a boundary between neighbours moves they may overlap for a moment.
         let gap = start.saturating_sub(before);
         let leaf = path.levels - 1;

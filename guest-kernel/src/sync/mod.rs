@@ -118,14 +118,11 @@ impl<A: Arch> Kernel<A> {
         rwlock::try_read(word).then(|| self.acquired(word, class, Taken::Trying, 0))
     }
 
-    /// Takes the reader-writer lock `word` for writing: alone. Who releases it tells so ([`crate::mm`]'s `mmap_write_lock`).
+    /// Takes the reader-writer lock `word` for writing: alone. Whoever releases it does so by [`Kernel::released`].
     pub(crate) fn write_lock(&self, word: &AtomicU64, class: LockClass) {
         loop {
             match rwlock::try_write(word) {
-                Ok(()) => {
-                    core::mem::forget(self.acquired(word, class, Taken::Waiting, 0));
-                    return;
-                }
+                Ok(()) => return self.tell_acquired(word, class, Taken::Waiting, 0),
                 Err(rwlock::Refused::Raced) => {}
                 Err(rwlock::Refused::Held) => {
                     rwlock::claim(word);
@@ -153,17 +150,34 @@ impl<A: Arch> Kernel<A> {
         taken: Taken,
         mm: u64,
     ) -> Guard<'k, A> {
+        self.tell_acquired(word, class, taken, mm);
+        Guard {
+            kernel: self,
+            word,
+            class,
+        }
+    }
+
+    #[inline]
+    fn tell_acquired(&self, word: &AtomicU64, class: LockClass, taken: Taken, mm: u64) {
         event!(
             self,
             EventKind::LockAcquire,
             [self.lock_id(word), class as u64, taken as u64, mm, 0],
         );
         point!(self, Point::LockAcquire, [self.lock_id(word), class as u64]);
-        Guard {
-            kernel: self,
-            word,
-            class,
-        }
+    }
+
+    /// Releases a lock by `release`, and tells so: before, because another may have it at once.
+    #[inline]
+    pub(crate) fn released(&self, word: &AtomicU64, class: LockClass, release: impl FnOnce()) {
+        event!(
+            self,
+            EventKind::LockRelease,
+            [self.lock_id(word), class as u64, 0, 0, 0],
+        );
+        release();
+        point!(self, Point::LockRelease, [self.lock_id(word), class as u64]);
     }
 
     /// Guest physical address of a lock word: its name in events, the same on every engine.
@@ -179,26 +193,12 @@ impl<A: Arch> Kernel<A> {
 
 impl<A: Arch> Drop for Guard<'_, A> {
     fn drop(&mut self) {
-        let Self {
-            kernel,
-            word,
-            class,
-        } = self;
-        event!(
-            kernel,
-            EventKind::LockRelease,
-            [kernel.lock_id(word), *class as u64, 0, 0, 0],
-        );
-        match class {
-            LockClass::MmapRead => rwlock::release_read(*word),
-            LockClass::VmaRead => vma_lock::release(*word),
-            LockClass::VmaWrite => vma_lock::admit(*word),
-            _ => spin::release(*word),
-        }
-        point!(
-            kernel,
-            Point::LockRelease,
-            [kernel.lock_id(word), *class as u64]
-        );
+        let (word, class) = (self.word, self.class);
+        self.kernel.released(word, class, || match class {
+            LockClass::MmapRead => rwlock::release_read(word),
+            LockClass::VmaRead => vma_lock::release(word),
+            LockClass::VmaWrite => vma_lock::admit(word),
+            _ => spin::release(word),
+        });
     }
 }

@@ -36,9 +36,15 @@ impl FutexOp {
 pub(super) struct FutexKey(pub(super) [u64; 3]);
 
 impl FutexKey {
-    /// One of a process's own memory.
+    /// One that its process alone uses, by its own word for it.
     pub(super) const fn private(mm: Pa<Mm>, gva: u64) -> Self {
         Self([mm.0, 0, gva])
+    }
+
+    /// One that is not said to be private, in private memory: another one than that (Linux's FUT_OFF_MMSHARED). A word lies
+    /// at a multiple of 4.
+    const fn of_private_memory(mm: Pa<Mm>, gva: u64) -> Self {
+        Self([mm.0, 0, gva | 1])
     }
 
     fn is_of(self, task: &Task) -> bool {
@@ -84,7 +90,7 @@ impl<A: Arch> Kernel<A> {
         }
         match self.file_place(mm, gva, is_writable) {
             Some(place) => Ok(FutexKey(place)),
-            None if is_writable => Ok(FutexKey::private(mm, gva)),
+            None if is_writable => Ok(FutexKey::of_private_memory(mm, gva)),
             None => Err(Errno::EFAULT),
         }
     }

@@ -122,7 +122,8 @@ pub(super) fn join(user: &mut User<'_>, gva: u64) {
         if value == 0 {
             return;
         }
-        let result = user.call(nr::FUTEX, [gva, WAIT, value.into(), 0]);
+        // Not private: exit wakes as if another process might wait, as Linux's mm_release does.
+        let result = user.call(nr::FUTEX, [gva, futex::WAIT, value.into(), 0]);
         assert!(matches!(result, Ok(0) | Err(Errno::EAGAIN)), "{result:?}");
     }
 }
@@ -291,6 +292,34 @@ fn processes_wake_each_other_in_shared_memory_only() {
             machine(cpus, vec![program(parent), program(child)]).status,
             0
         );
+    }
+}
+
+/// As on Linux, where the key of one carries FUT_OFF_MMSHARED: who says that a word is private, and who does not, wait for two
+/// futexes.
+#[test]
+fn a_private_futex_and_a_shared_one_of_one_word_are_two() {
+    const GO: u64 = WORDS;
+    const ASLEEP: u64 = WORDS + 4;
+    for (wait, other, same) in [(WAIT, futex::WAKE, WAKE), (futex::WAIT, WAKE, futex::WAKE)] {
+        let parent = move |user: &mut User<'_>| {
+            map_words(user);
+            user.clone(THREAD, 0, 1).expect("a thread");
+            while user.load(ASLEEP) != 1 {
+                user.call(nr::SCHED_YIELD, [0; 4]).expect("a yield");
+            }
+            // On one CPU the thread sleeps by now.
+            assert_eq!(user.call(nr::FUTEX, [GO, other, 1, 0]), Ok(0));
+            assert_eq!(user.call(nr::FUTEX, [GO, same, 1, 0]), Ok(1));
+            0
+        };
+        let thread = move |user: &mut User<'_>| {
+            user.store(ASLEEP, 1);
+            assert_eq!(user.call(nr::FUTEX, [GO, wait, 0, 0]), Ok(0));
+            0
+        };
+        let programs = vec![program(parent), program(thread)];
+        assert_eq!(machine(1, programs).status, 0);
     }
 }
 

@@ -313,7 +313,7 @@ macro_rules! events {
             /// The kind with number `id`.
             #[inline]
             #[must_use]
-            pub fn from_id(id: u32) -> Option<Self> {
+            pub const fn from_id(id: u32) -> Option<Self> {
                 match id { $($id => Some(EventKind::$variant),)+ _ => None }
             }
         }

@@ -14,7 +14,7 @@ use super::strategy::{Exhaustive, Explored, Pct, Random, Replay, RoundRobin, Tol
 use super::{
     Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
 };
-use crate::check::stream::{self, Monitor};
+use crate::check::stream::{Monitor, Panel};
 use crate::check::{self, Moment, Violation};
 use crate::engine::{Costs, Engine};
 use crate::scenario::Fail;
@@ -221,7 +221,7 @@ impl<E: Engine> Worker<E> {
     pub fn new(driver: Driver<E>, plan: &Plan) -> Result<Self, DriverError> {
         let mut worker = Self {
             driver,
-            monitors: stream::all(),
+            monitors: vec![Box::new(Panel::default())],
             length: 1,
             search: None,
             coverage: Coverage::default(),

@@ -12,7 +12,7 @@ use abi::syscall::{Errno, nr};
 
 use super::probe::{Favour, MAX_REPORTS, Shown};
 use super::{Actor, Schedule, Scheduler, View};
-use crate::check::stream::{Audience, Monitor, Seen};
+use crate::check::stream::{Monitor, Seen};
 use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
@@ -470,7 +470,6 @@ impl<E: Engine> Driver<E> {
         monitors: &mut [Box<dyn Monitor>],
         run: &mut Execution,
     ) -> Result<Ending, DriverError> {
-        let audience = Audience::of(monitors);
         let mut found = Vec::new();
         let mut last = None;
         let mut points = 0u64;
@@ -538,7 +537,9 @@ impl<E: Engine> Driver<E> {
                 };
                 run.events.push(seen);
                 let before = found.len();
-                audience.tell(monitors, &seen, &mut found);
+                for monitor in monitors.iter_mut() {
+                    monitor.observe(&seen, &mut found);
+                }
                 if found.len() > before {
                     break; // What comes after it tells nothing more.
                 }

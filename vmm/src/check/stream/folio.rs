@@ -293,6 +293,23 @@ impl Folios {
     }
 }
 
+impl Folios {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[
+        EventKind::FrameAlloc,
+        EventKind::FrameFree,
+        EventKind::PteChange,
+        EventKind::MapcountChange,
+        EventKind::RefcountChange,
+        EventKind::FolioSplit,
+        EventKind::Pin,
+        EventKind::LockAcquire,
+        EventKind::LockRelease,
+        EventKind::SyscallExit,
+        EventKind::FaultExit,
+    ])
+    .of_locks(&[LockClass::PageTable]);
+}
+
 impl Monitor for Folios {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -332,31 +349,17 @@ impl Monitor for Folios {
         }
     }
     fn follows(&self) -> Kinds {
-        const {
-            Kinds::of(&[
-                EventKind::FrameAlloc,
-                EventKind::FrameFree,
-                EventKind::PteChange,
-                EventKind::MapcountChange,
-                EventKind::RefcountChange,
-                EventKind::FolioSplit,
-                EventKind::Pin,
-                EventKind::LockAcquire,
-                EventKind::LockRelease,
-                EventKind::SyscallExit,
-                EventKind::FaultExit,
-            ])
-            .of_locks(&[LockClass::PageTable])
-        }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         if seen.vcpu >= self.sections.len() {
             return;
         }
         let args = seen.event.args;
         let of_table = args[1] == LockClass::PageTable as u64;
-        match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::FrameAlloc) if is_counted(args[2]) => {
+        match kind {
+            EventKind::FrameAlloc if is_counted(args[2]) => {
                 let fresh = Frame {
                     refcount: 1,
                     ..Frame::default()
@@ -366,21 +369,21 @@ impl Monitor for Folios {
                     self.large.insert(args[0]);
                 }
             }
-            Some(EventKind::FrameFree) => self.free(seen, found),
-            Some(EventKind::PteChange) => self.pte_change(seen),
-            Some(EventKind::MapcountChange) => self.mapcount(seen, found),
-            Some(EventKind::RefcountChange) => self.refcount(seen, found),
-            Some(EventKind::FolioSplit) => self.split(args[0]),
-            Some(EventKind::Pin) => self.pin(seen, found),
-            Some(EventKind::LockAcquire) if of_table => self.sections[seen.vcpu].locks += 1,
-            Some(EventKind::LockRelease) if of_table => {
+            EventKind::FrameFree => self.free(seen, found),
+            EventKind::PteChange => self.pte_change(seen),
+            EventKind::MapcountChange => self.mapcount(seen, found),
+            EventKind::RefcountChange => self.refcount(seen, found),
+            EventKind::FolioSplit => self.split(args[0]),
+            EventKind::Pin => self.pin(seen, found),
+            EventKind::LockAcquire if of_table => self.sections[seen.vcpu].locks += 1,
+            EventKind::LockRelease if of_table => {
                 let section = &mut self.sections[seen.vcpu];
                 section.locks = section.locks.saturating_sub(1);
                 if section.locks == 0 {
                     self.section_over(seen, found);
                 }
             }
-            Some(EventKind::SyscallExit | EventKind::FaultExit) => self.section_over(seen, found),
+            EventKind::SyscallExit | EventKind::FaultExit => self.section_over(seen, found),
             _ => {}
         }
     }

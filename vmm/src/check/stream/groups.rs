@@ -109,6 +109,10 @@ fn about(seen: &Seen, frame: u64, what: &str) -> Finding {
         .detail(format!("by task {} on vCPU {}", seen.event.task, seen.vcpu))
 }
 
+impl Charges {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[EventKind::Charge, EventKind::FrameFree]);
+}
+
 impl Monitor for Charges {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -121,12 +125,13 @@ impl Monitor for Charges {
         self.frames.clone_from(&self.start);
     }
     fn follows(&self) -> Kinds {
-        const { Kinds::of(&[EventKind::Charge, EventKind::FrameFree]) }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::Charge) => self.charge(seen, found),
-            Some(EventKind::FrameFree) if !self.frames.is_empty() => self.freed(seen, found),
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
+        match kind {
+            EventKind::Charge => self.charge(seen, found),
+            EventKind::FrameFree if !self.frames.is_empty() => self.freed(seen, found),
             _ => {}
         }
     }

@@ -235,6 +235,30 @@ impl Lifetime {
     }
 }
 
+impl Lifetime {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[
+        EventKind::Cr3Load,
+        EventKind::PteChange,
+        EventKind::TlbGen,
+        EventKind::CpumaskSet,
+        EventKind::VmaAttach,
+        EventKind::VmaFound,
+        EventKind::ShootdownBegin,
+        EventKind::VmaAlloc,
+        EventKind::VmaFree,
+        EventKind::VmaDetach,
+        EventKind::MmFree,
+        EventKind::MmCount,
+        EventKind::MmUsers,
+        EventKind::WalkBegin,
+        EventKind::WalkEnd,
+        EventKind::LockRelease,
+        EventKind::FaultExit,
+        EventKind::SyscallExit,
+    ])
+    .of_locks(KEEP_VMAS);
+}
+
 impl Monitor for Lifetime {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -251,35 +275,11 @@ impl Monitor for Lifetime {
         self.walking_back.clear();
     }
     fn follows(&self) -> Kinds {
-        const {
-            Kinds::of(&[
-                EventKind::Cr3Load,
-                EventKind::PteChange,
-                EventKind::TlbGen,
-                EventKind::CpumaskSet,
-                EventKind::VmaAttach,
-                EventKind::VmaFound,
-                EventKind::ShootdownBegin,
-                EventKind::VmaAlloc,
-                EventKind::VmaFree,
-                EventKind::VmaDetach,
-                EventKind::MmFree,
-                EventKind::MmCount,
-                EventKind::MmUsers,
-                EventKind::WalkBegin,
-                EventKind::WalkEnd,
-                EventKind::LockRelease,
-                EventKind::FaultExit,
-                EventKind::SyscallExit,
-            ])
-            .of_locks(KEEP_VMAS)
-        }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         let args = seen.event.args;
-        let Some(kind) = EventKind::from_id(seen.event.kind) else {
-            return;
-        };
         let mm = match kind {
             EventKind::Cr3Load => args[1],
             EventKind::PteChange

@@ -143,6 +143,17 @@ impl Locks {
     }
 }
 
+impl Locks {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[
+        EventKind::LockAcquire,
+        EventKind::LockRelease,
+        EventKind::SyscallExit,
+        EventKind::FaultExit,
+        EventKind::MmCreate,
+        EventKind::FrameAlloc,
+    ]);
+}
+
 impl Monitor for Locks {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -157,26 +168,18 @@ impl Monitor for Locks {
         self.order.reset();
     }
     fn follows(&self) -> Kinds {
-        const {
-            Kinds::of(&[
-                EventKind::LockAcquire,
-                EventKind::LockRelease,
-                EventKind::SyscallExit,
-                EventKind::FaultExit,
-                EventKind::MmCreate,
-                EventKind::FrameAlloc,
-            ])
-        }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         let [word, class, third, ..] = seen.event.args;
         let class = LockClass::from_u64(class);
-        match (EventKind::from_id(seen.event.kind), class) {
-            (Some(EventKind::LockAcquire), Some(class)) => self.acquired(seen, word, class, found),
-            (Some(EventKind::LockRelease), Some(class)) => self.released(seen, word, class, found),
-            (Some(EventKind::SyscallExit | EventKind::FaultExit), _) => self.over(seen, found),
-            (Some(EventKind::MmCreate), _) => self.order.mm_created(third),
-            (Some(EventKind::FrameAlloc), _) => self.order.frame_allocated(word, third),
+        match (kind, class) {
+            (EventKind::LockAcquire, Some(class)) => self.acquired(seen, word, class, found),
+            (EventKind::LockRelease, Some(class)) => self.released(seen, word, class, found),
+            (EventKind::SyscallExit | EventKind::FaultExit, _) => self.over(seen, found),
+            (EventKind::MmCreate, _) => self.order.mm_created(third),
+            (EventKind::FrameAlloc, _) => self.order.frame_allocated(word, third),
             _ => {}
         }
     }

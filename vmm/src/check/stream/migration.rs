@@ -72,6 +72,15 @@ impl Migrations {
     }
 }
 
+impl Migrations {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[
+        EventKind::PteChange,
+        EventKind::LockRelease,
+        EventKind::FrameFree,
+    ])
+    .of_locks(&[LockClass::Folio]);
+}
+
 impl Monitor for Migrations {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -92,27 +101,21 @@ impl Monitor for Migrations {
         self.entries.clone_from(&self.start);
     }
     fn follows(&self) -> Kinds {
-        const {
-            Kinds::of(&[
-                EventKind::PteChange,
-                EventKind::LockRelease,
-                EventKind::FrameFree,
-            ])
-            .of_locks(&[LockClass::Folio])
-        }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         let args = seen.event.args;
-        match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::PteChange) if args[2] == 1 => {
+        match kind {
+            EventKind::PteChange if args[2] == 1 => {
                 self.pte_change(Pte(args[3]), Pte(args[4]));
             }
             _ if self.entries.is_empty() => {}
-            Some(EventKind::LockRelease) if args[1] == LockClass::Folio as u64 => {
+            EventKind::LockRelease if args[1] == LockClass::Folio as u64 => {
                 let offset = args[0].wrapping_sub(self.folios);
                 self.judge(seen, offset / size_of::<Folio>() as u64, "unlocked", found);
             }
-            Some(EventKind::FrameFree) => self.judge(seen, args[0] >> PAGE_SHIFT, "freed", found),
+            EventKind::FrameFree => self.judge(seen, args[0] >> PAGE_SHIFT, "freed", found),
             _ => {}
         }
     }

@@ -10,6 +10,7 @@ pub mod locks;
 pub mod merge;
 pub mod migration;
 mod order;
+mod panel;
 pub mod rcu;
 pub mod rmap;
 pub mod tlb;
@@ -22,6 +23,7 @@ use abi::lock::LockClass;
 
 use super::{Finding, Violation};
 use crate::memory::PhysMem;
+pub use panel::{Panel, all};
 
 /// An event, and on which vCPU it happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,12 +79,15 @@ impl Kinds {
     /// True where `event` is of the set. It may be where its kind or its class is none that anybody knows.
     #[must_use]
     pub const fn has(self, event: &Event) -> bool {
-        let classes = if is_of_lock(event.kind) {
-            self.classes & bit(event.args[1])
-        } else {
-            1
-        };
-        self.kinds & bit(event.kind as u64) != 0 && classes != 0
+        self.has_kind(event.kind) && (!is_of_lock(event.kind) || self.has_class(event.args[1]))
+    }
+
+    const fn has_kind(self, kind: u32) -> bool {
+        self.kinds & bit(kind as u64) != 0
+    }
+
+    const fn has_class(self, class: u64) -> bool {
+        self.classes & bit(class) != 0
     }
 }
 
@@ -93,47 +98,6 @@ const fn bit(number: u64) -> u64 {
 
 const fn is_of_lock(kind: u32) -> bool {
     kind == EventKind::LockAcquire as u32 || kind == EventKind::LockRelease as u32
-}
-
-/// Which of some monitors follow each kind of event, and of those of locks each class.
-#[derive(Clone, Debug)]
-pub struct Audience {
-    kinds: [u32; u64::BITS as usize],
-    classes: [u32; u64::BITS as usize],
-}
-
-impl Audience {
-    /// Of `monitors`, at most 32.
-    #[must_use]
-    pub fn of(monitors: &[Box<dyn Monitor>]) -> Self {
-        assert!(monitors.len() <= u32::BITS as usize, "too many monitors");
-        let mut all = Self {
-            kinds: [0; u64::BITS as usize],
-            classes: [0; u64::BITS as usize],
-        };
-        for (index, monitor) in monitors.iter().enumerate() {
-            let Kinds { kinds, classes } = monitor.follows();
-            for (set, who) in [(kinds, &mut all.kinds), (classes, &mut all.classes)] {
-                for (number, who) in who.iter_mut().enumerate() {
-                    *who |= u32::from(set & bit(number as u64) != 0) << index;
-                }
-            }
-        }
-        all
-    }
-
-    /// Tells the next event to those of `monitors` that follow it.
-    pub fn tell(&self, monitors: &mut [Box<dyn Monitor>], seen: &Seen, found: &mut Vec<Violation>) {
-        let Event { kind, args, .. } = seen.event;
-        let mut left = self.kinds[(kind % u64::BITS) as usize];
-        if is_of_lock(kind) {
-            left &= self.classes[(args[1] % u64::from(u64::BITS)) as usize];
-        }
-        while left != 0 {
-            monitors[left.trailing_zeros() as usize].observe(seen, found);
-            left &= left - 1;
-        }
-    }
 }
 
 /// An ID that is never reused for anything else, and what must be true.
@@ -269,23 +233,6 @@ fn violation(rules: &[Rule], id: &'static str, finding: Finding) -> Violation {
     }
 }
 
-/// Every monitor there is.
-#[must_use]
-pub fn all() -> Vec<Box<dyn Monitor>> {
-    vec![
-        Box::new(tlb::TlbModel::new()),
-        Box::new(locks::Locks::default()),
-        Box::new(lifetime::Lifetime::default()),
-        Box::new(folio::Folios::default()),
-        Box::new(walk::Walks::default()),
-        Box::new(rcu::Rcu::default()),
-        Box::new(rmap::Rmap::default()),
-        Box::new(migration::Migrations::default()),
-        Box::new(groups::Charges::default()),
-        Box::new(vma_lock::VmaLocks::default()),
-    ]
-}
-
 /// Judges a stream of events.
 pub trait Monitor {
     /// Starts over from this state of the machine, in which no vCPU runs. Expensive: once a campaign.
@@ -299,8 +246,17 @@ pub trait Monitor {
     /// The kinds of events that it needs to be told: so much of a schedule's time goes into telling that each is told to
     /// those only that do something with it.
     fn follows(&self) -> Kinds;
-    /// Takes the next event; appends what it shows to be wrong to `found`.
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>);
+    /// Takes the next event, which is of `kind`; appends what it shows to be wrong to `found`.
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>);
+    /// Takes an event of a kind that nobody knows: only a guest that lies tells of one.
+    fn take_unknown(&mut self) {}
+    /// Takes the next event, of whatever kind.
+    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        match EventKind::from_id(seen.event.kind) {
+            Some(kind) => self.take(kind, seen, found),
+            None => self.take_unknown(),
+        }
+    }
     /// Every vCPU stands at a scheduling point, and all events up to there were observed: a monitor may look at
     /// memory. Called after every step of a serialised run: most times this must do nothing.
     fn settled(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}

@@ -167,6 +167,20 @@ impl Rcu {
     }
 }
 
+impl Rcu {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[
+        EventKind::RcuEnter,
+        EventKind::RcuExit,
+        EventKind::SyscallExit,
+        EventKind::Switch,
+        EventKind::RcuRetire,
+        EventKind::RcuFree,
+        EventKind::FrameFree,
+        EventKind::RcuGpStart,
+        EventKind::RcuGpEnd,
+    ]);
+}
+
 impl Monitor for Rcu {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -181,33 +195,22 @@ impl Monitor for Rcu {
         self.at = 0;
     }
     fn follows(&self) -> Kinds {
-        const {
-            Kinds::of(&[
-                EventKind::RcuEnter,
-                EventKind::RcuExit,
-                EventKind::SyscallExit,
-                EventKind::Switch,
-                EventKind::RcuRetire,
-                EventKind::RcuFree,
-                EventKind::FrameFree,
-                EventKind::RcuGpStart,
-                EventKind::RcuGpEnd,
-            ])
-        }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         self.at += 1;
-        match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::RcuEnter) => self.nest(seen, 1, found),
-            Some(EventKind::RcuExit) => self.nest(seen, -1, found),
-            Some(EventKind::SyscallExit | EventKind::Switch) => self.outside(seen, found),
-            Some(EventKind::RcuRetire) => self.retire(seen, found),
-            Some(EventKind::RcuFree) => self.free(seen, found),
-            Some(EventKind::FrameFree) => self.frame_freed(seen, found),
-            Some(EventKind::RcuGpStart) => {
+        match kind {
+            EventKind::RcuEnter => self.nest(seen, 1, found),
+            EventKind::RcuExit => self.nest(seen, -1, found),
+            EventKind::SyscallExit | EventKind::Switch => self.outside(seen, found),
+            EventKind::RcuRetire => self.retire(seen, found),
+            EventKind::RcuFree => self.free(seen, found),
+            EventKind::FrameFree => self.frame_freed(seen, found),
+            EventKind::RcuGpStart => {
                 self.graces.insert(seen.vcpu, self.at);
             }
-            Some(EventKind::RcuGpEnd) => self.grace_over(seen, found),
+            EventKind::RcuGpEnd => self.grace_over(seen, found),
             _ => {}
         }
     }

@@ -100,6 +100,10 @@ impl Rmap {
     }
 }
 
+impl Rmap {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[EventKind::PteChange]);
+}
+
 impl Monitor for Rmap {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -120,10 +124,11 @@ impl Monitor for Rmap {
         self.looks = LOOKS;
     }
     fn follows(&self) -> Kinds {
-        const { Kinds::of(&[EventKind::PteChange]) }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, _: &mut Vec<Violation>) {
-        if seen.event.kind != EventKind::PteChange as u32 {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, _: &mut Vec<Violation>) {
+        if kind != EventKind::PteChange {
             return;
         }
         let [_, _, level, old, new] = seen.event.args;

@@ -241,6 +241,25 @@ impl VmaLocks {
     }
 }
 
+impl VmaLocks {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[
+        EventKind::LockAcquire,
+        EventKind::LockRelease,
+        EventKind::VmaAttach,
+        EventKind::VmaChange,
+        EventKind::VmaDetach,
+        EventKind::VmaFound,
+        EventKind::WalkBegin,
+        EventKind::MmCreate,
+        EventKind::MmFree,
+    ])
+    .of_locks(&[
+        LockClass::MmapWrite,
+        LockClass::VmaRead,
+        LockClass::VmaWrite,
+    ]);
+}
+
 impl Monitor for VmaLocks {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -263,31 +282,15 @@ impl Monitor for VmaLocks {
         self.writers.clear();
     }
     fn follows(&self) -> Kinds {
-        const {
-            Kinds::of(&[
-                EventKind::LockAcquire,
-                EventKind::LockRelease,
-                EventKind::VmaAttach,
-                EventKind::VmaChange,
-                EventKind::VmaDetach,
-                EventKind::VmaFound,
-                EventKind::WalkBegin,
-                EventKind::MmCreate,
-                EventKind::MmFree,
-            ])
-            .of_locks(&[
-                LockClass::MmapWrite,
-                LockClass::VmaRead,
-                LockClass::VmaWrite,
-            ])
-        }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         let [a, b, c, d, _] = seen.event.args;
-        match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::LockAcquire) => self.acquired(seen, found),
-            Some(EventKind::LockRelease) => self.released(seen),
-            Some(EventKind::VmaAttach) => {
+        match kind {
+            EventKind::LockAcquire => self.acquired(seen, found),
+            EventKind::LockRelease => self.released(seen),
+            EventKind::VmaAttach => {
                 let known = Known {
                     mm: a,
                     start: c,
@@ -297,11 +300,11 @@ impl Monitor for VmaLocks {
                 self.vmas.insert(b, known);
                 self.written.push(b);
             }
-            Some(EventKind::VmaChange | EventKind::VmaDetach) => self.changed(seen, found),
-            Some(EventKind::VmaFound) => self.found(seen, found),
-            Some(EventKind::WalkBegin) => self.walk(seen, found),
-            Some(EventKind::MmCreate) => drop(self.locks.insert(a, mmap_lock(c))),
-            Some(EventKind::MmFree) => drop(self.locks.remove(&a)),
+            EventKind::VmaChange | EventKind::VmaDetach => self.changed(seen, found),
+            EventKind::VmaFound => self.found(seen, found),
+            EventKind::WalkBegin => self.walk(seen, found),
+            EventKind::MmCreate => drop(self.locks.insert(a, mmap_lock(c))),
+            EventKind::MmFree => drop(self.locks.remove(&a)),
             _ => {}
         }
     }

@@ -264,6 +264,23 @@ impl Walks {
     }
 }
 
+impl Walks {
+    pub(super) const FOLLOWS: Kinds = Kinds::of(&[
+        EventKind::WalkBegin,
+        EventKind::WalkEnd,
+        EventKind::LockAcquire,
+        EventKind::LockRelease,
+        EventKind::RcuEnter,
+        EventKind::RcuExit,
+        EventKind::MmCreate,
+        EventKind::MmFree,
+        EventKind::Cr3Load,
+        EventKind::PteChange,
+        EventKind::FrameFree,
+    ])
+    .of_locks(PROTECT);
+}
+
 impl Monitor for Walks {
     fn fork(&self) -> Box<dyn Monitor> {
         Box::new(self.clone())
@@ -281,43 +298,29 @@ impl Monitor for Walks {
         self.at = 0;
     }
     fn follows(&self) -> Kinds {
-        const {
-            Kinds::of(&[
-                EventKind::WalkBegin,
-                EventKind::WalkEnd,
-                EventKind::LockAcquire,
-                EventKind::LockRelease,
-                EventKind::RcuEnter,
-                EventKind::RcuExit,
-                EventKind::MmCreate,
-                EventKind::MmFree,
-                EventKind::Cr3Load,
-                EventKind::PteChange,
-                EventKind::FrameFree,
-            ])
-            .of_locks(PROTECT)
-        }
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         self.at += 1;
         let args = seen.event.args;
-        match EventKind::from_id(seen.event.kind) {
-            Some(EventKind::WalkBegin) => self.begin(seen, found),
-            Some(EventKind::LockAcquire) => self.lock(seen, true, found),
-            Some(EventKind::LockRelease) => self.lock(seen, false, found),
-            Some(EventKind::RcuEnter | EventKind::RcuExit) => {
+        match kind {
+            EventKind::WalkBegin => self.begin(seen, found),
+            EventKind::LockAcquire => self.lock(seen, true, found),
+            EventKind::LockRelease => self.lock(seen, false, found),
+            EventKind::RcuEnter | EventKind::RcuExit => {
                 self.sections.insert(seen.vcpu, args[0]);
                 self.judge_own(seen, found);
             }
-            Some(EventKind::MmCreate) => drop(self.now.mms.insert(args[0], args[2])),
-            Some(EventKind::MmFree) => drop(self.now.mms.remove(&args[0])),
-            Some(EventKind::Cr3Load) => {
+            EventKind::MmCreate => drop(self.now.mms.insert(args[0], args[2])),
+            EventKind::MmFree => drop(self.now.mms.remove(&args[0])),
+            EventKind::Cr3Load => {
                 if let Some(loaded) = self.now.loaded.get_mut(seen.vcpu) {
                     *loaded = args[1];
                 }
                 self.judge_own(seen, found);
             }
-            Some(EventKind::WalkEnd) => {
+            EventKind::WalkEnd => {
                 let me = who(seen);
                 // The innermost: walks nest.
                 let same = |walk: &Walk| (walk.who, walk.mm, walk.gva) == (me, args[0], args[1]);
@@ -325,8 +328,8 @@ impl Monitor for Walks {
                     self.walks.remove(at);
                 }
             }
-            Some(EventKind::PteChange) => self.unlink(args),
-            Some(EventKind::FrameFree) => self.free(seen, found),
+            EventKind::PteChange => self.unlink(args),
+            EventKind::FrameFree => self.free(seen, found),
             _ => {}
         }
     }

@@ -259,13 +259,18 @@ impl Monitor for TlbModel {
     }
 
     fn follows(&self) -> Kinds {
-        Kinds::ALL // It tells events by their numbers.
+        Self::FOLLOWS
     }
-    fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    #[inline(always)]
+    fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         self.now.at += 1;
         if JUDGED.has(&seen.event) && seen.vcpu < self.now.state.vcpus.len() {
-            self.judge(seen, found);
+            self.judge(kind, seen, found);
         }
+    }
+
+    fn take_unknown(&mut self) {
+        self.now.at += 1;
     }
 
     fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
@@ -313,12 +318,13 @@ const JUDGED: Kinds = Kinds::of(&[
 .of_locks(KEEP_VMAS);
 
 impl TlbModel {
-    fn judge(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    /// It tells events by their numbers.
+    pub(super) const FOLLOWS: Kinds = Kinds::ALL;
+
+    #[inline(always)]
+    fn judge(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         let Event { task, args, .. } = seen.event;
         let vcpu = seen.vcpu;
-        let Some(kind) = EventKind::from_id(seen.event.kind) else {
-            return;
-        };
         match kind {
             EventKind::PteChange => self.pte_change(seen, found),
             EventKind::FlushLocal => self.flush_local(vcpu, args),

@@ -370,7 +370,7 @@ events! {
     RcuGpWait = 52, "rcu-gp-wait", ["grace", "cpus"];
     RcuGpEnd = 53, "rcu-gp-end", ["grace"];
     RcuFree = 54, "rcu-free", ["object", "kind"];
-    FolioSplit = 59, "folio-split", ["frame", "order"];
+    FolioSplit = 59, "folio-split", ["frame", "order", "held"];
     Pin = 60, "pin", ["frame", "new", "old", "gva"];
     DiskSubmit = 61, "disk-submit", ["op", "sector", "gpa", "bytes", "of-file"];
     DiskDone = 62, "disk-done", ["op", "sector", "gpa", "status"];

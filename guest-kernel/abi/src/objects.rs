@@ -357,7 +357,7 @@ pub struct LruList {
     pub first: AtomicU64,
     /// The next to go: frame number, 0 for none.
     pub last: AtomicU64,
-    /// Folios on it.
+    /// Pages of the folios on it.
     pub count: AtomicU64,
 }
 

@@ -170,7 +170,7 @@ impl<A: Arch> Kernel<A> {
                 self.gather_finish(gather);
             }
             Advice::Collapse => return self.collapse_advice(mm, vma, (at, to)),
-            Advice::Age(age) => self.age(mm, (at, to), age),
+            Advice::Age(age) => self.age(mm, vma, (at, to), age),
             Advice::WillNeed => self.read_ahead(mm, (at, to)),
             Advice::Populate(_) | Advice::Remove => {}
         }

@@ -13,7 +13,7 @@
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
 
 use abi::channel::{EventKind, cause};
-use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
+use abi::layout::{HUGE_ORDER, HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::objects::{AnonVma, FrameKind, Mm, Pa, folio_flags};
 use abi::point::Point;
 use abi::pte::Pte;
@@ -78,6 +78,11 @@ impl<A: Arch> Kernel<A> {
         } else {
             gpa
         }
+    }
+
+    /// True where the frame at `gpa`, to whose folio the caller refers, is the head of a folio of 2 MiB.
+    pub(super) fn is_large(&self, gpa: u64) -> bool {
+        self.folio(gpa).order.get() == HUGE_ORDER
     }
 
     /// Counts one mapping less. The mapping's reference stays with the caller.

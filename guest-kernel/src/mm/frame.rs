@@ -198,6 +198,7 @@ impl<A: Arch> Kernel<A> {
         let folio = self.frame_folio(frame);
         folio.kind.set(kind as u8);
         folio.flags.set(0);
+        folio.state.set(0);
         folio.refcount.set(0);
         folio.mapcount.set(0);
         folio.owner.set(owner);

@@ -173,13 +173,19 @@ impl<A: Arch> Kernel<A> {
         used: Used,
         mut finish: impl FnMut(u64) -> bool,
     ) -> u64 {
-        let mut batch = Batch::new();
+        let (mut batch, mut freed) = (Batch::new(), 0);
         for &gpa in isolated.frames() {
             if batch.is_full() {
                 self.batch_flush(&mut batch);
             }
             match self.judge(gpa, used) {
-                Verdict::Reclaim => self.unmap(gpa, &mut batch),
+                Verdict::Reclaim => match self.split_to_reclaim(gpa) {
+                    Some(unmapped) => {
+                        freed += unmapped;
+                        self.unmap(gpa, &mut batch);
+                    }
+                    None => self.mark(gpa, folio_state::ACTIVE),
+                },
                 Verdict::Keep => {}
                 Verdict::Activate => self.mark(gpa, folio_state::ACTIVE),
                 Verdict::Cull => self.mark(gpa, folio_state::UNEVICTABLE),
@@ -196,7 +202,6 @@ impl<A: Arch> Kernel<A> {
                 self.swap_write(gpa);
             }
         }
-        let mut freed = 0;
         for &gpa in isolated.frames() {
             freed += u64::from(finish(gpa));
         }
@@ -204,6 +209,19 @@ impl<A: Arch> Kernel<A> {
             self.batch_flush(&mut batch);
         }
         freed
+    }
+
+    /// Slots are for one page each: so a folio of 2 MiB is split first. Its pages are the next to be reclaimed, and the first
+    /// one stays in hand (Linux splits where it finds no 512 slots in a row: mm/vmscan.c, `shrink_folio_list`). Returns how many
+    /// pages nothing maps, which are free then. None where it stays whole; or nothing would be gained.
+    fn split_to_reclaim(&self, gpa: u64) -> Option<u64> {
+        if !self.is_large(gpa) || self.folio(gpa).mapcount.load(Acquire) == 0 {
+            return Some(0);
+        }
+        if self.swap_is_full() {
+            return None;
+        }
+        self.split_isolated(gpa)
     }
 
     fn mark(&self, gpa: u64, state: u8) {
@@ -237,7 +255,8 @@ impl<A: Arch> Kernel<A> {
         let Some(found) = self.folio_referenced(gpa) else {
             return Verdict::Keep;
         };
-        if found.locked {
+        // Of a folio of 2 MiB a part may be locked: the rest of it can go.
+        if found.locked && !(found.evictable && self.is_large(gpa)) {
             return Verdict::Cull;
         }
         if used == Used::Ignored {

@@ -48,7 +48,7 @@ pub struct ListView {
     pub first: u64,
     /// Frame number, 0 for none.
     pub last: u64,
-    /// Folios on it, by the kernel's word.
+    /// Pages of the folios on it, by the kernel's word.
     pub count: u64,
 }
 

@@ -11,7 +11,7 @@ use crate::arch::Arch;
 use crate::mm::Field;
 
 /// Slots count the entries that name them, the cache is the same from both ends, and the lists hold every anonymous
-/// folio of one page once. No transfer is under way.
+/// folio once. No transfer is under way.
 pub(super) fn audit_swap<A: Arch>(kernel: &Kernel<A>, found: &Found) {
     let area = &kernel.root().swap;
     assert_eq!((area.lock.get(), kernel.root().lru_lock.get()), (0, 0));
@@ -48,7 +48,7 @@ pub(super) fn audit_swap<A: Arch>(kernel: &Kernel<A>, found: &Found) {
         let is_listed = listed.contains(&frame);
         assert_eq!(
             is_listed,
-            kernel.has_swap() && folio.order.get() == 0,
+            kernel.has_swap(),
             "frame {frame:#x} and the lists"
         );
         if let Some(slot) = kernel.slot_of(frame << PAGE_SHIFT) {
@@ -72,7 +72,7 @@ fn audit_lists<A: Arch>(kernel: &Kernel<A>) -> BTreeSet<u64> {
             let state = folio.state.get();
             assert_ne!(state & folio_state::LRU, 0);
             assert_eq!(lru::list_of(state, kind == FrameKind::File), number);
-            count += 1;
+            count += 1 << folio.order.get();
             (prev, frame) = (frame, folio.next.get());
         }
         assert_eq!((list.last.get(), list.count.get()), (prev, count));

@@ -363,6 +363,7 @@ events! {
     MmUsers = 39, "mm-users", ["mm", "users"];
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
+    SplitQueue = 43, "split-queue", ["frame", "in"];
     RcuEnter = 48, "rcu-enter", ["nesting"];
     RcuExit = 49, "rcu-exit", ["nesting"];
     RcuRetire = 50, "rcu-retire", ["object", "kind"];

@@ -89,6 +89,10 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn folio_unmap(&self, gpa: u64) {
         let before = self.set_mapcount(gpa, -1, cause::UNMAP);
         assert!(before > 0, "folio {gpa:#x} unmapped more often than mapped");
+        let head = self.head(gpa);
+        if self.is_large(head) {
+            self.defer_split(head, before - 1);
+        }
     }
 
     /// Takes a reference, for a [`cause`].
@@ -115,8 +119,9 @@ impl<A: Arch> Kernel<A> {
                 }
                 folio.refcount.set(1);
             }
-            // Reclaim finds folios by its lists, without a reference.
-            if !self.has_swap() || self.lru_forget(gpa) {
+            // Reclaim finds folios by its lists and queue, without a reference.
+            let is_found = self.has_swap() || self.is_large(gpa);
+            if !is_found || self.lru_forget(gpa) {
                 break;
             }
         }

@@ -163,8 +163,13 @@ impl<A: Arch> Kernel<A> {
             EventKind::FolioSplit,
             [head, u64::from(HUGE_ORDER), held, 0, 0]
         );
-        let _lists = self.has_swap().then(|| self.lock_lru());
+        // Nobody takes it off the queue who gets no reference to it.
+        let is_queued = self.is_queued(head);
+        let _lists = (self.has_swap() || is_queued).then(|| self.lock_lru());
         let place = self.lru_split(head);
+        if is_queued {
+            self.queue_unlink(head);
+        }
         // What reclaim knows of the whole it knows of the parts.
         let known = folio.state.get() & OF_LISTS;
         for page in (0..ENTRIES_PER_TABLE).rev() {

@@ -23,8 +23,8 @@ impl<A: Arch> Kernel<A> {
     /// what callers of [`Kernel::reclaim`] may.
     #[cold]
     pub(super) fn reclaim_group(&self, group: u64, wanted: u64) -> u64 {
-        let mut freed = 0;
-        if !self.has_swap() {
+        let mut freed = self.split_deferred(wanted, |gpa| self.is_charged_below(gpa, group));
+        if freed >= wanted || !self.has_swap() {
             return freed;
         }
         for _ in 0..ROUNDS {

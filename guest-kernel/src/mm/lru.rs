@@ -174,17 +174,22 @@ impl<A: Arch> Kernel<A> {
         self.swap_put(gpa, cause::HOLD);
     }
 
-    /// The caller is about to give up the last reference to a listed folio. False where somebody has taken the folio off
+    /// The caller is about to give up the last reference to a folio that is listed, or queued to be split. False where somebody has taken the folio off
     /// meanwhile, and so has another.
     pub(super) fn lru_forget(&self, gpa: u64) -> bool {
         let folio = self.folio(gpa);
-        if folio.state.load(Acquire) & folio_state::LRU == 0 {
+        let is_listed = || folio.state.load(Acquire) & folio_state::LRU != 0;
+        let is_queued = || self.is_large(gpa) && self.is_queued(gpa);
+        if !is_listed() && !is_queued() {
             return folio.refcount.load(Acquire) == 1;
         }
         let _guard = self.lock_lru();
         let last = folio.refcount.load(Acquire) == 1;
-        if last && folio.state.load(Acquire) & folio_state::LRU != 0 {
+        if last && is_listed() {
             self.lru_unlink(gpa);
+        }
+        if last && is_queued() {
+            self.queue_unlink(gpa);
         }
         last
     }

@@ -66,12 +66,23 @@ enum Verdict {
 impl<A: Arch> Kernel<A> {
     /// Frees `wanted` frames or more, if it can. Returns how many.
     pub(crate) fn reclaim(&self, wanted: u64) -> u64 {
+        // What nobody uses at all goes first, without I/O.
+        let split = self.split_deferred(wanted, |_| true);
+        if split >= wanted || !self.has_swap() {
+            return split;
+        }
+        let wanted = wanted - split;
         let freed = self.reclaim_evictable(wanted);
         // Some may have been unlocked since.
-        if freed == 0 && self.lru_rescue() {
+        if split + freed == 0 && self.lru_rescue() {
             return self.reclaim_evictable(wanted);
         }
-        freed
+        split + freed
+    }
+
+    /// True where an allocation that finds no frame may find one by reclaim.
+    pub(super) fn can_reclaim(&self) -> bool {
+        self.has_swap() || self.has_deferred() || self.root().kswapd.reclaiming.get() > 0
     }
 
     fn reclaim_evictable(&self, wanted: u64) -> u64 {
@@ -218,7 +229,7 @@ impl<A: Arch> Kernel<A> {
         if !self.is_large(gpa) || self.folio(gpa).mapcount.load(Acquire) == 0 {
             return Some(0);
         }
-        if self.swap_is_full() {
+        if self.swap_is_full() && !self.is_queued(gpa) {
             return None;
         }
         self.split_isolated(gpa)

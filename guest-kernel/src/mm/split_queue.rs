@@ -39,7 +39,7 @@ impl<A: Arch> Kernel<A> {
 
     /// True where the folio of 2 MiB at `head` is on the queue. It stays so while the lists' lock is held.
     pub(super) fn is_queued(&self, head: u64) -> bool {
-        self.place(head).state.load(Acquire) & folio_state::DEFERRED != 0
+        self.queue_place(head).state.load(Acquire) & folio_state::DEFERRED != 0
     }
 
     /// True where something is on the queue. Of this moment only.
@@ -54,7 +54,7 @@ impl<A: Arch> Kernel<A> {
         let mut freed = 0;
         while left > 0 && freed < wanted {
             let _reclaiming = self.reclaim_begins();
-            let Some(head) = self.queue_take(&is_wanted) else {
+            let Some(head) = self.deferred_take(&is_wanted) else {
                 break;
             };
             left -= 1;
@@ -71,12 +71,12 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// Takes the oldest off, with a reference.
-    fn queue_take(&self, is_wanted: &impl Fn(u64) -> bool) -> Option<u64> {
+    fn deferred_take(&self, is_wanted: &impl Fn(u64) -> bool) -> Option<u64> {
         let _guard = self.lock_lru();
         let mut frame = self.root().split_queue.last.get();
         while frame != 0 {
             let head = frame << PAGE_SHIFT;
-            frame = self.place(head).prev.get();
+            frame = self.queue_place(head).prev.get();
             if is_wanted(head) && self.lru_try_get(head) {
                 self.queue_unlink(head);
                 return Some(head);
@@ -94,19 +94,19 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// The descriptor by which the folio at `head` is linked; links name heads.
-    fn place(&self, head: u64) -> &Folio {
+    fn queue_place(&self, head: u64) -> &Folio {
         self.folio(head + PAGE_SIZE)
     }
 
     /// Under the lock.
     fn queue_link(&self, head: u64) {
-        let (queue, place) = (&self.root().split_queue, self.place(head));
+        let (queue, place) = (&self.root().split_queue, self.queue_place(head));
         let (frame, first) = (head >> PAGE_SHIFT, queue.first.get());
         place.next.set(first);
         place.prev.set(0);
         match first {
             0 => queue.last.set(frame),
-            first => self.place(first << PAGE_SHIFT).prev.set(frame),
+            first => self.queue_place(first << PAGE_SHIFT).prev.set(frame),
         }
         queue.first.set(frame);
         queue.count.set(queue.count.get() + PAGES);
@@ -116,15 +116,15 @@ impl<A: Arch> Kernel<A> {
 
     /// Under the lock.
     pub(super) fn queue_unlink(&self, head: u64) {
-        let (queue, place) = (&self.root().split_queue, self.place(head));
+        let (queue, place) = (&self.root().split_queue, self.queue_place(head));
         let (next, prev) = (place.next.get(), place.prev.get());
         match next {
             0 => queue.last.set(prev),
-            next => self.place(next << PAGE_SHIFT).prev.set(prev),
+            next => self.queue_place(next << PAGE_SHIFT).prev.set(prev),
         }
         match prev {
             0 => queue.first.set(next),
-            prev => self.place(prev << PAGE_SHIFT).next.set(next),
+            prev => self.queue_place(prev << PAGE_SHIFT).next.set(next),
         }
         place.next.set(0);
         place.prev.set(0);

@@ -209,6 +209,10 @@ impl<A: Arch> Kernel<A> {
     /// first page, which stays in hand (Linux's `split_folio_to_list`). Returns how many are free. None where it stays whole: somebody
     /// else uses it, or is at work.
     pub(super) fn split_isolated(&self, head: u64) -> Option<u64> {
+        let folio = self.folio(head);
+        if folio.refcount.load(Acquire) != folio.mapcount.load(Acquire) + 1 {
+            return None;
+        }
         let split = {
             let way = self.try_lock_family(head)?;
             let table = self.sole_table(&way, head)?;

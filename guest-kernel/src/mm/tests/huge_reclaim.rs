@@ -295,3 +295,140 @@ fn an_entry_that_reclaim_splits_meanwhile_is_copied_once() {
     }
     assert!(split > 5, "in {split} places");
 }
+
+/// The folios on the split queue.
+fn queued(k: &TestKernel) -> u64 {
+    k.root().split_queue.count.get() / PAGES
+}
+
+#[test]
+fn what_is_partly_unmapped_is_queued_and_split_when_memory_is_short() {
+    for cmdline in ["", "swap_slots=2000"] {
+        let machine = machine(cmdline);
+        let k = machine.kernel();
+        let (mm, head) = folio(k, 2);
+        let drop_pages = |gva, pages| k.madvise(mm, gva, pages * PAGE, advice::DONTNEED).unwrap();
+        k.mprotect(mm, AT, PAGE, prot::READ).unwrap();
+        assert_eq!(queued(k), 0, "in parts, but all of it");
+        drop_pages(AT + 100 * PAGE, 12);
+        drop_pages(AT + 200 * PAGE, 3);
+        assert_eq!(queued(k), 1, "once");
+        drop_pages(AT + HUGE, 1);
+        assert_eq!(queued(k), 2);
+        audit(k);
+        // The first to come is the first to go, and it is enough.
+        let free = k.root().free_frames.get();
+        assert_eq!(k.reclaim(15), 15);
+        assert_eq!(k.root().free_frames.get(), free + 15);
+        assert_eq!((queued(k), k.folio(head).order.get()), (1, 0));
+        audit(k);
+        // The first page is unmapped of this one.
+        assert_eq!(k.reclaim(1), 1);
+        assert_eq!(k.root().free_frames.get(), free + 16);
+        audit(k);
+        reads_back(k, 0, 0);
+        assert_eq!(k.user_read(0, AT + HUGE + 5 * PAGE), Ok(106));
+        assert_eq!(k.obj(mm).rss.get(), 2 * PAGES - 16);
+        teardown(k, &[mm]);
+    }
+}
+
+#[test]
+fn who_goes_leaves_the_queue() {
+    for cmdline in ["", "swap_slots=2000"] {
+        let machine = machine(cmdline);
+        let k = machine.kernel();
+        let (mm, _) = folio(k, 4);
+        for number in 0..4 {
+            let gva = AT + number * HUGE;
+            k.madvise(mm, gva, PAGE, advice::DONTNEED).unwrap();
+        }
+        assert_eq!(queued(k), 4);
+        // From the middle: unmapped, split on request, gathered anew; and the rest with its program.
+        k.munmap(mm, AT + HUGE, HUGE).unwrap();
+        assert_eq!(queued(k), 3);
+        assert_eq!(k.split_folios(mm, AT + 2 * HUGE, HUGE), Ok(1));
+        audit(k);
+        k.madvise(mm, AT, HUGE, advice::COLLAPSE).unwrap();
+        assert_eq!(queued(k), 1);
+        audit(k);
+        teardown(k, &[mm]);
+        assert_eq!(queued(k), 0);
+    }
+}
+
+#[test]
+fn what_others_use_stays_on_the_queue() {
+    let machine = machine("");
+    let k = machine.kernel();
+    let (mm, head) = folio(k, 1);
+    let drop_page = |page: u64| {
+        k.madvise(mm, AT + page * PAGE, PAGE, advice::DONTNEED)
+            .unwrap()
+    };
+    drop_page(9);
+    let mut frames = [0];
+    let fault = |gva, code| k.fault(mm, gva, code);
+    k.pin_user_pages(mm, AT, true, &mut frames, fault).unwrap();
+    assert_eq!((k.reclaim(1), queued(k)), (0, 1), "a device");
+    k.unpin_user_pages(AT, &frames);
+    let child = k.mm_fork(mm).unwrap();
+    assert_eq!((k.reclaim(1), queued(k)), (0, 1), "a child");
+    assert_eq!(k.folio(head).order.get(), 9);
+    audit(k);
+    k.mm_put(child);
+    audit(k);
+    assert_eq!((k.reclaim(1), queued(k)), (1, 0));
+    teardown(k, &[mm]);
+}
+
+/// One program gives a part of its memory back, and another needs it: without a swap area.
+#[test]
+fn an_allocation_that_finds_nothing_splits_what_is_queued() {
+    let machine = machine("pcp_batch=0");
+    let k = machine.kernel();
+    let (mm, _) = folio(k, 1);
+    k.madvise(mm, AT, 40 * PAGE, advice::DONTNEED).unwrap();
+    map_at(k, mm, AT + 2 * HUGE, 60, RW);
+    k.user_write(0, AT + 2 * HUGE, 7).unwrap();
+    let mut taken = Vec::new();
+    while let Ok(frame) = k.alloc_free_frame(abi::objects::FrameKind::Stack) {
+        taken.push(frame);
+    }
+    let written =
+        (1..60).take_while(|page| k.user_write(0, AT + 2 * HUGE + page * PAGE, *page).is_ok());
+    assert_eq!(written.count(), 40, "as many as the other has given back");
+    assert_eq!(queued(k), 0);
+    audit(k);
+    taken.into_iter().for_each(|frame| k.free_frames(frame));
+    teardown(k, &[mm]);
+}
+
+/// The last mapping goes while reclaim has the folio in hand, taken off the queue.
+#[test]
+fn a_folio_that_goes_while_it_is_in_hand_is_freed_once() {
+    for releases in 0..12 {
+        let machine = machine("");
+        let k = machine.kernel();
+        let (mm, _) = folio(k, 1);
+        k.madvise(mm, AT, PAGE, advice::DONTNEED).unwrap();
+        for _ in 0..releases {
+            k.arch.at(Point::LockRelease, |_| {});
+        }
+        k.arch.at(Point::LockRelease, move |k| {
+            let frames = 1..k.root().nr_frames.get();
+            let is_free = |frame| k.frame_folio(frame).lock.get() == 0;
+            if frames.clone().all(is_free) {
+                k.on(1, |k| k.madvise(mm, AT, HUGE, advice::DONTNEED))
+                    .unwrap();
+            }
+        });
+        k.reclaim(1);
+        if k.arch.hooks_left() > 0 {
+            break;
+        }
+        audit(k);
+        assert!(queued(k) == 0);
+        teardown(k, &[mm]);
+    }
+}

@@ -269,6 +269,16 @@ impl Kswapd {
     pub const MAX_FAILURES: u64 = 16;
 }
 
+/// The thread that gathers small pages in folios of 2 MiB (Linux's khugepaged).
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct Khugepaged {
+    /// Its task, none without the thread.
+    pub task: Link<Task>,
+    /// 1 since somebody has asked for a look at all address spaces, until it begins.
+    pub wanted: AtomicU64,
+}
+
 /// What is known of one swap slot: a page on the disk.
 #[repr(C)]
 #[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
@@ -1140,6 +1150,8 @@ pub struct KernelRoot {
     pub lru_lock: AtomicU64,
     /// The reclaim thread.
     pub kswapd: Kswapd,
+    /// The thread that gathers 2 MiB.
+    pub khugepaged: Khugepaged,
     /// Groups of frames by frame number, none where there are no groups.
     pub frame_groups: Link<FrameGroup>,
     /// Memory groups, that with number `n` at `n - 1`.

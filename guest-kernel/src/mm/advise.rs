@@ -151,8 +151,12 @@ impl<A: Arch> Kernel<A> {
             Advice::Flags { set, clear } => {
                 let new = flags & !clear | set;
                 if new != flags {
+                    let has_pages = !area.anon_vma.get().is_null();
                     self.vma_modify(mm, vma, (at, to), new)
                         .map_err(|_| Errno::EAGAIN)?;
+                    if has_pages && new & !flags & vma_flags::HUGEPAGE != 0 {
+                        self.want_collapse();
+                    }
                 }
             }
             Advice::DontNeed { locked: false } | Advice::Free | Advice::Age(_) if is_locked => {

@@ -124,7 +124,7 @@ impl<A: Arch> Kernel<A> {
             self.direct_reclaim(FROM_SHORTAGE);
         }
         if self.free_frames_left() < state.low.get() && !hopeless() {
-            // With the fence of `kswapd_sleep`: either this sees it asleep, or it sees how few frames are left.
+            // With the fence of `sleep_until_woken`: either this sees it asleep, or it sees how few frames are left.
             fence(SeqCst);
             self.wake_kswapd();
         }

@@ -364,7 +364,7 @@ fn what_others_use_stays_on_the_queue() {
     let (mm, head) = folio(k, 1);
     let drop_page = |page: u64| {
         k.madvise(mm, AT + page * PAGE, PAGE, advice::DONTNEED)
-            .unwrap()
+            .unwrap();
     };
     drop_page(9);
     let mut frames = [0];

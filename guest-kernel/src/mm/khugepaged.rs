@@ -10,6 +10,7 @@
 //! the last it tears down itself. Between two steps it holds nothing, and knows by a number where it was.
 
 use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
+use core::sync::atomic::fence;
 
 use abi::channel::EventKind;
 use abi::objects::{Mm, Pa};
@@ -28,19 +29,22 @@ impl<A: Arch> Kernel<A> {
         if state.task.get().is_null() {
             return;
         }
-        // With the order in which the thread falls asleep: either this sees it asleep, or it sees the word.
-        state.wanted.store(1, SeqCst);
+        state.wanted.store(1, Relaxed);
+        // With the fence of `sleep_until_woken`: either this sees it asleep, or it sees the word.
+        fence(SeqCst);
         self.wake_khugepaged();
     }
 
     /// True where somebody has asked for a look since the last one began.
     pub(crate) fn is_collapse_wanted(&self) -> bool {
-        self.root().khugepaged.wanted.load(SeqCst) != 0
+        self.root().khugepaged.wanted.load(Acquire) != 0
     }
 
     /// Looks at all address spaces once. As a task without locks.
     pub(crate) fn scan_all_for_collapse(&self) {
-        self.root().khugepaged.wanted.store(0, SeqCst);
+        self.root().khugepaged.wanted.store(0, Relaxed);
+        // Who asks from here on asks for another look.
+        fence(SeqCst);
         let (mut number, mut at) = (0, 0);
         while let Some(mm) = self.mm_get_from(number) {
             let found = self.obj(mm).id.get();

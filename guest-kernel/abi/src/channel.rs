@@ -364,6 +364,7 @@ events! {
     MmUsers = 39, "mm-users", ["mm", "users"];
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
+    SplitQueue = 43, "split-queue", ["frame", "in"];
     RcuEnter = 48, "rcu-enter", ["nesting"];
     RcuExit = 49, "rcu-exit", ["nesting"];
     RcuRetire = 50, "rcu-retire", ["object", "kind"];
@@ -371,7 +372,7 @@ events! {
     RcuGpWait = 52, "rcu-gp-wait", ["grace", "cpus"];
     RcuGpEnd = 53, "rcu-gp-end", ["grace"];
     RcuFree = 54, "rcu-free", ["object", "kind"];
-    FolioSplit = 59, "folio-split", ["frame", "order"];
+    FolioSplit = 59, "folio-split", ["frame", "order", "held"];
     Pin = 60, "pin", ["frame", "new", "old", "gva"];
     DiskSubmit = 61, "disk-submit", ["op", "sector", "gpa", "bytes", "of-file"];
     DiskDone = 62, "disk-done", ["op", "sector", "gpa", "status"];

@@ -4,8 +4,8 @@
 use core::mem::offset_of;
 
 use crate::objects::{
-    AnonVma, AnonVmaChain, Asid, Cpu, CpuRcu, Folio, KernelRoot, Kswapd, LruList, MemGroup, Mm,
-    Slab, SoftTlb, SwapArea, SwapRequest, SwapSlot, Task, Vma, VmaNode,
+    AnonVma, AnonVmaChain, Asid, Cpu, CpuRcu, Folio, KernelRoot, Khugepaged, Kswapd, LruList,
+    MemGroup, Mm, Slab, SoftTlb, SwapArea, SwapRequest, SwapSlot, Task, Vma, VmaNode,
 };
 use crate::{boot::BootInfo, channel, point::Point};
 
@@ -40,7 +40,7 @@ pub const fn layout_hash() -> u64 {
         BootInfo { segments, kernel_root, cmdline }
         channel::Control { trap, event_mask, ring_head, point, report, message, fail }
         channel::Event { stamp, kind, task, args, sequence }
-        KernelRoot { folios, nr_frames, buddy, slabs, swap, lru, kswapd, frame_groups, groups, mms, tasks, futex_queue, ticket, online, cpus }
+        KernelRoot { folios, nr_frames, buddy, slabs, swap, lru, split_queue, kswapd, khugepaged, frame_groups, groups, mms, tasks, futex_queue, ticket, online, cpus }
         Folio { kind, order, flags, state, refcount, mapcount, generation, owner, index, next, lock, used, pins }
         Vma { start, end, flags, pgoff, mm, refs, lock_seq, generation, anon_vma, chains, file, left_of_file, right_of_file, parent_of_file, subtree_end }
         VmaNode { level, count, slots, next_retired }
@@ -58,6 +58,7 @@ pub const fn layout_hash() -> u64 {
         SwapRequest { disk, folio }
         LruList { first, last, count }
         Kswapd { task, min, low, high, failures, reclaiming }
+        Khugepaged { task, wanted }
         Slab { object_bytes, used, retired, frames, free }
     };
     mix(mix(hash, Point::ALL.len()), channel::EventKind::ALL.len())

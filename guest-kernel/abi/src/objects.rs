@@ -189,7 +189,8 @@ pub struct Folio {
     /// Anonymous folio, page of a file: page offset in the VMAs that map it
     /// (`vma.pgoff + (gva - vma.start) / 4096`).
     pub index: AtomicU64,
-    /// Next on a list (free list, slab list, LRU list): frame number, 0 for none.
+    /// Next on a list (free list, slab list, LRU list; of the second page of a folio of 2 MiB: split queue): frame number, 0 for
+    /// none.
     pub next: AtomicU64,
     /// Previous on a list: frame number, 0 for none. Table of level 2: first of a list by [`Folio::next`] of tables of
     /// level 1 set aside, one for each of its entries that maps 2 MiB (Linux's `pmd_huge_pte`).
@@ -239,6 +240,9 @@ pub mod folio_state {
     pub const READING: u8 = 64;
     /// It is, or was when it was taken off, on the list of those that cannot be reclaimed.
     pub const UNEVICTABLE: u8 = 128;
+    /// Of the second page of a folio of 2 MiB, which has no other: the folio is on the split queue
+    /// ([`super::KernelRoot::split_queue`]).
+    pub const DEFERRED: u8 = 1;
 }
 
 /// The reclaim thread (Linux's kswapd), and when it works.
@@ -263,6 +267,16 @@ pub struct Kswapd {
 impl Kswapd {
     /// Failures after which it is given up (Linux's MAX_RECLAIM_RETRIES).
     pub const MAX_FAILURES: u64 = 16;
+}
+
+/// The thread that gathers small pages in folios of 2 MiB (Linux's khugepaged).
+#[repr(C)]
+#[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
+pub struct Khugepaged {
+    /// Its task, none without the thread.
+    pub task: Link<Task>,
+    /// 1 since somebody has asked for a look at all address spaces, until it begins.
+    pub wanted: AtomicU64,
 }
 
 /// What is known of one swap slot: a page on the disk.
@@ -349,7 +363,7 @@ pub mod lru {
     }
 }
 
-/// One LRU list.
+/// One LRU list, or the split queue.
 #[repr(C)]
 #[derive(Debug, FromBytes, IntoBytes, KnownLayout)]
 pub struct LruList {
@@ -357,7 +371,7 @@ pub struct LruList {
     pub first: AtomicU64,
     /// The next to go: frame number, 0 for none.
     pub last: AtomicU64,
-    /// Folios on it.
+    /// Pages of the folios on it.
     pub count: AtomicU64,
 }
 
@@ -1129,10 +1143,15 @@ pub struct KernelRoot {
     pub swap: SwapArea,
     /// Lists of anonymous folios by [`lru`], where there is swap.
     pub lru: [LruList; lru::LISTS],
+    /// Folios of 2 MiB to be split when memory is short, linked by the descriptors of their second pages (Linux's
+    /// split_queue).
+    pub split_queue: LruList,
     /// Spin lock word of those.
     pub lru_lock: AtomicU64,
     /// The reclaim thread.
     pub kswapd: Kswapd,
+    /// The thread that gathers 2 MiB.
+    pub khugepaged: Khugepaged,
     /// Groups of frames by frame number, none where there are no groups.
     pub frame_groups: Link<FrameGroup>,
     /// Memory groups, that with number `n` at `n - 1`.

@@ -169,6 +169,8 @@ params! {
         "pages of a file's page cache that one read fault maps at once, power of two up to 512 (Linux's fault_around_bytes)";
     thp: Thp = "madvise", "never|madvise|always",
         "where a fault of anonymous memory maps 2 MiB at once: nowhere, where MADV_HUGEPAGE asks for it, or wherever it fits";
+    khugepaged: bool = "off", "on|off",
+        "a thread of the kernel gathers small pages in folios of 2 MiB, where thp wants them and a fault has found no room";
     tlb: TlbBackEnd = "hw", "hw|soft|both",
         "how programs reach memory under test: by the processor, through a TLB in the kernel that keeps every entry until a flush covers it, or by both, compared";
     pcid: Pcid = "auto", "auto|on|off",

@@ -151,8 +151,12 @@ impl<A: Arch> Kernel<A> {
             Advice::Flags { set, clear } => {
                 let new = flags & !clear | set;
                 if new != flags {
+                    let has_pages = !area.anon_vma.get().is_null();
                     self.vma_modify(mm, vma, (at, to), new)
                         .map_err(|_| Errno::EAGAIN)?;
+                    if has_pages && new & !flags & vma_flags::HUGEPAGE != 0 {
+                        self.want_collapse();
+                    }
                 }
             }
             Advice::DontNeed { locked: false } | Advice::Free | Advice::Age(_) if is_locked => {
@@ -170,7 +174,7 @@ impl<A: Arch> Kernel<A> {
                 self.gather_finish(gather);
             }
             Advice::Collapse => return self.collapse_advice(mm, vma, (at, to)),
-            Advice::Age(age) => self.age(mm, (at, to), age),
+            Advice::Age(age) => self.age(mm, vma, (at, to), age),
             Advice::WillNeed => self.read_ahead(mm, (at, to)),
             Advice::Populate(_) | Advice::Remove => {}
         }

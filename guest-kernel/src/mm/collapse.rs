@@ -1,6 +1,6 @@
 //! Collapse: 512 small pages are copied to one folio of 2 MiB, which one entry maps from then on (Linux 6.18's
-//! mm/khugepaged.c). On request (MADV_COLLAPSE), or where a scan of an address space finds it worthwhile, as khugepaged
-//! would; there is no thread that does so by itself.
+//! mm/khugepaged.c). On request (MADV_COLLAPSE), or where a scan of an address space finds it worthwhile: that of the thread
+//! (`khugepaged`), or one on request.
 //!
 //! While the pages are copied nobody may write them, or take a reference to them. The VMA held for writing keeps
 //! faults out, the lock of the anon_vma's family walks back. Programs and get_user_pages without a lock ask neither: so the
@@ -14,8 +14,7 @@
 use abi::bug::Bug;
 use abi::channel::{Walker, cause};
 use abi::layout::{ENTRIES_PER_TABLE, HUGE_ORDER, HUGE_PAGE_SIZE, PAGE_SIZE};
-use abi::objects::{FrameKind, Mm, Pa, Vma, vma_flags};
-use abi::param::Thp;
+use abi::objects::{FrameKind, Mm, Pa, Vma};
 use abi::point::Point;
 use abi::pte::Pte;
 use abi::syscall::Errno;
@@ -23,6 +22,7 @@ use core::sync::atomic::Ordering::Acquire;
 
 use super::group::Effort;
 use super::huge::huge_page_of;
+use super::khugepaged::REGIONS;
 use super::zero::is_uncounted;
 use super::{Field, FreedTables, Slot};
 use crate::Kernel;
@@ -123,32 +123,50 @@ impl<A: Arch> Kernel<A> {
     /// What khugepaged does for one address space: collapses what the policy and its limits permit. Returns how many folios of
     /// 2 MiB it has made.
     pub(crate) fn scan_for_collapse(&self, mm: Pa<Mm>) -> u64 {
+        let _guard = self.mmap_write_lock(self.obj(mm));
+        let (mut next, mut made) = (Some(0), 0);
+        while let Some(at) = next {
+            let (is_made, rest) = self.scan_regions(mm, at, u64::MAX);
+            made += u64::from(is_made);
+            next = rest;
+        }
+        made
+    }
+
+    /// A step of the thread from `at` on; returns where the next one begins, none at the end.
+    pub(super) fn scan_step(&self, mm: Pa<Mm>, at: u64) -> Option<u64> {
+        let _guard = self.mmap_write_lock(self.obj(mm));
+        self.scan_regions(mm, at, REGIONS).1
+    }
+
+    /// Looks at up to so many 2 MiB from `at` on, until one is collapsed. Returns whether one is, and where to go on. Under the
+    /// mmap_lock held for writing.
+    fn scan_regions(&self, mm: Pa<Mm>, at: u64, regions: u64) -> (bool, Option<u64>) {
         let space = self.obj(mm);
-        let _guard = self.mmap_write_lock(space);
-        let (mut at, mut made) = (0, 0);
+        let (mut at, mut left) = (at, regions);
         while let Some(vma) = self.vma_find(space, at) {
             let area = self.obj(vma);
+            let mut base = huge_page_of(area.start.get().max(at) + HUGE_PAGE_SIZE - 1);
             at = area.end.get();
-            let wanted = match self.config.thp {
-                Thp::Never => false,
-                Thp::Madvise => area.flags.get() & vma_flags::HUGEPAGE != 0,
-                Thp::Always => true,
-            };
-            if !wanted || area.anon_vma.get().is_null() {
+            if !self.wants_huge(area) || area.anon_vma.get().is_null() {
                 continue;
             }
-            let mut base = huge_page_of(area.start.get() + HUGE_PAGE_SIZE - 1);
             while Self::holds_huge(area, base) {
+                if left == 0 {
+                    return (false, Some(base));
+                }
+                left -= 1;
                 let is_huge = self
                     .leaf_at(space, base)
                     .is_some_and(|(level, _)| level == 2);
+                let next = base + HUGE_PAGE_SIZE;
                 if !is_huge && self.collapse(mm, vma, base, Collapse::Scan).is_ok() {
-                    made += 1;
+                    return (true, Some(next));
                 }
-                base += HUGE_PAGE_SIZE;
+                base = next;
             }
         }
-        made
+        (false, None)
     }
 
     /// Linux's `hpage_collapse_scan_pmd` and `collapse_huge_page`.

@@ -13,7 +13,7 @@
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
 
 use abi::channel::{EventKind, cause};
-use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
+use abi::layout::{HUGE_ORDER, HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::objects::{AnonVma, Folio, FrameKind, Mm, Pa, folio_flags};
 use abi::point::Point;
 use abi::pte::Pte;
@@ -94,11 +94,20 @@ impl<A: Arch> Kernel<A> {
         (head, self.folio(head))
     }
 
+    /// True where the frame at `gpa`, to whose folio the caller refers, is the head of a folio of 2 MiB.
+    pub(super) fn is_large(&self, gpa: u64) -> bool {
+        self.folio(gpa).order.get() == HUGE_ORDER
+    }
+
     /// Counts one mapping less. The mapping's reference stays with the caller.
     #[inline]
     pub(super) fn folio_unmap(&self, gpa: u64) {
         let before = self.set_mapcount(gpa, -1, cause::UNMAP);
         assert!(before > 0, "folio {gpa:#x} unmapped more often than mapped");
+        let head = self.head(gpa);
+        if self.is_large(head) {
+            self.defer_split(head, before - 1);
+        }
     }
 
     /// Takes a reference, for a [`cause`].
@@ -136,11 +145,12 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
-    /// Frees a folio that nobody but the caller refers to. False where another has found it by reclaim's lists, for which
-    /// no reference is needed. Apart, so that giving up any other reference needs no stack frame for it.
+    /// Frees a folio that nobody but the caller refers to. False where another has found it by reclaim's lists or queue, for
+    /// which no reference is needed. Apart, so that giving up any other reference needs no stack frame for it.
     #[inline(never)]
     fn try_free_folio(&self, gpa: u64, cause: u64) -> bool {
-        let is_free = !self.has_swap() || self.lru_forget(gpa);
+        let is_found = self.has_swap() || self.is_large(gpa);
+        let is_free = !is_found || self.lru_forget(gpa);
         if is_free {
             self.free_user_frame(gpa, cause);
         }

@@ -1,5 +1,5 @@
 //! Splitting a folio of 2 MiB into small ones, each with its own counts; what nothing maps is freed (Linux 6.18's
-//! `__folio_split`, on request as by /sys/kernel/debug/split_huge_pages).
+//! `__folio_split`): on request, as by /sys/kernel/debug/split_huge_pages, and by reclaim (`unmap`).
 //!
 //! Linux replaces the entries by migration entries, wherever they are, and then freezes the references. Here the entries
 //! stay as they are, which works where one table has all of them: under its lock and that of the anon_vma's family nobody
@@ -9,16 +9,29 @@
 use abi::channel::{EventKind, cause};
 use abi::layout::{ENTRIES_PER_TABLE, HUGE_ORDER, HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE, USER_END};
 use abi::lock::LockClass;
-use abi::objects::{FrameKind, Mm, Pa, Vma};
+use abi::objects::{FrameKind, Mm, Pa, Vma, folio_state};
 use abi::syscall::Errno;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
+use super::lru::Place;
 use super::{Field, Slot, is_page_aligned, page_align};
 use crate::Kernel;
 use crate::arch::Arch;
 
+/// Of [`folio_state`]: on which list a folio belongs, and whether it was used.
+const OF_LISTS: u8 = folio_state::ACTIVE | folio_state::REFERENCED | folio_state::UNEVICTABLE;
+
 /// Pages of a folio, one bit each.
-type Pages = [u64; ENTRIES_PER_TABLE / 64];
+pub(super) type Pages = [u64; ENTRIES_PER_TABLE / 64];
+
+/// Whether who splits a folio has a reference to it beside those of its mappings.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum InHand {
+    /// The first page's, afterwards.
+    Yes,
+    /// It relies on the lock of an entry.
+    No,
+}
 
 impl<A: Arch> Kernel<A> {
     /// Splits the folios of 2 MiB that `mm` maps in `start..start + len`, and their entries. Returns how many.
@@ -60,28 +73,49 @@ impl<A: Arch> Kernel<A> {
     ///
     /// # Errors
     /// EAGAIN where others use it, or nothing is there any more.
-    fn split_folio(&self, mm: Pa<Mm>, vma: Pa<Vma>, gva: u64) -> Result<(), Errno> {
+    pub(super) fn split_folio(&self, mm: Pa<Mm>, vma: Pa<Vma>, gva: u64) -> Result<(), Errno> {
         let space = self.obj(mm);
         self.split_huge_entry(mm, gva);
         let table = self.leaf_table(space, gva).map_err(|_| Errno::EAGAIN)?;
-        let (head, unmapped) = {
+        let (head, mapped) = {
             let _family = self.lock_vma_family(vma);
             let _guard = self.lock_table(table);
             let entry = self.read_pte(Slot::new(table, 1, gva));
             let head = self.head(entry.address());
-            if !entry.is_present() || self.folio(head).order.get() != HUGE_ORDER {
+            if !entry.is_present() || !self.is_large(head) {
                 return Err(Errno::EAGAIN);
             }
-            let mapped = self.pages_mapped_by(table, head);
-            self.freeze(head, &mapped)?;
-            self.make_small(head, &mapped);
-            (head, mapped.map(|word| !word))
+            (head, self.split_mapped_by(table, head, InHand::No)?)
         };
-        // The reference that each was left with.
-        for page in pages_in(&unmapped) {
-            self.folio_put(head + page * PAGE_SIZE, cause::UNMAP);
-        }
+        self.put_unmapped(head, &mapped, InHand::No);
         Ok(())
+    }
+
+    /// Splits the folio at `head`, all of whose entries are in `table`. Returns which of its pages are mapped: each other has
+    /// a reference too, [for the caller](Kernel::put_unmapped). Under the lock of the table and that of the family.
+    ///
+    /// # Errors
+    /// EAGAIN where others use it.
+    pub(super) fn split_mapped_by(
+        &self,
+        table: u64,
+        head: u64,
+        in_hand: InHand,
+    ) -> Result<Pages, Errno> {
+        let mapped = self.pages_mapped_by(table, head);
+        self.freeze(head, &mapped, in_hand)?;
+        self.make_small(head, &mapped, in_hand);
+        Ok(mapped)
+    }
+
+    /// Gives up the references with which the pages were left that nothing maps. Under no lock. Returns how many are free.
+    pub(super) fn put_unmapped(&self, head: u64, mapped: &Pages, in_hand: InHand) -> u64 {
+        let mut freed = 0;
+        for page in pages_in(&mapped.map(|word| !word)) {
+            self.folio_put(head + page * PAGE_SIZE, cause::UNMAP);
+            freed += u64::from(page > 0 || in_hand == InHand::No);
+        }
+        freed
     }
 
     /// The pages of the folio at `head` that entries of `table` map, each at most once. Under its lock.
@@ -103,47 +137,74 @@ impl<A: Arch> Kernel<A> {
         mapped
     }
 
-    /// Takes the references of a folio that nobody refers to but by `mapped` (Linux's `folio_ref_freeze`).
-    fn freeze(&self, head: u64, mapped: &Pages) -> Result<(), Errno> {
+    /// Takes the references of a folio that nobody refers to but by `mapped`, and in hand (Linux's `folio_ref_freeze`).
+    fn freeze(&self, head: u64, mapped: &Pages, in_hand: InHand) -> Result<(), Errno> {
         let folio = self.folio(head);
         let count: u32 = mapped.iter().map(|word| word.count_ones()).sum();
+        let references = count + in_hand.references();
         if folio.mapcount.get() != count {
             return Err(Errno::EAGAIN);
         }
         // AcqRel: who pins without a lock either has its reference counted here, or finds none.
         let frozen = folio
             .refcount
-            .compare_exchange(count, 0, AcqRel, Acquire)
+            .compare_exchange(references, 0, AcqRel, Acquire)
             .is_ok();
         frozen.then_some(()).ok_or(Errno::EAGAIN)
     }
 
-    /// Makes each page of a frozen folio one of its own, with a reference: of its entry, or the caller's.
-    fn make_small(&self, head: u64, mapped: &Pages) {
+    /// Makes each page of a frozen folio one of its own, with a reference: of its entry, or the caller's; and lists them.
+    fn make_small(&self, head: u64, mapped: &Pages, in_hand: InHand) {
         let folio = self.folio(head);
         let (owner, index) = (folio.owner.get(), folio.index.get());
+        let held = u64::from(in_hand.references());
         event!(
             self,
             EventKind::FolioSplit,
-            [head, u64::from(HUGE_ORDER), 0, 0, 0]
+            [head, u64::from(HUGE_ORDER), held, 0, 0]
         );
+        // Nobody takes it off the queue who gets no reference to it.
+        let is_queued = self.is_queued(head);
+        let _lists = (self.has_swap() || is_queued).then(|| self.lock_lru());
+        let place = self.lru_split(head);
+        if is_queued {
+            self.queue_unlink(head);
+        }
+        // What reclaim knows of the whole it knows of the parts.
+        let known = folio.state.get() & OF_LISTS;
         for page in (0..ENTRIES_PER_TABLE).rev() {
-            let small = self.folio(head + page as u64 * PAGE_SIZE);
+            let gpa = head + page as u64 * PAGE_SIZE;
+            let small = self.folio(gpa);
             let is_mapped = mapped[page / 64] >> (page % 64) & 1;
             small.order.set(0);
             small.owner.set(owner);
             small.index.set(index + page as u64);
             small.mapcount.set(is_mapped as u32);
-            small.state.set(0);
+            small.state.set(known);
             if page > 0 {
                 small.generation.set(small.generation.get().wrapping_add(1));
                 small.next.set(0);
                 small.kind.set(FrameKind::Anon as u8);
             }
-            self.charge_split(head, head + page as u64 * PAGE_SIZE);
+            self.charge_split(head, gpa);
+            let mine = if page == 0 { in_hand.references() } else { 0 };
             // Release: who takes a reference finds the rest of it.
-            small.refcount.store(1, Release);
-            self.lru_add(head + page as u64 * PAGE_SIZE);
+            small.refcount.store(1 + mine, Release);
+            // What reclaim has in hand it lists itself.
+            if let Some(place) = place
+                && (page > 0 || place == Place::First)
+            {
+                self.lru_link(gpa, place);
+            }
+        }
+    }
+}
+
+impl InHand {
+    const fn references(self) -> u32 {
+        match self {
+            Self::Yes => 1,
+            Self::No => 0,
         }
     }
 }

@@ -11,7 +11,7 @@ use core::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::EventKind;
 use abi::failpoint::Failpoint;
-use abi::layout::PAGE_SHIFT;
+use abi::layout::{HUGE_ORDER, PAGE_SHIFT};
 use abi::objects::{Folio, FrameKind, ORDERS, Pa};
 use abi::point::Point;
 use abi::syscall::Errno;
@@ -54,11 +54,15 @@ impl<A: Arch> Kernel<A> {
             return Some(frame);
         }
         let mut waited = false;
-        while self.has_swap() {
+        while self.can_reclaim() {
             let freed = self.direct_reclaim(FROM_RECLAIM);
             let frame = self.take_block(order, kind);
-            if frame.is_some() || freed == 0 && (waited || !self.await_reclaim()) {
+            // Not all memory for a block of 2 MiB: small pages serve as well (Linux's GFP_TRANSHUGE, __GFP_NORETRY).
+            if frame.is_some() || order >= HUGE_ORDER {
                 return frame;
+            }
+            if freed == 0 && (waited || !self.await_reclaim()) {
+                return None;
             }
             waited |= freed == 0;
         }
@@ -198,6 +202,7 @@ impl<A: Arch> Kernel<A> {
         let folio = self.frame_folio(frame);
         folio.kind.set(kind as u8);
         folio.flags.set(0);
+        folio.state.set(0);
         folio.refcount.set(0);
         folio.mapcount.set(0);
         folio.owner.set(owner);

@@ -23,8 +23,8 @@ impl<A: Arch> Kernel<A> {
     /// what callers of [`Kernel::reclaim`] may.
     #[cold]
     pub(super) fn reclaim_group(&self, group: u64, wanted: u64) -> u64 {
-        let mut freed = 0;
-        if !self.has_swap() {
+        let mut freed = self.split_deferred(wanted, |gpa| self.is_charged_below(gpa, group));
+        if freed >= wanted || !self.has_swap() {
             return freed;
         }
         for _ in 0..ROUNDS {
@@ -54,11 +54,10 @@ impl<A: Arch> Kernel<A> {
         while left > 0 && freed < wanted {
             let isolated =
                 self.lru_isolate_where(list, CLUSTER, |gpa| self.is_charged_below(gpa, group));
-            let taken = isolated.frames().len() as u64;
-            if taken == 0 {
+            if isolated.frames().is_empty() {
                 break;
             }
-            left = left.saturating_sub(taken);
+            left = left.saturating_sub(self.pages_isolated(&isolated));
             for &gpa in isolated.frames() {
                 let was = folio_state::ACTIVE | folio_state::UNEVICTABLE;
                 self.folio(gpa).state.fetch_and(!was, Relaxed);

@@ -10,7 +10,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use abi::channel::{Walker, cause};
 use abi::layout::HUGE_PAGE_SIZE;
-use abi::objects::{AnonVma, Mm, Pa, Vma};
+use abi::objects::{AnonVma, Mm, Pa, Vma, folio_flags};
 use abi::point::Point;
 use abi::pte::{Pte, level_size};
 use abi::syscall::Errno;
@@ -18,6 +18,7 @@ use abi::syscall::Errno;
 use super::changed::Changed;
 use super::gather::{Gather, Unmap};
 use super::protect::takes_away;
+use super::rmap::MappedAt;
 use super::{Field, Slot};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -197,7 +198,7 @@ impl<A: Arch> Kernel<A> {
         Ok(())
     }
 
-    /// Calls `f` where the entry of 2 MiB of `vma` for `gva` maps the frame at `gpa`. Returns the pages that are done with.
+    /// Calls `f` where the entry of 2 MiB of `vma` for `gva` maps the frame at `gpa`. False where there is none of 2 MiB.
     #[cold]
     pub(super) fn rmap_huge_entry(
         &self,
@@ -205,20 +206,21 @@ impl<A: Arch> Kernel<A> {
         vma: Pa<Vma>,
         gva: u64,
         gpa: u64,
-        f: &mut impl FnMut(Pa<Mm>, Pa<Vma>, u64, Pte),
-    ) -> u64 {
+        f: &mut impl FnMut(MappedAt),
+    ) -> bool {
         let base = huge_page_of(gva);
-        let found = self.with_huge(self.obj(mm), gva, |_, entry| {
+        let found = self.with_huge(self.obj(mm), gva, |slot, entry| {
             if entry.address() + (gva - base) == gpa {
-                f(mm, vma, base, entry);
+                f(MappedAt {
+                    mm,
+                    vma,
+                    gva: base,
+                    slot,
+                    entry,
+                });
             }
         });
-        match found {
-            Some(()) => super::pages(base + HUGE_PAGE_SIZE - gva),
-            // Split meanwhile: the table has it now.
-            None if self.leaf_table(self.obj(mm), gva).is_ok() => 0,
-            None => 1,
-        }
+        found.is_some()
     }
 }
 
@@ -226,8 +228,9 @@ impl<A: Arch> Kernel<A> {
 impl<A: Arch> Kernel<A> {
     /// As [`Kernel::folio_map_new`], for a folio of 2 MiB that one entry is to map.
     pub(super) fn folio_map_new_huge(&self, head: u64, owner: Pa<AnonVma>, index: u64) {
-        self.folio_map_new(head, owner, index);
+        // Before it is listed, and found by reclaim.
         self.count_huge(head, 1);
+        self.folio_map_new(head, owner, index);
     }
 
     /// As [`Kernel::folio_unmap`], for an entry of 2 MiB.
@@ -252,9 +255,12 @@ impl<A: Arch> Kernel<A> {
         self.refcount_changed(head, before, before + more, cause::MAP);
         self.set_mapcount(head, more.cast_signed(), cause::MAP);
         self.count_huge(head, -1);
-        let flags = folio.flags.get();
+        let exclusive = folio.flags.get() & folio_flags::EXCLUSIVE;
         for page in self.pages_of(head) {
-            self.folio(page).flags.set(flags);
+            // What else a page knows is its own, by another entry.
+            let flags = &self.folio(page).flags;
+            flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
+            flags.fetch_or(exclusive, Relaxed);
         }
     }
 }

@@ -35,7 +35,8 @@ impl<A: Arch> Kernel<A> {
     ) -> Result<Option<u64>, Unfinished> {
         let space = self.obj(mm);
         let base = huge_page_of(gva);
-        if self.takes_huge_faults(vma, base) {
+        let is_wanted = self.takes_huge_faults(vma, base);
+        if is_wanted {
             let table = self.table_alloc_at(mm, gva, 2)?;
             let slot = Slot::new(table, 2, base);
             if self.read_pte(slot).is_none() {
@@ -64,18 +65,27 @@ impl<A: Arch> Kernel<A> {
                 return Ok(None);
             }
         }
-        Ok(Some(self.leaf_table_alloc(mm, gva)?))
+        let table = self.leaf_table_alloc(mm, gva)?;
+        if is_wanted {
+            // Small pages serve, until there is a block.
+            self.want_collapse();
+        }
+        Ok(Some(table))
     }
 
     /// True where a fault may map the 2 MiB at `base` in `vma` at once (Linux's `thp_vma_allowable_order`).
     fn takes_huge_faults(&self, vma: Pa<Vma>, base: u64) -> bool {
         let area = self.obj(vma);
-        let wanted = match self.config.thp {
+        self.wants_huge(area) && Self::holds_huge(area, base)
+    }
+
+    /// True where the policy wants folios of 2 MiB in `area`.
+    pub(super) fn wants_huge(&self, area: &Vma) -> bool {
+        match self.config.thp {
             Thp::Never => false,
             Thp::Madvise => area.flags.get() & vma_flags::HUGEPAGE != 0,
             Thp::Always => true,
-        };
-        wanted && Self::holds_huge(area, base)
+        }
     }
 
     /// True where `area` takes the 2 MiB at `base` whole, and may have folios of that size.

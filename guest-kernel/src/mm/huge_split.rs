@@ -48,7 +48,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     /// The same under the upper lock.
-    fn split_huge_locked(&self, mm: Pa<Mm>, base: u64, slot: Slot, entry: Pte) {
+    pub(super) fn split_huge_locked(&self, mm: Pa<Mm>, base: u64, slot: Slot, entry: Pte) {
         let space = self.obj(mm);
         let mut old = entry;
         if !self.config.bugs.has(Bug::HugeSplitNoFlush) {

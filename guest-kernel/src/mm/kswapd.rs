@@ -22,6 +22,7 @@ use abi::point::Point;
 use abi::syscall::Errno;
 
 use super::Field;
+use super::lru::CLUSTER;
 use crate::Kernel;
 use crate::arch::Arch;
 
@@ -123,7 +124,7 @@ impl<A: Arch> Kernel<A> {
             self.direct_reclaim(FROM_SHORTAGE);
         }
         if self.free_frames_left() < state.low.get() && !hopeless() {
-            // With the fence of `kswapd_sleep`: either this sees it asleep, or it sees how few frames are left.
+            // With the fence of `sleep_until_woken`: either this sees it asleep, or it sees how few frames are left.
             fence(SeqCst);
             self.wake_kswapd();
         }
@@ -173,10 +174,15 @@ impl<A: Arch> Kernel<A> {
         let state = &self.root().kswapd;
         let (mut left, mut rescued) = (self.clusters_to_scan(), false);
         while self.free_frames_left() < state.high.get() {
-            if self.reclaim_is_hopeless() {
-                return;
+            let mut freed = self.split_deferred(CLUSTER as u64, |_| true);
+            if freed == 0 {
+                if self.reclaim_is_hopeless() {
+                    return;
+                }
+                freed = self.balance_cluster(left);
             }
-            if self.balance_cluster(left) > 0 {
+            if freed > 0 {
+                self.free_for_all();
                 state.failures.set(0);
                 left = self.clusters_to_scan();
             } else if left > 1 {
@@ -205,10 +211,14 @@ impl<A: Arch> Kernel<A> {
             self.swap_sleep(written.frames());
             freed += self.finish_writing(&written);
         }
-        if freed > 0 && self.config.pcp_batch > 0 {
+        freed
+    }
+
+    /// What it has freed others can reach too.
+    fn free_for_all(&self) {
+        if self.config.pcp_batch > 0 {
             self.pcp_spill(0);
         }
-        freed
     }
 }
 

@@ -25,6 +25,15 @@ use crate::sync::Guard;
 /// Folios that reclaim takes off at once (Linux's SWAP_CLUSTER_MAX is 32; this bounds the kernel stack).
 pub(super) const CLUSTER: usize = 16;
 
+/// An end of a list.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Where what has just come is.
+    First,
+    /// Where reclaim takes from.
+    Last,
+}
+
 /// Folios that were taken off the lists, each with a reference.
 pub(super) struct Isolated {
     frames: [u64; CLUSTER],
@@ -54,22 +63,48 @@ impl Isolated {
 }
 
 impl<A: Arch> Kernel<A> {
-    fn lock_lru(&self) -> Guard<'_, A> {
+    pub(super) fn lock_lru(&self) -> Guard<'_, A> {
         self.lock(&self.root().lru_lock, LockClass::Lru)
     }
 
-    /// Folios on one of the lists.
+    /// Pages of the folios on one of the lists.
     pub(crate) fn lru_count(&self, list: usize) -> u64 {
         self.root().lru[list].count.get()
     }
 
-    /// Lists a folio that is on no list: a new one, or one that was taken off. Those of 2 MiB are on none: they are not
-    /// reclaimed before they are split.
+    /// Lists a folio that is on no list: a new one, or one that was taken off.
     pub(super) fn lru_add(&self, gpa: u64) {
-        if self.has_swap() && self.folio(gpa).order.get() == 0 {
+        if self.has_swap() {
             let _guard = self.lock_lru();
-            self.lru_link(gpa);
+            self.lru_link(gpa, Place::First);
         }
+    }
+
+    /// Takes a folio off its list that is about to be split, and that nobody gets a reference to. Returns where its pages are
+    /// to be listed: at the front of its list; or, where reclaim has it in hand, as the next to be reclaimed (Linux's
+    /// `lru_add_split_folio`). None without lists. Under the lock.
+    pub(super) fn lru_split(&self, gpa: u64) -> Option<Place> {
+        if !self.has_swap() {
+            return None;
+        }
+        if self.folio(gpa).state.get() & folio_state::LRU == 0 {
+            return Some(Place::Last);
+        }
+        self.lru_unlink(gpa);
+        Some(Place::First)
+    }
+
+    /// Pages of folios that were taken off.
+    pub(super) fn pages_isolated(&self, isolated: &Isolated) -> u64 {
+        isolated
+            .frames()
+            .iter()
+            .map(|gpa| self.folio_pages(*gpa))
+            .sum()
+    }
+
+    fn folio_pages(&self, gpa: u64) -> u64 {
+        1 << self.folio(gpa).order.get()
     }
 
     /// True where the folio, to which the caller has a reference or whose list's lock it holds, is a page of a file.
@@ -112,7 +147,7 @@ impl<A: Arch> Kernel<A> {
             if taken.count == 0 {
                 break;
             }
-            left = left.saturating_sub(taken.count as u64);
+            left = left.saturating_sub(self.pages_isolated(&taken));
             for &gpa in taken.frames() {
                 let state = &self.folio(gpa).state;
                 state.fetch_and(!folio_state::UNEVICTABLE, Relaxed);
@@ -139,23 +174,28 @@ impl<A: Arch> Kernel<A> {
         self.swap_put(gpa, cause::HOLD);
     }
 
-    /// The caller is about to give up the last reference to a listed folio. False where somebody has taken the folio off
+    /// The caller is about to give up the last reference to a folio that is listed, or queued to be split. False where somebody has taken the folio off
     /// meanwhile, and so has another.
     pub(super) fn lru_forget(&self, gpa: u64) -> bool {
         let folio = self.folio(gpa);
-        if folio.state.load(Acquire) & folio_state::LRU == 0 {
+        let is_listed = || folio.state.load(Acquire) & folio_state::LRU != 0;
+        let is_queued = || self.is_large(gpa) && self.is_queued(gpa);
+        if !is_listed() && !is_queued() {
             return folio.refcount.load(Acquire) == 1;
         }
         let _guard = self.lock_lru();
         let last = folio.refcount.load(Acquire) == 1;
-        if last && folio.state.load(Acquire) & folio_state::LRU != 0 {
+        if last && is_listed() {
             self.lru_unlink(gpa);
+        }
+        if last && is_queued() {
+            self.queue_unlink(gpa);
         }
         last
     }
 
     /// A reference, unless the last one is being given up. Under the lock.
-    fn lru_try_get(&self, gpa: u64) -> bool {
+    pub(super) fn lru_try_get(&self, gpa: u64) -> bool {
         point!(self, Point::RefcountChange, [gpa, 1]);
         let taken = self
             .folio(gpa)
@@ -167,21 +207,28 @@ impl<A: Arch> Kernel<A> {
         taken.is_ok()
     }
 
-    fn lru_link(&self, gpa: u64) {
+    /// Under the lock.
+    pub(super) fn lru_link(&self, gpa: u64, place: Place) {
         let (frame, folio) = (gpa >> PAGE_SHIFT, self.folio(gpa));
         let state = folio.state.fetch_or(folio_state::LRU, Relaxed);
         assert!(state & folio_state::LRU == 0, "folio {gpa:#x} listed twice");
         let number = lru::list_of(state, self.is_of_file(gpa));
         let list = &self.root().lru[number];
-        let first = list.first.get();
-        folio.next.set(first);
-        folio.prev.set(0);
-        match first {
+        let (next, prev) = match place {
+            Place::First => (list.first.get(), 0),
+            Place::Last => (0, list.last.get()),
+        };
+        folio.next.set(next);
+        folio.prev.set(prev);
+        match next {
             0 => list.last.set(frame),
-            first => self.frame_folio(first).prev.set(frame),
+            next => self.frame_folio(next).prev.set(frame),
         }
-        list.first.set(frame);
-        list.count.set(list.count.get() + 1);
+        match prev {
+            0 => list.first.set(frame),
+            prev => self.frame_folio(prev).next.set(frame),
+        }
+        list.count.set(list.count.get() + self.folio_pages(gpa));
         event!(self, EventKind::Lru, [gpa, number as u64 + 1, 0, 0, 0]);
     }
 
@@ -201,7 +248,7 @@ impl<A: Arch> Kernel<A> {
         }
         folio.next.set(0);
         folio.prev.set(0);
-        list.count.set(list.count.get() - 1);
+        list.count.set(list.count.get() - self.folio_pages(gpa));
         event!(self, EventKind::Lru, [gpa, 0, 0, 0, 0]);
     }
 }

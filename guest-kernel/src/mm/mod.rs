@@ -9,7 +9,8 @@
 //! limits; `swap` is the swap area with its cache, `swap_io` moves pages there and back, `lru` lists those that may go,
 //! `reclaim` takes them away with `unmap` and `batch`, and `kswapd` says when it is time to; `address_space` is the life of an mm, and `map`, `remap` with `relocate`, `protect`, `advise`, `mlock`,
 //! `populate`, `residency`, `membarrier`, `fault` (with `fault_path`) and `fork` are what programs ask for. `huge` does for entries of 2 MiB what
-//! these do for small ones; `huge_fault` makes, `huge_split` breaks and `collapse` gathers them; `folio_split` breaks the folio itself.
+//! these do for small ones; `huge_fault` makes, `huge_split` breaks and `collapse` gathers them, `khugepaged` says when; `folio_split` breaks the folio itself,
+//! and `split_queue` remembers which to break when memory is short.
 //!
 //! What Linux has debated, and what others would decide otherwise, is apart from its callers: `vma_lock` says how long a VMA
 //! lives, `fault_path` how a fault comes by it, `lazy` says who keeps an mm that
@@ -49,6 +50,7 @@ mod huge_fault;
 mod huge_split;
 mod i_mmap;
 mod interval_tree;
+mod khugepaged;
 mod kswapd;
 mod lazy;
 mod limit;
@@ -78,6 +80,7 @@ mod rmap;
 mod slab;
 #[cfg(feature = "testbed")]
 mod soft_tlb;
+mod split_queue;
 mod swap;
 mod swap_in;
 mod swap_io;

@@ -66,12 +66,23 @@ enum Verdict {
 impl<A: Arch> Kernel<A> {
     /// Frees `wanted` frames or more, if it can. Returns how many.
     pub(crate) fn reclaim(&self, wanted: u64) -> u64 {
+        // What nobody uses at all goes first, without I/O.
+        let split = self.split_deferred(wanted, |_| true);
+        if split >= wanted || !self.has_swap() {
+            return split;
+        }
+        let wanted = wanted - split;
         let freed = self.reclaim_evictable(wanted);
         // Some may have been unlocked since.
-        if freed == 0 && self.lru_rescue() {
+        if split + freed == 0 && self.lru_rescue() {
             return self.reclaim_evictable(wanted);
         }
-        freed
+        split + freed
+    }
+
+    /// True where an allocation that finds no frame may find one by reclaim.
+    pub(super) fn can_reclaim(&self) -> bool {
+        self.has_swap() || self.has_deferred() || self.root().kswapd.reclaiming.get() > 0
     }
 
     fn reclaim_evictable(&self, wanted: u64) -> u64 {
@@ -173,13 +184,19 @@ impl<A: Arch> Kernel<A> {
         used: Used,
         mut finish: impl FnMut(u64) -> bool,
     ) -> u64 {
-        let mut batch = Batch::new();
+        let (mut batch, mut freed) = (Batch::new(), 0);
         for &gpa in isolated.frames() {
             if batch.is_full() {
                 self.batch_flush(&mut batch);
             }
             match self.judge(gpa, used) {
-                Verdict::Reclaim => self.unmap(gpa, &mut batch),
+                Verdict::Reclaim => match self.split_to_reclaim(gpa) {
+                    Some(unmapped) => {
+                        freed += unmapped;
+                        self.unmap(gpa, &mut batch);
+                    }
+                    None => self.mark(gpa, folio_state::ACTIVE),
+                },
                 Verdict::Keep => {}
                 Verdict::Activate => self.mark(gpa, folio_state::ACTIVE),
                 Verdict::Cull => self.mark(gpa, folio_state::UNEVICTABLE),
@@ -196,7 +213,6 @@ impl<A: Arch> Kernel<A> {
                 self.swap_write(gpa);
             }
         }
-        let mut freed = 0;
         for &gpa in isolated.frames() {
             freed += u64::from(finish(gpa));
         }
@@ -204,6 +220,19 @@ impl<A: Arch> Kernel<A> {
             self.batch_flush(&mut batch);
         }
         freed
+    }
+
+    /// Slots are for one page each: so a folio of 2 MiB is split first. Its pages are the next to be reclaimed, and the first
+    /// one stays in hand (Linux splits where it finds no 512 slots in a row: mm/vmscan.c, `shrink_folio_list`). Returns how many
+    /// pages nothing maps, which are free then. None where it stays whole; or nothing would be gained.
+    fn split_to_reclaim(&self, gpa: u64) -> Option<u64> {
+        if !self.is_large(gpa) || self.folio(gpa).mapcount.load(Acquire) == 0 {
+            return Some(0);
+        }
+        if self.swap_is_full() && !self.is_queued(gpa) {
+            return None;
+        }
+        self.split_isolated(gpa)
     }
 
     fn mark(&self, gpa: u64, state: u8) {
@@ -237,7 +266,8 @@ impl<A: Arch> Kernel<A> {
         let Some(found) = self.folio_referenced(gpa) else {
             return Verdict::Keep;
         };
-        if found.locked {
+        // Of a folio of 2 MiB a part may be locked: the rest of it can go.
+        if found.locked && !(found.evictable && self.is_large(gpa)) {
             return Verdict::Cull;
         }
         if used == Used::Ignored {

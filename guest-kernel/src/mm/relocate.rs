@@ -141,9 +141,12 @@ impl<A: Arch> Kernel<A> {
     /// its new place is empty, and that entry is filled only for parts that move by entries.
     fn way(&self, mm: Pa<Mm>, part: Part) -> Way {
         let space = self.obj(mm);
+        // Before the table is looked for: reclaim may split an entry meanwhile, and nobody makes one.
+        if self.is_huge_at(space, part.old) {
+            return self.way_of_huge(mm, part);
+        }
         let from = match self.leaf_table(space, part.old) {
             Ok(from) => from,
-            Err(2) if self.is_huge_at(space, part.old) => return self.way_of_huge(mm, part),
             Err(level) => {
                 let size = level_size(level);
                 return Way::Nothing(part.bytes.max(size - part.old % size));
@@ -165,6 +168,9 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn is_huge_at(&self, mm: &Mm, gva: u64) -> bool {
+        if mm.huge.get() == 0 {
+            return false;
+        }
         let upper = self.table_at(mm, gva, 2);
         upper.is_ok_and(|table| self.read_pte(Slot::new(table, 2, gva)).is_huge())
     }

@@ -9,11 +9,12 @@ use core::ops::Range;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
 
 use abi::channel::Walker;
-use abi::layout::PAGE_SHIFT;
+use abi::layout::{HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{AnonVma, AnonVmaChain, File, FrameKind, Mm, Pa, Vma};
 use abi::pte::Pte;
 use abi::syscall::Errno;
 
+use super::huge::huge_page_of;
 use super::{Field, Slot, pages};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -201,8 +202,8 @@ impl<A: Arch> Kernel<A> {
         if let RmapOwner::Anon(anon) = owner
             && folio.order.get() > 0
         {
-            let last = index + (1 << folio.order.get());
-            return self.rmap_walk_large(anon, gpa, index..last, &mut f);
+            let _family = self.lock_family(anon);
+            return self.walk_large(anon, gpa, &mut |at| f(at.mm, at.vma, at.gva, at.entry));
         }
         let maps = |entry: Pte| entry.is_present() && entry.address() == gpa;
         self.rmap_walk_places(owner, index, |at| {
@@ -212,47 +213,55 @@ impl<A: Arch> Kernel<A> {
         });
     }
 
-    /// [`Kernel::rmap_walk`] of a folio of 2 MiB, whose pages are `indices`: what maps one of them or all.
-    fn rmap_walk_large(
-        &self,
-        anon: Pa<AnonVma>,
-        gpa: u64,
-        indices: Range<u64>,
-        f: &mut impl FnMut(Pa<Mm>, Pa<Vma>, u64, Pte),
-    ) {
-        let _family = self.lock_family(anon);
-        self.for_each_vma_of(anon, indices.clone(), |vma, part, gva| {
+    /// Calls `f` for every present entry that maps a page of the folio of 2 MiB at `gpa`, or all of it. Under the lock of the
+    /// family of `anon`.
+    pub(super) fn walk_large(&self, anon: Pa<AnonVma>, gpa: u64, f: &mut impl FnMut(MappedAt)) {
+        let first = self.folio(gpa).index.get();
+        let indices = first..first + pages(HUGE_PAGE_SIZE);
+        self.for_each_vma_of(anon, indices, |vma, part, gva| {
             let mut index = part.start;
             while index < part.end {
                 let gva = gva + ((index - part.start) << PAGE_SHIFT);
-                let page = gpa + ((index - indices.start) << PAGE_SHIFT);
-                index += self.rmap_page_of_large(vma, gva, page, f);
+                let page = gpa + ((index - first) << PAGE_SHIFT);
+                index += self.rmap_part_of_large(vma, gva, page, part.end - index, f);
             }
         });
     }
 
-    /// Calls `f` where the entry of `vma` for `gva` maps the frame at `gpa`, or 2 MiB around it. Returns the pages that are
-    /// done with.
-    fn rmap_page_of_large(
+    /// Calls `f` where entries of `vma` from `gva` on map the `count` frames from `gpa` on, or 2 MiB around them. Returns the
+    /// pages that are done with: as far as one entry of level 2 goes.
+    fn rmap_part_of_large(
         &self,
         vma: Pa<Vma>,
         gva: u64,
         gpa: u64,
-        f: &mut impl FnMut(Pa<Mm>, Pa<Vma>, u64, Pte),
+        count: u64,
+        f: &mut impl FnMut(MappedAt),
     ) -> u64 {
         let mm = self.obj(vma).mm.get();
-        if self.leaf_table(self.obj(mm), gva) == Err(2) && self.obj(mm).huge.get() > 0 {
-            self.walk_begins(self.obj(mm), gva, Walker::Rmap);
-            let done = self.rmap_huge_entry(mm, vma, gva, gpa, f);
-            self.walk_ends(self.obj(mm), gva, Walker::Rmap);
-            return done;
-        }
-        self.rmap_place(vma, gva, &mut |at| {
-            if at.entry.is_present() && at.entry.address() == gpa {
-                f(at.mm, at.vma, at.gva, at.entry);
+        let space = self.obj(mm);
+        self.walk_begins(space, gva, Walker::Rmap);
+        let is_huge = space.huge.get() > 0 && self.rmap_huge_entry(mm, vma, gva, gpa, f);
+        if !is_huge && let Ok(table) = self.leaf_table(space, gva) {
+            let _guard = self.lock_table(table);
+            let end = (gva + (count << PAGE_SHIFT)).min(huge_page_of(gva) + HUGE_PAGE_SIZE);
+            let mut rest = gva;
+            while let Some((gva_of, entry)) = self.next_entry((table, 1), rest, end) {
+                rest = gva_of + PAGE_SIZE;
+                if entry.is_present() && entry.address() == gpa + (gva_of - gva) {
+                    let slot = Slot::new(table, 1, gva_of);
+                    f(MappedAt {
+                        mm,
+                        vma,
+                        gva: gva_of,
+                        slot,
+                        entry,
+                    });
+                }
             }
-        });
-        1
+        }
+        self.walk_ends(space, gva, Walker::Rmap);
+        count.min(pages(huge_page_of(gva) + HUGE_PAGE_SIZE - gva))
     }
 
     /// Calls `f` for every place at which page `index` of `owner` may be mapped, whatever is there, under the same locks.

@@ -10,7 +10,7 @@
 use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 use core::sync::atomic::fence;
 
-use abi::channel::cause;
+use abi::channel::{Walker, cause};
 use abi::layout::PAGE_SIZE;
 use abi::lock::LockClass;
 use abi::objects::{AnonVma, File, Pa, Vma, folio_flags, folio_state, vma_flags};
@@ -18,6 +18,7 @@ use abi::point::Point;
 use abi::pte::{NonPresent, Pte, PteFlags};
 
 use super::batch::Batch;
+use super::folio_split::InHand;
 use super::rmap::{MappedAt, RmapOwner};
 use super::{Field, FreedTables};
 use crate::Kernel;
@@ -31,6 +32,8 @@ pub(super) struct References {
     pub(super) used: u32,
     /// Some mapping of it is locked, or the program's own.
     pub(super) locked: bool,
+    /// Some mapping is not: of a folio of 2 MiB other pages may be mapped there.
+    pub(super) evictable: bool,
 }
 
 /// What takes the place of an entry.
@@ -64,7 +67,10 @@ impl<A: Arch> Kernel<A> {
         self.walk_back(&way, gpa, |at| {
             if is_kept(self.obj(at.vma)) {
                 found.locked = true;
-            } else if at.entry.flags().contains(PteFlags::ACCESSED) {
+                return;
+            }
+            found.evictable = true;
+            if at.entry.flags().contains(PteFlags::ACCESSED) {
                 found.used += 1;
                 let unused = at.entry.without(PteFlags::ACCESSED);
                 self.set_pte(self.obj(at.mm), at.gva, at.slot, at.entry, unused);
@@ -199,8 +205,52 @@ impl<A: Arch> Kernel<A> {
         (folio.owner.get() != 0).then_some(lock)
     }
 
+    /// Splits a folio of 2 MiB that the caller has in hand, alone, into small ones; what nothing maps is freed, but for the
+    /// first page, which stays in hand (Linux's `split_folio_to_list`). Returns how many are free. None where it stays whole: somebody
+    /// else uses it, or is at work.
+    pub(super) fn split_isolated(&self, head: u64) -> Option<u64> {
+        let folio = self.folio(head);
+        if folio.refcount.load(Acquire) != folio.mapcount.load(Acquire) + 1 {
+            return None;
+        }
+        let split = {
+            let way = self.try_lock_family(head)?;
+            let table = self.sole_table(&way, head)?;
+            let _guard = self.lock_table(table);
+            self.split_mapped_by(table, head, InHand::Yes).ok()?
+        };
+        Some(self.put_unmapped(head, &split, InHand::Yes))
+    }
+
+    /// A table of level 1 with an entry that maps a page of the folio of 2 MiB at `head`; an entry of level 2 is split for that,
+    /// where nothing else maps the folio.
+    fn sole_table(&self, way: &WayBack<'_, A>, head: u64) -> Option<u64> {
+        let mut found = None;
+        self.walk_back(way, head, |at| found = found.or(Some(at)));
+        let at = found?;
+        if at.slot.level == 1 {
+            return Some(at.slot.table);
+        }
+        let mm = self.obj(at.mm);
+        self.walk_begins(mm, at.gva, Walker::Rmap);
+        self.with_huge(mm, at.gva, |slot, entry| {
+            // Looked at under this lock: fork, which copies entries of 2 MiB first, finds them all or is done with them.
+            if entry.address() == head && self.folio(head).mapcount.load(Acquire) == 1 {
+                self.split_huge_locked(at.mm, at.gva, slot, entry);
+            }
+        });
+        let table = self.leaf_table(mm, at.gva).ok();
+        self.walk_ends(mm, at.gva, Walker::Rmap);
+        table
+    }
+
     /// Calls `f` for every present entry that maps the folio.
     fn walk_back(&self, way: &WayBack<'_, A>, gpa: u64, mut f: impl FnMut(MappedAt)) {
+        if let RmapOwner::Anon(anon) = way.owner
+            && self.is_large(gpa)
+        {
+            return self.walk_large(anon, gpa, &mut f);
+        }
         let index = self.folio(gpa).index.get();
         let mut maps = |at: MappedAt| {
             if at.entry.is_present() && at.entry.address() == gpa {

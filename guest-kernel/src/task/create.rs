@@ -142,6 +142,7 @@ impl<A: Arch> Kernel<A> {
             },
         );
         self.start_kswapd();
+        self.start_khugepaged();
     }
 
     /// Tells the host where the kernel's objects are and that CPL 3 comes next. Once.

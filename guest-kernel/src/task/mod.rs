@@ -7,7 +7,7 @@
 //! - `create`: the first process, fork and threads. `exit`, `wait`: how they end.
 //! - `sched`: who runs where; `queue` and `placement` are its parts without side effects on CPUs.
 //! - `syscall`: the table and the decoding of arguments; `affinity`, `futex`, `memory`, `testbed`: calls. `disk`: the
-//!   disk's driver and direct I/O. `kswapd`: the reclaim thread.
+//!   disk's driver and direct I/O. `kthread`: threads of the kernel, `kswapd` and `khugepaged`.
 //! - `fault`: page faults, exceptions and interrupts. `user`: user memory and the console.
 //!
 //! Tasks, run queues and the futex queue are protected by [`KernelRoot::sched_lock`]; where a comment
@@ -24,7 +24,9 @@ mod exit;
 mod fault;
 mod files;
 mod futex;
+mod khugepaged;
 mod kswapd;
+mod kthread;
 mod memory;
 mod placement;
 mod queue;

@@ -76,7 +76,7 @@ impl<A: Arch> Kernel<A> {
         self.finish_switch();
         let task = self.current();
         if task.flags.load(Relaxed) & task_flags::KERNEL != 0 {
-            self.kswapd();
+            self.run_thread();
         }
         let id = task.id.get();
         if id == FIRST_TASK {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{HUGE_ORDER, PAGE_SHIFT};
-use abi::objects::FrameKind;
+use abi::objects::{FrameKind, folio_state};
 use abi::pte::{Pte, level_size};
 
 use super::context::Space;
@@ -56,6 +56,14 @@ pub(super) const INVARIANTS: &[Invariant] = &[
         applies: Applies::UnlockedTables,
         source: "Linux mm/rmap.c, folio_entire_mapcount",
         run: entire_mapcount_is_right,
+    },
+    Invariant {
+        id: "R-31",
+        family: Family::Rmap,
+        predicate: "the split queue holds every folio of 2 MiB that has mappings, none of them whole, and fewer than pages; and none that is mapped whole or not at all",
+        applies: Applies::QuiescentKernel,
+        source: "Linux mm/huge_memory.c, deferred_split_folio",
+        run: parts_are_queued,
     },
 ];
 
@@ -239,4 +247,63 @@ pub(super) fn collapsing(context: &Context<'_>, space: &Space<'_>) -> Option<Bus
         let root = known.get(&vma.anon_vma)?.root;
         known.get(&root).and_then(family_lock)
     })
+}
+
+/// True where a folio of 2 MiB is mapped in parts. One that several map may have as many mappings as pages all the same: as it
+/// was unmapped, it had fewer.
+fn is_partly_mapped(folio: &FolioView) -> bool {
+    folio.used == 0 && folio.mapcount > 0 && u64::from(folio.mapcount) < 1 << HUGE_ORDER
+}
+
+fn parts_are_queued(context: &Context<'_>, findings: &mut Findings) {
+    let snapshot = context.snapshot;
+    let queue = snapshot.swap.split_queue;
+    let place = |head: u64| snapshot.folios.get(head as usize + 1);
+    let (mut queued, mut previous, mut next) = (HashSet::new(), 0, queue.first);
+    while next != 0 {
+        let wrong = match (snapshot.folios.get(next as usize), place(next)) {
+            (None, _) | (_, None) => Some("which does not exist"),
+            _ if !queued.insert(next) => Some("which is queued already"),
+            (Some(folio), _) if !folio.is(FrameKind::Anon) || folio.order != HUGE_ORDER => {
+                Some("which is no folio of 2 MiB")
+            }
+            (Some(folio), _) if folio.used > 0 || folio.mapcount == 0 => {
+                Some("which is mapped whole, or not at all")
+            }
+            (_, Some(place))
+                if place.state & folio_state::DEFERRED == 0 || place.prev != previous =>
+            {
+                Some("which does not know")
+            }
+            _ => None,
+        };
+        if let Some(wrong) = wrong {
+            findings.report(|| {
+                Finding::new("the split queue leads to a wrong frame")
+                    .expected("folios of 2 MiB that are partly mapped, each once, linked both ways")
+                    .found(format!("frame {next:#x}, {wrong}"))
+                    .frame(next)
+            });
+            return;
+        }
+        previous = next;
+        next = place(next).map_or(0, |place| place.next);
+    }
+    let count = (queued.len() as u64) << HUGE_ORDER;
+    findings.require((queue.last, queue.count) == (previous, count), || {
+        Finding::new("the split queue is not what its head says")
+            .expected(format!("last = {previous:#x}, count = {count}"))
+            .found(format!("last = {:#x}, count = {}", queue.last, queue.count))
+    });
+    for folio in context.anonymous_folios() {
+        let is_wanted = folio.order == HUGE_ORDER && is_partly_mapped(folio);
+        findings.require(!is_wanted || queued.contains(&folio.frame), || {
+            Finding::new(
+                "a folio of 2 MiB holds pages that nobody maps, and is not queued to be split",
+            )
+            .expected("on the split queue")
+            .found(format!("{} mappings, and on none", folio.mapcount))
+            .frame(folio.frame)
+        });
+    }
 }

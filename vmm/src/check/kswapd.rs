@@ -1,4 +1,4 @@
-//! L-40, S-40 and on: the reclaim thread.
+//! L-40, S-40 and on: the threads of the kernel, that of reclaim before all.
 
 use abi::objects::{Kswapd, Task};
 
@@ -33,15 +33,17 @@ pub(super) const INVARIANTS: &[Invariant] = &[
 
 fn threads_are_bare(context: &Context<'_>, findings: &mut Findings) {
     let snapshot = context.snapshot;
-    let named = snapshot.root.kswapd.task;
+    let root = &snapshot.root;
+    let named = [root.kswapd.task, root.khugepaged];
     for task in &snapshot.tasks {
         let is_bare = (task.mm, task.files, task.parent) == (0, 0, 0) && task.process == task.id;
-        let right = task.is_of_kernel() == (task.gpa == named) && (is_bare || !task.is_of_kernel());
+        let right =
+            task.is_of_kernel() == named.contains(&task.gpa) && (is_bare || !task.is_of_kernel());
         findings.require(right, || {
             Finding::new(format!("task {} is half a thread of the kernel", task.id))
                 .expected("none, or the one that the root names, with nothing of a process")
                 .found(format!(
-                    "flags {:#x}, {}, descriptors at {:#x}, process {}, parent {}; the root names {named:#x}",
+                    "flags {:#x}, {}, descriptors at {:#x}, process {}, parent {}; the root names {named:#x?}",
                     task.flags,
                     snapshot.mm_name(task.mm),
                     task.files,
@@ -51,11 +53,13 @@ fn threads_are_bare(context: &Context<'_>, findings: &mut Findings) {
                 .object("Task", task.gpa)
         });
     }
-    findings.require(named == 0 || snapshot.task_at(named).is_some(), || {
-        Finding::new("the reclaim thread is no task")
-            .expected("a task on the kernel's list")
-            .found(format!("{named:#x}"))
-    });
+    for thread in named {
+        findings.require(thread == 0 || snapshot.task_at(thread).is_some(), || {
+            Finding::new("a thread of the kernel is no task")
+                .expected("a task on the kernel's list")
+                .found(format!("{thread:#x}"))
+        });
+    }
 }
 
 fn marks_are_in_order(context: &Context<'_>, findings: &mut Findings) {

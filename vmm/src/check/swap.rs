@@ -39,7 +39,7 @@ pub(super) const INVARIANTS: &[Invariant] = &[
     Invariant {
         id: "S-23",
         family: Family::NonPresent,
-        predicate: "with swap every anonymous folio of one page, and every page of a file on the disk, is on exactly one LRU list, and nothing else is",
+        predicate: "with swap every anonymous folio, and every page of a file on the disk, is on exactly one LRU list, and nothing else is",
         applies: Applies::QuiescentKernel,
         source: "Linux mm/swap.c, folio_add_lru; include/linux/mm_inline.h, lruvec_add_folio",
         run: listed_once,
@@ -167,7 +167,7 @@ fn listed_once(context: &Context<'_>, findings: &mut Findings) {
                 });
                 return;
             }
-            count += 1;
+            count += folio.map_or(0, |folio| 1 << folio.order.min(63));
             previous = next;
             next = folio.map_or(0, |folio| folio.next);
         }
@@ -181,8 +181,7 @@ fn listed_once(context: &Context<'_>, findings: &mut Findings) {
     let pages = pages.filter(|folio| disk_file(context, folio).is_some());
     for folio in context.anonymous_folios().chain(pages) {
         let is_listed = listed.contains(&folio.frame);
-        // Those of 2 MiB are not reclaimed.
-        let is_wanted = snapshot.swap.is_on() && folio.order == 0;
+        let is_wanted = snapshot.swap.is_on();
         findings.require(is_listed == is_wanted, || {
             Finding::new("a folio that reclaim does not find, or should not")
                 .expected(if is_wanted { "on a list" } else { "on none" })

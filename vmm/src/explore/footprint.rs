@@ -467,7 +467,7 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
         // What the device does to the frame and to this vCPU is in no event.
         K::Pin | K::DiskSubmit | K::DiskDone | K::FolioSplit => return false,
         // Reclaim chooses by lists that every fault changes.
-        K::SwapSlot | K::SwapCache | K::Lru => return false,
+        K::SwapSlot | K::SwapCache | K::Lru | K::SplitQueue => return false,
         // Whether a charge fits is up to all others of its group.
         K::Charge => return false,
         K::RcuRetire | K::RcuFree | K::RcuGpStart | K::RcuGpWait | K::RcuGpEnd => return false,

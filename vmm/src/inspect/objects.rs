@@ -32,6 +32,9 @@ pub struct RootView {
     pub zero_frame: u64,
     pub free_frames: u64,
     pub kswapd: KswapdView,
+    /// Task of the thread that gathers 2 MiB.
+    #[serde(with = "serde_hex")]
+    pub khugepaged: u64,
     pub buddy_lock: u64,
     pub buddy: [u64; ORDERS],
     pub slabs: [SlabView; SLABS],
@@ -57,6 +60,7 @@ impl RootView {
             zero_frame: root.zero_frame.load(Relaxed),
             free_frames: root.free_frames.load(Relaxed),
             kswapd: KswapdView::new(&root.kswapd),
+            khugepaged: root.khugepaged.task.get().0,
             buddy_lock: root.buddy_lock.load(Relaxed),
             buddy: root.buddy.each_ref().map(|head| head.load(Relaxed)),
             slabs: root.slabs.each_ref().map(SlabView::new),

@@ -25,6 +25,8 @@ pub struct SwapView {
     pub moving: Vec<u64>,
     /// The LRU lists by [`lru`].
     pub lists: [ListView; lru::LISTS],
+    /// Folios of 2 MiB to be split when memory is short.
+    pub split_queue: ListView,
     /// Lock word of the lists.
     pub lru_lock: u64,
 }
@@ -48,7 +50,7 @@ pub struct ListView {
     pub first: u64,
     /// Frame number, 0 for none.
     pub last: u64,
-    /// Folios on it, by the kernel's word.
+    /// Pages of the folios on it, by the kernel's word.
     pub count: u64,
 }
 
@@ -64,6 +66,7 @@ impl SwapView {
             slots: read_slots(mem, area.slots.get().0, area.nr_slots.load(Relaxed)),
             moving: folios.filter(|folio| *folio != 0).collect(),
             lists: root.lru.each_ref().map(ListView::new),
+            split_queue: ListView::new(&root.split_queue),
             lru_lock: root.lru_lock.load(Relaxed),
         }
     }

@@ -16,29 +16,29 @@ use crate::arch::Arch;
 use crate::arch::model::testing::Machine;
 use crate::mm::{FaultError, Field};
 
-const PAGES: u64 = HUGE / PAGE;
+pub(super) const PAGES: u64 = HUGE / PAGE;
 
 fn machine(cmdline: &str) -> Machine {
     Machine::with_memory(32 << 20, 2, cmdline)
 }
 
 /// The leaf entry for `gva`, with its level.
-fn leaf(k: &TestKernel, mm: Pa<Mm>, gva: u64) -> (u8, Pte) {
+pub(super) fn leaf(k: &TestKernel, mm: Pa<Mm>, gva: u64) -> (u8, Pte) {
     k.leaf_at(k.obj(mm), gva).expect("something is mapped")
 }
 
-fn is_huge(k: &TestKernel, mm: Pa<Mm>, gva: u64) -> bool {
+pub(super) fn is_huge(k: &TestKernel, mm: Pa<Mm>, gva: u64) -> bool {
     k.leaf_at(k.obj(mm), gva)
         .is_some_and(|(level, _)| level == 2)
 }
 
-fn counts(k: &TestKernel, head: u64) -> (u32, u32, u32) {
+pub(super) fn counts(k: &TestKernel, head: u64) -> (u32, u32, u32) {
     let folio = k.folio(head);
     (folio.refcount.get(), folio.mapcount.get(), folio.used.get())
 }
 
 /// An mm on both CPUs that has `count` times 2 MiB mapped whole from `AT` on, each with its number in its pages 0 and 5.
-fn filled(k: &TestKernel, count: u64) -> Pa<Mm> {
+pub(super) fn filled(k: &TestKernel, count: u64) -> Pa<Mm> {
     let mm = space(k, &[0, 1]);
     map_at(k, mm, AT, count * PAGES, RW);
     k.madvise(mm, AT, count * HUGE, advice::HUGEPAGE).unwrap();

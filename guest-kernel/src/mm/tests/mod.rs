@@ -20,6 +20,8 @@ mod groups;
 mod groups_random;
 mod gup;
 mod huge;
+#[cfg(feature = "testbed")]
+mod huge_reclaim;
 mod interval_tree;
 #[cfg(feature = "testbed")]
 mod maps;

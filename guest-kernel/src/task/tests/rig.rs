@@ -56,6 +56,7 @@ pub(super) struct Rig {
     /// Free frames before the first process was.
     pub(super) free_at_boot: u64,
     memory: *mut u8,
+    bytes: u64,
     queue: Vec<(usize, u64)>,
     pages: BTreeMap<u64, Page>,
     /// Requests of this kind fail.
@@ -65,8 +66,8 @@ pub(super) struct Rig {
     seed: u64,
 }
 
-fn layout() -> Layout {
-    Layout::from_size_align(BYTES as usize, PAGE_SIZE as usize).expect("a sane size")
+fn layout(bytes: u64) -> Layout {
+    Layout::from_size_align(bytes as usize, PAGE_SIZE as usize).expect("a sane size")
 }
 
 /// CPL 3 of every task.
@@ -86,19 +87,31 @@ fn enter(kernel: &'static Kernel<Model>) {
 impl Rig {
     /// A machine of `cpus` that runs `programs`, the first of them as its first process, by a schedule of `seed`.
     pub(super) fn new(cpus: usize, cmdline: &str, programs: &'static [Program], seed: u64) -> Self {
+        Self::with_memory(BYTES, cpus, cmdline, programs, seed)
+    }
+
+    /// The same with so many bytes of memory.
+    pub(super) fn with_memory(
+        bytes: u64,
+        cpus: usize,
+        cmdline: &str,
+        programs: &'static [Program],
+        seed: u64,
+    ) -> Self {
         PROGRAMS.set(programs);
-        let info = boot_info(BYTES, cpus, &std::format!("tlb=soft {cmdline}"));
+        let info = boot_info(bytes, cpus, &std::format!("tlb=soft {cmdline}"));
         // SAFETY: the layout has a size that is not zero.
-        let memory = unsafe { alloc_zeroed(layout()) };
+        let memory = unsafe { alloc_zeroed(layout(bytes)) };
         assert!(!memory.is_null(), "no memory for the arena");
         // SAFETY: page aligned, freed only in `drop`, used by this thread alone.
-        let arch = unsafe { Model::new(memory, BYTES, cpus, enter) };
+        let arch = unsafe { Model::new(memory, bytes, cpus, enter) };
         let kernel = Kernel::boot(arch, &info).unwrap_or_else(|error| panic!("{error}"));
         let kernel: &'static Kernel<Model> = Box::leak(Box::new(kernel));
         let rig = Self {
             kernel,
             free_at_boot: kernel.root().free_frames.get(),
             memory,
+            bytes,
             queue: Vec::new(),
             pages: BTreeMap::new(),
             fails: None,
@@ -204,7 +217,7 @@ impl Drop for Rig {
         // SAFETY: leaked by `new`; no coroutine is left, and nobody else has the reference, nor one into the arena.
         unsafe {
             drop(Box::from_raw(kernel));
-            dealloc(self.memory, layout());
+            dealloc(self.memory, layout(self.bytes));
         }
     }
 }

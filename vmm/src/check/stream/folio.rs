@@ -148,8 +148,8 @@ impl Folios {
     }
 
     /// Each page of a large folio is a folio of its own from now on: with the mappings that it has, and a reference for each,
-    /// or for whoever frees it.
-    fn split(&mut self, head: u64) {
+    /// or for whoever frees it; the first one has `held` more.
+    fn split(&mut self, head: u64, held: u64) {
         if !self.large.remove(&head) {
             return;
         }
@@ -159,7 +159,7 @@ impl Folios {
             let frame = Frame {
                 entries,
                 mapcount: entries.into(),
-                refcount: entries.max(1).into(),
+                refcount: u64::from(entries.max(1)) + if page == head { held } else { 0 },
                 is_told: true,
                 ..Frame::default()
             };
@@ -373,7 +373,7 @@ impl Monitor for Folios {
             EventKind::PteChange => self.pte_change(seen),
             EventKind::MapcountChange => self.mapcount(seen, found),
             EventKind::RefcountChange => self.refcount(seen, found),
-            EventKind::FolioSplit => self.split(args[0]),
+            EventKind::FolioSplit => self.split(args[0], args[2]),
             EventKind::Pin => self.pin(seen, found),
             EventKind::LockAcquire if of_table => self.sections[seen.vcpu].locks += 1,
             EventKind::LockRelease if of_table => {

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::{HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE};
-use abi::objects::{Mm, Vma, folio_flags};
+use abi::objects::{Mm, Vma, folio_flags, folio_state};
 use abi::pte::{Pte, PteFlags};
 
 use super::fires;
@@ -133,7 +133,67 @@ fn p33_a_split_is_not_ended() {
 
 #[test]
 fn r30_an_entry_of_2_mib_is_not_counted() {
-    fires(&["R-30"], |world| {
+    // Then it looks as if one page were mapped.
+    fires(&["R-30", "R-31"], |world| {
         world.folio(LARGE_FRAME, |folio| folio.used.store(0, Relaxed));
+    });
+}
+
+/// Splits the entry and unmaps one page, and queues the folio.
+fn queued(world: &World) {
+    split(world);
+    let address = GVA + 7 * PAGE_SIZE;
+    let table = world.entry(world.parent, address, 1) >> PAGE_SHIFT;
+    world.change_pte(world.parent, address, 1, |_| Pte::NONE);
+    world.folio(table, |folio| folio.used.store(511, Relaxed));
+    world.update::<Mm, _>(world.parent, |mm| mm.rss.fetch_sub(1, Relaxed));
+    world.folio(LARGE_FRAME, |folio| {
+        folio.mapcount.store(511, Relaxed);
+        folio.refcount.store(511, Relaxed);
+    });
+    world.folio(LARGE_FRAME + 1, |folio| {
+        folio.state.store(folio_state::DEFERRED, Relaxed);
+    });
+    world.root(|root| {
+        root.split_queue.first.store(LARGE_FRAME, Relaxed);
+        root.split_queue.last.store(LARGE_FRAME, Relaxed);
+        root.split_queue.count.store(512, Relaxed);
+    });
+}
+
+#[test]
+fn r31_a_part_that_is_unmapped_is_not_queued() {
+    fires(&[], |world| queued(world));
+    let broken = |change: fn(&World)| {
+        fires(&["R-31"], |world| {
+            queued(world);
+            change(world);
+        });
+    };
+    broken(|world| {
+        world.root(|root| {
+            root.split_queue.first.store(0, Relaxed);
+            root.split_queue.last.store(0, Relaxed);
+            root.split_queue.count.store(0, Relaxed);
+        });
+    });
+    broken(|world| {
+        world.root(|root| root.split_queue.count.store(1, Relaxed));
+    });
+    // It does not know; a loop; a frame of another kind; one that there is not.
+    broken(|world| world.folio(LARGE_FRAME + 1, |folio| folio.state.store(0, Relaxed)));
+    for next in [LARGE_FRAME, 1, u64::MAX - 7] {
+        fires(&["R-31"], |world| {
+            queued(world);
+            world.folio(LARGE_FRAME + 1, |folio| folio.next.store(next, Relaxed));
+        });
+    }
+    // Mapped whole.
+    fires(&["R-31"], |world| {
+        world.root(|root| {
+            root.split_queue.first.store(LARGE_FRAME, Relaxed);
+            root.split_queue.last.store(LARGE_FRAME, Relaxed);
+            root.split_queue.count.store(512, Relaxed);
+        });
     });
 }

@@ -73,6 +73,9 @@ fn l40_a_thread_of_the_kernel_is_a_process_too() {
     fires(&["L-40"], |world| {
         world.root(|root| root.kswapd.task.set(Pa::new(0x7000)));
     });
+    fires(&["L-40"], |world| {
+        world.root(|root| root.khugepaged.task.set(Pa::new(0x7000)));
+    });
 }
 
 #[test]

@@ -19,8 +19,7 @@ fn fires(ids: &[&str], corrupt: impl FnOnce(&World)) {
         let frames = world.root(|root| root.nr_frames.load(Relaxed));
         for frame in 1..frames {
             let is_listed = world.folio(frame, |folio| {
-                let is_anon = folio.kind.load(Relaxed) == FrameKind::Anon as u8;
-                is_anon && folio.order.load(Relaxed) == 0
+                folio.kind.load(Relaxed) == FrameKind::Anon as u8
             });
             if is_listed {
                 list(world, frame, lru::INACTIVE);
@@ -32,13 +31,14 @@ fn fires(ids: &[&str], corrupt: impl FnOnce(&World)) {
 
 /// Puts a frame on a list.
 fn list(world: &World, frame: u64, number: usize) {
+    let pages = 1 << world.folio(frame, |folio| folio.order.load(Relaxed));
     let next = world.root(|root| {
         let list = &root.lru[number];
         let next = list.first.swap(frame, Relaxed);
         if next == 0 {
             list.last.store(frame, Relaxed);
         }
-        list.count.fetch_add(1, Relaxed);
+        list.count.fetch_add(pages, Relaxed);
         next
     });
     world.folio(frame, |folio| {

@@ -190,8 +190,9 @@ impl<A: Arch> Kernel<A> {
             let mine = if page == 0 { in_hand.references() } else { 0 };
             // Release: who takes a reference finds the rest of it.
             small.refcount.store(1 + mine, Release);
-            // What reclaim has in hand it lists itself.
+            // What reclaim has in hand it lists itself; what nothing maps is about to be freed.
             if let Some(place) = place
+                && is_mapped != 0
                 && (page > 0 || place == Place::First)
             {
                 self.lru_link(gpa, place);

@@ -62,11 +62,12 @@ impl<A: Arch> Kernel<A> {
                 return frame;
             }
             if freed == 0 && (waited || !self.await_reclaim()) {
-                return None;
+                break;
             }
             waited |= freed == 0;
         }
-        None
+        // Another CPU may have freed something since the last look, and nothing may be left to reclaim because it did.
+        self.take_block(order, kind)
     }
 
     /// As [`Kernel::alloc_frames`], of one frame that is free already.

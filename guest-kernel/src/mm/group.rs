@@ -132,7 +132,7 @@ impl<A: Arch> Kernel<A> {
     #[cold]
     #[inline(never)]
     fn charge_or_free(&self, group: u64, gpa: u64) -> Result<(), Errno> {
-        // Folios of 2 MiB are not worth reclaiming for, and are not reclaimed: small pages serve.
+        // Nothing is reclaimed for a folio of 2 MiB: small pages serve.
         let effort = match self.folio(gpa).order.get() {
             0 => Effort::Reclaim,
             _ => Effort::None,

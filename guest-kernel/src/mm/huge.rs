@@ -257,9 +257,9 @@ impl<A: Arch> Kernel<A> {
         self.count_huge(head, -1);
         let exclusive = folio.flags.get() & folio_flags::EXCLUSIVE;
         for page in self.pages_of(head) {
-            // What else a page knows is its own, by another entry.
             let flags = &self.folio(page).flags;
-            flags.fetch_and(!folio_flags::EXCLUSIVE, Relaxed);
+            // Who maps the whole has not given this page up, though another may have.
+            flags.fetch_and(!(folio_flags::EXCLUSIVE | folio_flags::LAZYFREE), Relaxed);
             flags.fetch_or(exclusive, Relaxed);
         }
     }

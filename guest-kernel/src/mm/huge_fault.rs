@@ -143,9 +143,10 @@ impl<A: Arch> Kernel<A> {
         let (space, area) = (self.obj(mm), self.obj(vma));
         let index = area.pgoff.get() + pages(base - area.start.get());
         self.folio_map_new_huge(head, area.anon_vma.get(), index);
-        let mut flags = leaf_flags(area.flags.get()) | PteFlags::HUGE;
+        // Dirty, whoever may write: what is gathered has contents (Linux's `collapse_huge_page`, `map_anon_folio_pmd`).
+        let mut flags = leaf_flags(area.flags.get()) | PteFlags::HUGE | PteFlags::DIRTY;
         if area.flags.get() & vma_flags::WRITE != 0 {
-            flags |= PteFlags::WRITE | PteFlags::DIRTY;
+            flags |= PteFlags::WRITE;
         }
         self.deposit_table(space, slot.table, table);
         self.set_pte(space, base, slot, Pte::NONE, Pte::new(head, flags));

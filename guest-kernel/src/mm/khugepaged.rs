@@ -55,7 +55,7 @@ impl<A: Arch> Kernel<A> {
             self.mm_put(mm);
             match next {
                 Some(next) => at = next,
-                None => number += 1,
+                None => (number, at) = (number + 1, 0),
             }
             self.give_way();
         }

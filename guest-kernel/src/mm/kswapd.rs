@@ -172,21 +172,22 @@ impl<A: Arch> Kernel<A> {
     /// As a task without locks.
     pub(crate) fn balance(&self) {
         let state = &self.root().kswapd;
-        let (mut left, mut rescued) = (self.clusters_to_scan(), false);
+        let (mut left, mut turn, mut rescued) = (self.clusters_to_scan(), 0, false);
         while self.free_frames_left() < state.high.get() {
-            let mut freed = self.split_deferred(CLUSTER as u64, |_| true);
+            let (mut freed, mut looked_at) = (self.split_deferred(CLUSTER as u64, |_| true), 1);
             if freed == 0 {
                 if self.reclaim_is_hopeless() {
                     return;
                 }
-                freed = self.balance_cluster(left);
+                (freed, looked_at) = self.balance_cluster(turn);
+                turn += 1;
             }
             if freed > 0 {
                 self.free_for_all();
                 state.failures.set(0);
                 left = self.clusters_to_scan();
-            } else if left > 1 {
-                left -= 1;
+            } else if left > looked_at {
+                left -= looked_at;
             } else if !rescued && self.lru_rescue() {
                 // Some may have been unlocked since.
                 rescued = true;
@@ -200,18 +201,21 @@ impl<A: Arch> Kernel<A> {
         state.failures.set(0);
     }
 
-    /// Reclaims of one cluster what it can. Returns how many are free.
-    fn balance_cluster(&self, turn: u64) -> u64 {
-        let (mut freed, written) = {
+    /// Reclaims of one cluster what it can. Returns how many are free, and as how many clusters it counts.
+    fn balance_cluster(&self, turn: u64) -> (u64, u64) {
+        let (looked_at, (mut freed, written)) = {
             let _reclaiming = self.reclaim_begins();
             let cluster = self.isolate_cluster(turn);
-            self.shrink_without_waiting(&cluster)
+            (
+                self.clusters_in(&cluster),
+                self.shrink_without_waiting(&cluster),
+            )
         };
         if !written.frames().is_empty() {
             self.swap_sleep(written.frames());
             freed += self.finish_writing(&written);
         }
-        freed
+        (freed, looked_at)
     }
 
     /// What it has freed others can reach too.

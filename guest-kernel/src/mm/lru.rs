@@ -112,7 +112,7 @@ impl<A: Arch> Kernel<A> {
         self.folio(gpa).kind.get() == FrameKind::File as u8
     }
 
-    /// Takes up to a cluster of folios off the end of a list.
+    /// Takes up to a cluster of folios off the end of a list, with `most` pages, or the first of 2 MiB.
     pub(super) fn lru_isolate(&self, list: usize, most: usize) -> Isolated {
         self.lru_isolate_where(list, most, |_| true)
     }
@@ -127,12 +127,14 @@ impl<A: Arch> Kernel<A> {
         let mut isolated = Isolated::new();
         let _guard = self.lock_lru();
         let mut frame = self.root().lru[list].last.get();
-        while frame != 0 && !isolated.is_full() && isolated.count < most {
+        let mut left = most as u64;
+        while frame != 0 && !isolated.is_full() && left > 0 {
             let gpa = frame << PAGE_SHIFT;
             frame = self.frame_folio(frame).prev.get();
             if is_wanted(gpa) && self.lru_try_get(gpa) {
                 self.lru_unlink(gpa);
                 isolated.push(gpa);
+                left = left.saturating_sub(self.folio_pages(gpa));
             }
         }
         isolated
@@ -174,21 +176,19 @@ impl<A: Arch> Kernel<A> {
         self.swap_put(gpa, cause::HOLD);
     }
 
-    /// The caller is about to give up the last reference to a folio that is listed, or queued to be split. False where somebody has taken the folio off
-    /// meanwhile, and so has another.
+    /// The caller is about to give up the last reference to a folio that may be listed, or queued to be split. False where
+    /// somebody has taken the folio off meanwhile, and so has another.
+    ///
+    /// Both are looked at under the lock. Without it, who has the folio in hand may put it back between the two looks: it would
+    /// be on no list, have one reference, and be freed on a list.
     pub(super) fn lru_forget(&self, gpa: u64) -> bool {
         let folio = self.folio(gpa);
-        let is_listed = || folio.state.load(Acquire) & folio_state::LRU != 0;
-        let is_queued = || self.is_large(gpa) && self.is_queued(gpa);
-        if !is_listed() && !is_queued() {
-            return folio.refcount.load(Acquire) == 1;
-        }
         let _guard = self.lock_lru();
         let last = folio.refcount.load(Acquire) == 1;
-        if last && is_listed() {
+        if last && folio.state.load(Acquire) & folio_state::LRU != 0 {
             self.lru_unlink(gpa);
         }
-        if last && is_queued() {
+        if last && self.is_large(gpa) && self.is_queued(gpa) {
             self.queue_unlink(gpa);
         }
         last

@@ -23,6 +23,7 @@ use super::batch::Batch;
 use super::lru::{CLUSTER, Isolated};
 use super::swap::IN_TRANSFER;
 use super::swap_io::Waiting;
+use super::unmap::References;
 use crate::Kernel;
 use crate::arch::Arch;
 
@@ -85,17 +86,24 @@ impl<A: Arch> Kernel<A> {
         self.has_swap() || self.has_deferred() || self.root().kswapd.reclaiming.get() > 0
     }
 
-    fn reclaim_evictable(&self, wanted: u64) -> u64 {
-        let mut freed = 0;
-        for turn in 0..self.clusters_to_scan() {
-            let _reclaiming = self.reclaim_begins();
-            let isolated = self.isolate_cluster(turn);
-            freed += self.shrink_folios(&isolated, Used::Counts);
-            if freed >= wanted {
+    pub(super) fn reclaim_evictable(&self, wanted: u64) -> u64 {
+        let (mut freed, mut left) = (0, self.clusters_to_scan());
+        for turn in 0.. {
+            if left == 0 || freed >= wanted {
                 break;
             }
+            let _reclaiming = self.reclaim_begins();
+            let isolated = self.isolate_cluster(turn);
+            left = left.saturating_sub(self.clusters_in(&isolated));
+            freed += self.shrink_folios(&isolated, Used::Counts);
         }
         freed
+    }
+
+    /// As how many clusters these folios count, before they are split: as many as they have pages for, or one.
+    pub(super) fn clusters_in(&self, isolated: &Isolated) -> u64 {
+        let pages = self.pages_isolated(isolated);
+        pages.div_ceil(CLUSTER as u64).max(1)
     }
 
     /// Clusters to look at before there is nothing to be reclaimed.
@@ -137,7 +145,7 @@ impl<A: Arch> Kernel<A> {
             let found = self.folio_referenced(gpa).unwrap_or_default();
             let state = &self.folio(gpa).state;
             state.fetch_and(!folio_state::ACTIVE, Relaxed);
-            if found.locked {
+            if self.is_kept(gpa, &found) {
                 state.fetch_or(folio_state::UNEVICTABLE, Relaxed);
             }
             self.lru_put_back(gpa);
@@ -266,8 +274,7 @@ impl<A: Arch> Kernel<A> {
         let Some(found) = self.folio_referenced(gpa) else {
             return Verdict::Keep;
         };
-        // Of a folio of 2 MiB a part may be locked: the rest of it can go.
-        if found.locked && !(found.evictable && self.is_large(gpa)) {
+        if self.is_kept(gpa, &found) {
             return Verdict::Cull;
         }
         if used == Used::Ignored {
@@ -284,6 +291,11 @@ impl<A: Arch> Kernel<A> {
         } else {
             Verdict::Keep
         }
+    }
+
+    /// True where a locked mapping keeps a folio. Of one of 2 MiB a part may be locked: the rest of it can go.
+    fn is_kept(&self, gpa: u64, found: &References) -> bool {
+        found.locked && !(found.evictable && self.is_large(gpa))
     }
 
     /// Takes the folio away from those who map it.

@@ -281,9 +281,15 @@ fn no_unset_frames(context: &Context<'_>, findings: &mut Findings) {
 }
 
 fn slabs_add_up(context: &Context<'_>, findings: &mut Findings) {
-    for (index, slab) in context.snapshot.root.slabs.iter().enumerate() {
-        let own = of_kind(context, FrameKind::Slab).filter(|folio| folio.owner == index as u64);
-        let frames = own.map(FolioView::frames).sum::<u64>();
+    // One pass for all: there are many more frames than slabs.
+    let mut frames_of = [0u64; SLABS];
+    for folio in of_kind(context, FrameKind::Slab) {
+        if let Some(frames) = frames_of.get_mut(folio.owner as usize) {
+            *frames += folio.frames();
+        }
+    }
+    let slabs = context.snapshot.root.slabs.iter().zip(frames_of);
+    for (index, (slab, frames)) in slabs.enumerate() {
         findings.require(slab.frames == frames, || {
             in_slab(index, "frames").expected(frames).found(slab.frames)
         });

@@ -11,7 +11,7 @@ use abi::pte::PteFlags;
 use abi::syscall::{advice, mremap, prot};
 
 use super::huge::{PAGES, counts, filled, is_huge, leaf};
-use super::{AT, PAGE, RW, TestKernel, audit, map_at, teardown};
+use super::{AT, PAGE, RW, TestKernel, audit, map_at, space, teardown};
 use crate::arch::model::testing::Machine;
 use crate::mm::reclaim::Used;
 use crate::mm::{Field, FreedTables};
@@ -224,6 +224,29 @@ fn what_was_given_up_needs_no_slot() {
     teardown(k, &[mm]);
 }
 
+/// What a parent has given up is its child's still: memory that was gathered, though nobody has written to it there.
+#[test]
+fn what_one_process_gives_up_stays_the_others() {
+    let machine = machine("swap_slots=2000 thp=never");
+    let k = machine.kernel();
+    let (mm, page) = (space(k, &[0]), AT + 5 * PAGE);
+    map_at(k, mm, AT, PAGES, RW);
+    for number in 0..6 {
+        k.user_write(0, AT + number * PAGE, number + 1).unwrap();
+    }
+    k.mprotect(mm, AT, HUGE, prot::READ).unwrap();
+    k.madvise(mm, AT, HUGE, advice::COLLAPSE).unwrap();
+    assert!(is_huge(k, mm, AT));
+    let child = k.mm_fork(mm).unwrap();
+    k.madvise(mm, page, PAGE, advice::FREE).unwrap();
+    k.on(0, |k| k.switch_mm(child));
+    k.mm_put(mm);
+    reclaim_all(k, child);
+    assert_eq!(k.user_read(0, page), Ok(6));
+    audit(k);
+    teardown(k, &[child]);
+}
+
 /// Reclaims when so many locks were released, unless a page-table lock is held still. Tells whether that splits the entry.
 fn reclaim_after(k: &TestKernel, mm: Pa<Mm>, releases: u64) -> Arc<AtomicU64> {
     let told = Arc::new(AtomicU64::new(0));
@@ -379,6 +402,29 @@ fn what_others_use_stays_on_the_queue() {
     k.mm_put(child);
     audit(k);
     assert_eq!((k.reclaim(1), queued(k)), (1, 0));
+    teardown(k, &[mm]);
+}
+
+/// Of one that was used twice too, and so is active.
+#[test]
+fn an_active_folio_of_which_a_part_is_locked_stays_evictable() {
+    let machine = machine("swap_slots=2000");
+    let k = machine.kernel();
+    let (mm, head) = folio(k, 1);
+    for _ in 0..2 {
+        reads_back(k, 0, 0);
+        let taken = k.lru_isolate(lru::INACTIVE, 1);
+        k.shrink_folios(&taken, Used::Counts);
+        k.on(0, |k| k.flush_mm(mm, FreedTables::No));
+    }
+    assert!(state(k, head, folio_state::ACTIVE));
+    k.mlock(mm, AT, PAGE, 0).unwrap();
+    // The entry is split by now, and each of its pages may have been used.
+    for _ in 0..8 {
+        k.reclaim_evictable(2 * PAGES);
+    }
+    assert_eq!(k.obj(mm).rss.get(), 1);
+    audit(k);
     teardown(k, &[mm]);
 }
 

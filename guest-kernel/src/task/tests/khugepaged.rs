@@ -64,6 +64,36 @@ fn it_gathers_what_has_become_eligible() {
     }
 }
 
+/// Every address space is looked at from its start, that of a child too, whose number is the next one.
+#[test]
+fn it_gathers_in_parent_and_child() {
+    fn huge(user: &User) -> u64 {
+        user.0.obj(user.0.current().mm.get()).huge.get()
+    }
+    let parent: Program = |user| {
+        let base = user.map(2 * PAGES);
+        user.store(base, 1);
+        user.store(base + HUGE_PAGE_SIZE, 2);
+        let advised = user.call(nr::MADVISE, [base, 2 * HUGE_PAGE_SIZE, advice::HUGEPAGE, 0]);
+        assert_eq!(advised, Ok(0));
+        user.child(1);
+        assert_eq!(huge(user), 0, "one CPU: the thread has not run");
+        let_it_work(user);
+        assert_eq!(huge(user), 2);
+        assert!(user.call(nr::WAIT4, [u64::MAX, 0, 0, 0]).is_ok());
+        0
+    };
+    let child: Program = |user| {
+        let_it_work(user);
+        assert_eq!(huge(user), 2);
+        0
+    };
+    let programs = std::vec![parent, child].leak();
+    let mut rig = Rig::with_memory(BYTES, 1, "khugepaged=on", programs, 5);
+    assert_eq!(rig.run(), 0, "{}", rig.kernel.arch.console_text());
+    check_end(&rig);
+}
+
 #[test]
 fn it_never_runs_where_nobody_asks() {
     let program: Program = |user| {

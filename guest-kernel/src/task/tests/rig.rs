@@ -17,7 +17,7 @@ use abi::disk::{DiskOp, DiskRequest, DiskStatus};
 use abi::layout::{CHANNEL_GPA, CHANNEL_STRIDE, PAGE_SIZE};
 use abi::objects::{Pa, Task};
 use abi::point::Point;
-use abi::syscall::{Errno, clone, decode, map, nr, prot};
+use abi::syscall::{Errno, clone, decode, map, nr, prot, signal};
 
 use crate::Kernel;
 use crate::arch::Arch;
@@ -279,11 +279,20 @@ impl User {
     /// A thread that runs program `number`.
     pub(super) fn thread(&self, number: u64) {
         let flags = clone::VM | clone::FS | clone::FILES | clone::SIGHAND | clone::THREAD;
+        self.starts(flags | clone::SYSVSEM, number);
+    }
+
+    /// A forked child that runs program `number`.
+    pub(super) fn child(&self, number: u64) {
+        self.starts(signal::SIGCHLD, number);
+    }
+
+    fn starts(&self, flags: u64, number: u64) {
         let frame = self.frame();
         let kept = frame.r14;
         frame.r14 = number + FIRST;
-        let made = self.call(nr::CLONE, [flags | clone::SYSVSEM, 0, 0, 0]);
+        let made = self.call(nr::CLONE, [flags, 0, 0, 0]);
         self.frame().r14 = kept;
-        made.expect("a thread");
+        made.expect("a task");
     }
 }

@@ -34,7 +34,7 @@ fn the_fault_path_of_a_bare_kernel_has_no_trace_of_it() {
         "first_touch",
         "alloc_user_frame",
         "flush_here",
-        "set_pte",
+        "set_used_pte",
     ] {
         let reached = names.iter().any(|name| name.ends_with(part));
         assert!(reached, "{part} is part of a fault: {names:#?}");

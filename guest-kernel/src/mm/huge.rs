@@ -84,6 +84,18 @@ impl<A: Arch> Kernel<A> {
         entry.is_huge().then(|| f(slot, entry))
     }
 
+    /// [`Kernel::leaf_at`] of who tells a program what is there, and so must not take an entry for none that is being split:
+    /// reclaim does that under no lock that keeps others out for longer (Linux's `pmd_trans_huge_lock` in mincore).
+    pub(super) fn leaf_told(&self, mm: &Mm, gva: u64) -> Option<(u8, Pte)> {
+        let found = self.leaf_at(mm, gva);
+        if found.is_some() || mm.huge.get() == 0 {
+            return found;
+        }
+        // Under the lock no split is half done.
+        let _guard = self.lock_upper(mm);
+        self.leaf_at(mm, gva)
+    }
+
     /// Clears the entries of 2 MiB that lie in `start..end`, and splits those that reach beyond it (Linux's
     /// `zap_huge_pmd`).
     #[inline]

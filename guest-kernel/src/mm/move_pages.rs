@@ -22,7 +22,7 @@ impl<A: Arch> Kernel<A> {
         if self.vma_at(space, gva).is_none() {
             return Err(Errno::EFAULT);
         }
-        match self.leaf_at(space, gva) {
+        match self.leaf_told(space, gva) {
             Some((_, entry)) if is_uncounted(entry) => Err(Errno::EFAULT),
             Some(_) => Ok(0),
             None => Err(Errno::ENOENT),

@@ -198,13 +198,14 @@ impl<A: Arch> Kernel<A> {
                 self.batch_flush(&mut batch);
             }
             match self.judge(gpa, used) {
-                Verdict::Reclaim => match self.split_to_reclaim(gpa) {
+                Verdict::Reclaim if self.is_large(gpa) => match self.split_to_reclaim(gpa) {
                     Some(unmapped) => {
                         freed += unmapped;
-                        self.unmap(gpa, &mut batch);
+                        self.reclaim_first(gpa, &mut batch);
                     }
                     None => self.mark(gpa, folio_state::ACTIVE),
                 },
+                Verdict::Reclaim => self.unmap(gpa, &mut batch),
                 Verdict::Keep => {}
                 Verdict::Activate => self.mark(gpa, folio_state::ACTIVE),
                 Verdict::Cull => self.mark(gpa, folio_state::UNEVICTABLE),
@@ -234,13 +235,22 @@ impl<A: Arch> Kernel<A> {
     /// one stays in hand (Linux splits where it finds no 512 slots in a row: mm/vmscan.c, `shrink_folio_list`). Returns how many
     /// pages nothing maps, which are free then. None where it stays whole; or nothing would be gained.
     fn split_to_reclaim(&self, gpa: u64) -> Option<u64> {
-        if !self.is_large(gpa) || self.folio(gpa).mapcount.load(Acquire) == 0 {
+        if self.folio(gpa).mapcount.load(Acquire) == 0 {
             return Some(0);
         }
         if self.swap_is_full() && !self.is_queued(gpa) {
             return None;
         }
         self.split_isolated(gpa)
+    }
+
+    /// The first page of what was split: it may be the part that is locked.
+    fn reclaim_first(&self, gpa: u64, batch: &mut Batch) {
+        match self.judge(gpa, Used::Ignored) {
+            Verdict::Reclaim => self.unmap(gpa, batch),
+            Verdict::Cull => self.mark(gpa, folio_state::UNEVICTABLE),
+            Verdict::Keep | Verdict::Activate => {}
+        }
     }
 
     fn mark(&self, gpa: u64, state: u8) {

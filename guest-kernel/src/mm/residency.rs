@@ -35,7 +35,7 @@ impl<A: Arch> Kernel<A> {
             let entry = match self.leaf_table(space, gva) {
                 Ok(table) => self.read_pte(Slot::new(table, 1, gva)),
                 Err(_) => self
-                    .leaf_at(space, gva)
+                    .leaf_told(space, gva)
                     .map_or(Pte::NONE, |(_, entry)| entry),
             };
             if !entry.is_none() {

@@ -405,6 +405,19 @@ fn what_others_use_stays_on_the_queue() {
     teardown(k, &[mm]);
 }
 
+#[test]
+fn a_first_page_that_is_locked_gets_no_slot() {
+    let machine = machine("swap_slots=2000");
+    let k = machine.kernel();
+    let (mm, head) = folio(k, 1);
+    k.mlock(mm, AT, PAGE, 0).unwrap();
+    assert_eq!(reclaim_all(k, mm), 1);
+    assert_eq!(k.root().swap.used.get(), PAGES - 1);
+    assert!(state(k, head, folio_state::UNEVICTABLE));
+    reads_back(k, 0, 0);
+    teardown(k, &[mm]);
+}
+
 /// Of one that was used twice too, and so is active.
 #[test]
 fn an_active_folio_of_which_a_part_is_locked_stays_evictable() {
@@ -448,6 +461,34 @@ fn an_allocation_that_finds_nothing_splits_what_is_queued() {
     audit(k);
     taken.into_iter().for_each(|frame| k.free_frames(frame));
     teardown(k, &[mm]);
+}
+
+/// Another CPU splits what is queued, all there is, at any moment of an allocation that finds nothing: it gets a page of it.
+#[test]
+fn an_allocation_gets_what_another_cpu_frees_meanwhile() {
+    for releases in 0..12 {
+        let machine = machine("pcp_batch=0");
+        let k = machine.kernel();
+        let (mm, _) = folio(k, 1);
+        k.madvise(mm, AT, 40 * PAGE, advice::DONTNEED).unwrap();
+        let mut taken = Vec::new();
+        while let Ok(frame) = k.alloc_free_frame(abi::objects::FrameKind::Stack) {
+            taken.push(frame);
+        }
+        for _ in 0..releases {
+            k.arch.at(Point::LockRelease, |_| {});
+        }
+        k.arch.at(Point::LockRelease, |k| {
+            if k.root().lru_lock.get() == 0 {
+                k.on(1, |k| k.reclaim(1));
+            }
+        });
+        let frame = k.alloc_frames(0, abi::objects::FrameKind::Stack);
+        taken.push(frame.unwrap_or_else(|_| panic!("after {releases} locks")));
+        taken.into_iter().for_each(|frame| k.free_frames(frame));
+        audit(k);
+        teardown(k, &[mm]);
+    }
 }
 
 /// The last mapping goes while reclaim has the folio in hand, taken off the queue.

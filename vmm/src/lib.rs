@@ -11,6 +11,7 @@ pub mod engine;
 pub mod explore;
 pub mod inspect;
 pub mod kvm;
+mod map;
 pub mod memory;
 pub mod oracle;
 pub mod report;

@@ -39,4 +39,9 @@ pub trait PhysMem: Sync {
     /// # Errors
     /// [`OutOfRange`], also for an address that is not page aligned.
     fn table(&self, gpa: u64) -> Result<&[AtomicU64; ENTRIES_PER_TABLE], OutOfRange>;
+
+    /// All of it as words, for who reads many; nothing where it does not lie in one piece.
+    fn words(&self) -> &[AtomicU64] {
+        &[]
+    }
 }

@@ -343,6 +343,12 @@ impl PhysMem for GuestRam {
         // Every bit pattern is a valid `AtomicU64`, and the guest accesses it like another thread.
         Ok(unsafe { &*self.region.as_ptr().add(gpa as usize).cast() })
     }
+
+    fn words(&self) -> &[AtomicU64] {
+        let words = self.bytes() as usize / size_of::<AtomicU64>();
+        // SAFETY: as in `table`: all of the mapping, which begins and ends with a page.
+        unsafe { std::slice::from_raw_parts(self.region.as_ptr().cast(), words) }
+    }
 }
 
 /// Appends the pages whose bits are set in word `word` of a bitmap.

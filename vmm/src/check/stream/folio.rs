@@ -12,11 +12,11 @@ use abi::layout::{HUGE_ORDER, HUGE_PAGE_SIZE, PAGE_SHIFT, PAGE_SIZE};
 use abi::lock::LockClass;
 use abi::objects::{Folio, FrameKind, KernelRoot};
 use abi::pte::Pte;
-use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::words::Word as _;
 use super::{Kinds, Monitor, Rule, Seen, tlb, violation};
 use crate::check::{Finding, Violation};
+use crate::map::{Map, Set};
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -86,7 +86,9 @@ struct Section {
 
 impl Section {
     fn change(&mut self, frame: u64, by: i64) {
-        match self.changed.iter_mut().find(|(other, _)| *other == frame) {
+        // Entry and mapcount follow each other: it is one of the last.
+        let mut known = self.changed.iter_mut().rev();
+        match known.find(|(other, _)| *other == frame) {
             Some((_, sum)) => *sum += by,
             None => self.changed.push((frame, by)),
         }
@@ -96,15 +98,15 @@ impl Section {
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Folios {
-    start: FxHashMap<u64, Frame>,
+    start: Map<Frame>,
     /// Heads of folios of 2 MiB, at the start and now.
-    large_at_start: FxHashSet<u64>,
-    large: FxHashSet<u64>,
+    large_at_start: Set,
+    large: Set,
     /// Pages of those that entries of level 1 map, each with how many.
-    pages: FxHashMap<u64, u32>,
-    pages_at_start: FxHashMap<u64, u32>,
+    pages: Map<u32>,
+    pages_at_start: Map<u32>,
     /// By head.
-    frames: FxHashMap<u64, Frame>,
+    frames: Map<Frame>,
     sections: Vec<Section>,
     /// Frames whose counts the events have told.
     told: Vec<u64>,
@@ -125,12 +127,12 @@ impl Folios {
         for (page, by) in [(old, -1), (new, 1)] {
             if let Some(page) = page {
                 let head = self.head(page);
-                if level == 1 && self.large.contains(&head) {
-                    let entries = self.pages.entry(page).or_default();
+                if level == 1 && self.is_large(head) {
+                    let (entries, _) = self.pages.entry(page, 0);
                     *entries = entries.saturating_add_signed(by as i32);
                 }
                 self.sections[seen.vcpu].change(head, by);
-                if let Some(frame) = self.frames.get_mut(&head) {
+                if let Some(frame) = self.frames.get_mut(head) {
                     frame.entries = frame.entries.saturating_add_signed(by as i32);
                 }
             }
@@ -140,22 +142,22 @@ impl Folios {
     /// The folio that the frame at `gpa` is a page of.
     fn head(&self, gpa: u64) -> u64 {
         let head = gpa & !(HUGE_PAGE_SIZE - 1);
-        if self.large.contains(&head) {
-            head
-        } else {
-            gpa
-        }
+        if self.is_large(head) { head } else { gpa }
+    }
+
+    fn is_large(&self, head: u64) -> bool {
+        !self.large.is_empty() && self.large.contains(head)
     }
 
     /// Each page of a large folio is a folio of its own from now on: with the mappings that it has, and a reference for each,
     /// or for whoever frees it; the first one has `held` more.
     fn split(&mut self, head: u64, held: u64) {
-        if !self.large.remove(&head) {
+        if self.large.remove(head).is_none() {
             return;
         }
-        self.frames.remove(&head);
+        self.frames.remove(head);
         for page in (head..head + HUGE_PAGE_SIZE).step_by(PAGE_SIZE as usize) {
-            let entries = self.pages.remove(&page).unwrap_or(0);
+            let entries = self.pages.remove(page).unwrap_or(0);
             let frame = Frame {
                 entries,
                 mapcount: entries.into(),
@@ -170,7 +172,7 @@ impl Folios {
 
     fn mapcount(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, new, ..] = seen.event.args;
-        let Some(frame) = self.frames.get_mut(&gpa) else {
+        let Some(frame) = self.frames.get_mut(gpa) else {
             return;
         };
         let by = new.cast_signed().wrapping_sub(frame.mapcount.cast_signed());
@@ -184,7 +186,7 @@ impl Folios {
 
     fn pin(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, new, ..] = seen.event.args;
-        let Some(frame) = self.frames.get_mut(&gpa) else {
+        let Some(frame) = self.frames.get_mut(gpa) else {
             return;
         };
         frame.pins = new;
@@ -201,7 +203,7 @@ impl Folios {
         }
         let counts = format!("{} pins, mapcount {}", frame.pins, frame.mapcount);
         // Of a large one each page is shared or not.
-        if frame.mapcount > 1 && !self.large.contains(&gpa) {
+        if frame.mapcount > 1 && !self.is_large(gpa) {
             let finding = finding(seen, "a folio that a device uses is shared", gpa)
                 .expected("one mapping at most")
                 .found(counts.clone());
@@ -217,7 +219,7 @@ impl Folios {
 
     fn refcount(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, new, ..] = seen.event.args;
-        let Some(frame) = self.frames.get_mut(&gpa) else {
+        let Some(frame) = self.frames.get_mut(gpa) else {
             return;
         };
         if frame.freed {
@@ -239,15 +241,16 @@ impl Folios {
 
     fn free(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, _, kind, ..] = seen.event.args;
-        if self.large.remove(&gpa) {
+        if self.is_large(gpa) {
+            self.large.remove(gpa);
             let pages = gpa..gpa + HUGE_PAGE_SIZE;
-            self.pages.retain(|page, _| !pages.contains(page));
+            self.pages.retain(|page, _| !pages.contains(&page));
         }
         if !is_counted(kind) {
-            self.frames.remove(&gpa);
+            self.frames.remove(gpa);
             return;
         }
-        let frame = self.frames.entry(gpa).or_default();
+        let (frame, _) = self.frames.entry(gpa, Frame::default());
         if frame.entries > 0 || frame.mapcount > 0 {
             let finding = finding(seen, "a folio that is mapped is freed", gpa)
                 .expected("no mapping")
@@ -278,7 +281,7 @@ impl Folios {
             if difference == 0 {
                 continue;
             }
-            let Some(frame) = self.frames.get(&gpa) else {
+            let Some(frame) = self.frames.get(gpa) else {
                 continue;
             };
             let title = "mapcount and entries did not change together";
@@ -324,16 +327,13 @@ impl Monitor for Folios {
         for (page, level) in counted.filter(|(gpa, _)| *gpa != zero) {
             let gpa = head_in(memory, kernel_root, page);
             if order_in(memory, kernel_root, gpa) == HUGE_ORDER {
-                self.large_at_start.insert(gpa);
+                self.large_at_start.insert(gpa, ());
                 if level == 1 {
-                    *self.pages_at_start.entry(page).or_default() += 1;
+                    *self.pages_at_start.entry(page, 0).0 += 1;
                 }
             }
-            let frame = self
-                .start
-                .entry(gpa)
-                .or_insert_with(|| counts(memory, kernel_root, gpa));
-            frame.entries += 1;
+            let fresh = counts(memory, kernel_root, gpa);
+            self.start.entry(gpa, fresh).0.entries += 1;
         }
         self.sections = vec![Section::default(); nr_vcpus];
         self.reset();
@@ -366,7 +366,7 @@ impl Monitor for Folios {
                 };
                 self.frames.insert(args[0], fresh);
                 if args[1] == u64::from(HUGE_ORDER) {
-                    self.large.insert(args[0]);
+                    self.large.insert(args[0], ());
                 }
             }
             EventKind::FrameFree => self.free(seen, found),
@@ -391,7 +391,7 @@ impl Monitor for Folios {
         self.told.sort_unstable();
         self.told.dedup();
         for gpa in &self.told {
-            let Some(told) = self.frames.get(gpa).filter(|frame| !frame.freed) else {
+            let Some(told) = self.frames.get(*gpa).filter(|frame| !frame.freed) else {
                 continue;
             };
             let is = counts(memory, kernel_root, *gpa);

@@ -9,11 +9,11 @@ use std::mem::offset_of;
 use abi::channel::{Event, EventKind};
 use abi::lock::LockClass;
 use abi::objects::{Mm, Vma};
-use rustc_hash::FxHashSet;
 
 use super::order::Order;
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
+use crate::map::Set;
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -46,7 +46,7 @@ enum Holder {
 pub struct Locks {
     held: Vec<(Holder, u64, LockClass)>,
     /// Locks whose history is known: those taken at least once since the start.
-    known: FxHashSet<u64>,
+    known: Set,
     pub(super) order: Order,
 }
 
@@ -82,7 +82,7 @@ fn shares(class: LockClass) -> bool {
 impl Locks {
     fn acquired(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
         let me = holder(seen, class);
-        self.known.insert(word);
+        self.known.insert(word, ());
         let other = self
             .held
             .iter()
@@ -125,7 +125,7 @@ impl Locks {
                 self.held.swap_remove(at);
             }
             // It may have been taken before the stream began.
-            None if !self.known.contains(&word) => {}
+            None if !self.known.contains(word) => {}
             None => {
                 let title = "a lock was released by who does not hold it";
                 found.push(violation(HOLDER, finding(seen, title, class, word)));

@@ -12,12 +12,12 @@ use abi::layout::PAGE_SHIFT;
 use abi::lock::LockClass;
 use abi::objects::{Folio, KernelRoot, Mm};
 use abi::pte::{NonPresent, Pte};
-use rustc_hash::FxHashMap;
 
 use super::words::{Word as _, mms};
 use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
 use crate::inspect::walk::{AddressSpace, USER_HALF};
+use crate::map::Map;
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -31,9 +31,9 @@ const LEFT: &str = "S-08";
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Migrations {
-    start: FxHashMap<u64, u32>,
+    start: Map<u32>,
     /// Migration entries by the frame that they refer to.
-    entries: FxHashMap<u64, u32>,
+    entries: Map<u32>,
     folios: u64,
 }
 
@@ -47,18 +47,18 @@ fn frame_of(entry: Pte) -> Option<u64> {
 impl Migrations {
     fn pte_change(&mut self, old: Pte, new: Pte) {
         if let Some(frame) = frame_of(old)
-            && let Some(count) = self.entries.get_mut(&frame)
+            && let Some(count) = self.entries.get_mut(frame)
         {
             *count = count.saturating_sub(1);
         }
         if let Some(frame) = frame_of(new) {
-            *self.entries.entry(frame).or_default() += 1;
+            *self.entries.entry(frame, 0).0 += 1;
         }
     }
 
     fn judge(&mut self, seen: &Seen, frame: u64, how: &str, found: &mut Vec<Violation>) {
         // Told once: it stays so.
-        let left = self.entries.remove(&frame).unwrap_or(0);
+        let left = self.entries.remove(frame).unwrap_or(0);
         if left > 0 {
             let title = format!("a folio is {how}, and migration entries refer to it");
             let finding = Finding::new(format!("{title}: frame {frame:#x}"))
@@ -92,7 +92,7 @@ impl Monitor for Migrations {
             let pgd = memory.field(mm, offset_of!(Mm, pgd));
             let space = AddressSpace::read(memory, pgd, USER_HALF);
             for frame in space.absent.iter().filter_map(|leaf| frame_of(leaf.entry)) {
-                *self.start.entry(frame).or_default() += 1;
+                *self.start.entry(frame, 0).0 += 1;
             }
         }
         self.reset();

@@ -5,10 +5,10 @@
 //! and when a grace period begins, is told before the CPUs are looked at.
 
 use abi::channel::{EventKind, rcu_object};
-use rustc_hash::FxHashMap;
 
 use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
+use crate::map::Map;
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -48,11 +48,11 @@ struct Section {
 #[derive(Clone, Debug, Default)]
 pub struct Rcu {
     /// By vCPU.
-    sections: FxHashMap<usize, Section>,
+    sections: Map<Section>,
     /// By object: what it is, and when it was retired.
-    retired: FxHashMap<u64, (u64, u64)>,
+    retired: Map<(u64, u64)>,
     /// By vCPU: when its grace period began.
-    graces: FxHashMap<usize, u64>,
+    graces: Map<u64>,
     /// Events that it was told so far.
     at: u64,
 }
@@ -63,14 +63,14 @@ impl Rcu {
         let open = self
             .sections
             .iter()
-            .map(|(vcpu, section)| (*vcpu, *section));
+            .map(|(vcpu, section)| (vcpu as usize, *section));
         open.filter(|(_, section)| section.nesting > 0 && section.began < moment)
             .min_by_key(|(vcpu, _)| *vcpu)
     }
 
     fn nest(&mut self, seen: &Seen, delta: i64, found: &mut Vec<Violation>) {
         let at = self.at;
-        let section = self.sections.entry(seen.vcpu).or_default();
+        let (section, _) = self.sections.entry(seen.vcpu as u64, Section::default());
         let expected = section.nesting.checked_add_signed(delta);
         let told = seen.event.args[0];
         if expected != Some(told) {
@@ -89,7 +89,7 @@ impl Rcu {
     }
 
     fn outside(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let Some(section) = self.sections.get_mut(&seen.vcpu) else {
+        let Some(section) = self.sections.get_mut(seen.vcpu as u64) else {
             return;
         };
         if section.nesting > 0 {
@@ -120,7 +120,7 @@ impl Rcu {
     fn free(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let object = seen.event.args[0];
         // Without it: retired before the stream began.
-        let Some((kind, at)) = self.retired.remove(&object) else {
+        let Some((kind, at)) = self.retired.remove(object) else {
             return;
         };
         if let Some((vcpu, section)) = self.open_since_before(at) {
@@ -142,8 +142,8 @@ impl Rcu {
 
     fn frame_freed(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let gpa = seen.event.args[0];
-        if let Some((rcu_object::TABLE, _)) = self.retired.get(&gpa) {
-            self.retired.remove(&gpa);
+        if let Some((rcu_object::TABLE, _)) = self.retired.get(gpa) {
+            self.retired.remove(gpa);
             let finding = Finding::new("a retired page-table page goes back without RCU")
                 .object("page-table page", gpa)
                 .vcpu(seen.vcpu);
@@ -152,7 +152,7 @@ impl Rcu {
     }
 
     fn grace_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
-        let Some(began) = self.graces.remove(&seen.vcpu) else {
+        let Some(began) = self.graces.remove(seen.vcpu as u64) else {
             return;
         };
         if let Some((vcpu, section)) = self.open_since_before(began) {
@@ -208,7 +208,7 @@ impl Monitor for Rcu {
             EventKind::RcuFree => self.free(seen, found),
             EventKind::FrameFree => self.frame_freed(seen, found),
             EventKind::RcuGpStart => {
-                self.graces.insert(seen.vcpu, self.at);
+                self.graces.insert(seen.vcpu as u64, self.at);
             }
             EventKind::RcuGpEnd => self.grace_over(seen, found),
             _ => {}

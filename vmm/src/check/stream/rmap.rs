@@ -14,11 +14,11 @@ use abi::objects::{
     AnonVma, AnonVmaChain, File, Folio, FrameKind, KernelRoot, Mm, RwLockWord, Vma, VmaRefs,
 };
 use abi::pte::{Pte, index};
-use rustc_hash::FxHashMap;
 
-use super::words::{Object, Word as _, mms};
+use super::words::{Word as _, Words, mms};
 use super::{Kinds, Monitor, Rule, Seen, tlb, violation};
 use crate::check::{Finding, Violation};
+use crate::map::{Map, Set};
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -54,27 +54,26 @@ const MAX_MAPPINGS: usize = 8;
 pub struct Rmap {
     /// The zero page, from which no walk goes back.
     zero: u64,
-    start: FxHashMap<u64, u32>,
+    start: Map<u32>,
     /// Present leaf entries that the events have told, by the frame that they map.
-    entries: FxHashMap<u64, u32>,
+    entries: Map<u32>,
     /// Frames whose entries have changed since the last look.
-    changed: Vec<u64>,
+    changed: Set,
     looks: u32,
 }
 
 impl Rmap {
     fn change(&mut self, frame: u64, by: i32) {
-        let entries = self.entries.entry(frame).or_default();
+        let (entries, _) = self.entries.entry(frame, 0);
         *entries = entries.saturating_add_signed(by);
-        let room = self.looks > 0 && self.changed.len() < MAX_FRAMES;
-        if room && !self.changed.contains(&frame) {
-            self.changed.push(frame);
+        if self.looks > 0 && self.changed.len() < MAX_FRAMES {
+            self.changed.insert(frame, ());
         }
     }
 
     /// True where a walk back from `frame` finds what it should.
     fn is_well(&self, guest: &mut Guest<'_>, frame: u64) -> bool {
-        let told = self.entries.get(&frame).copied().unwrap_or(0);
+        let told = self.entries.get(frame).copied().unwrap_or(0);
         told == 0 || guest.walk_back(frame) == Ok(told)
     }
 
@@ -94,7 +93,7 @@ impl Rmap {
                 (ALIVE, finding.object(kind, at))
             }
         };
-        let told = self.entries.get(&frame).copied().unwrap_or(0);
+        let told = self.entries.get(frame).copied().unwrap_or(0);
         let finding = finding.expected(format!("{told} entries, as the events told"));
         found.push(violation(INVARIANTS, id, finding));
     }
@@ -113,7 +112,7 @@ impl Monitor for Rmap {
         self.zero = memory.field(kernel_root, offset_of!(KernelRoot, zero_frame));
         for (frame, _) in tlb::leaf_frames(memory, kernel_root) {
             if frame != self.zero {
-                *self.start.entry(frame).or_default() += 1;
+                *self.start.entry(frame, 0).0 += 1;
             }
         }
         self.reset();
@@ -154,20 +153,20 @@ impl Monitor for Rmap {
         self.looks -= 1;
         let mut guest = Guest::new(memory, kernel_root);
         let before = found.len();
-        for frame in std::mem::take(&mut self.changed) {
+        for (frame, ()) in self.changed.iter() {
             self.look(&mut guest, frame, found);
             if found.len() > before {
                 break;
             }
         }
+        self.changed.clear();
     }
     fn compare(&mut self, memory: &dyn PhysMem, kernel_root: u64, found: &mut Vec<Violation>) {
         let mut guest = Guest::new(memory, kernel_root);
-        let frames = self.entries.keys().copied();
+        let frames = self.entries.iter().map(|(frame, _)| frame);
         let mut wrong: Vec<u64> = frames
             .filter(|frame| !self.is_well(&mut guest, *frame))
             .collect();
-        // The map has no order of its own that a replay could rely on.
         wrong.sort_unstable();
         wrong.truncate(MAX_JUDGED);
         let before = found.len();
@@ -186,6 +185,7 @@ type Dead = (&'static str, u64);
 /// The kernel's objects in guest memory.
 struct Guest<'m> {
     memory: &'m dyn PhysMem,
+    words: Words<'m>,
     kernel_root: u64,
     folios: u64,
     /// Chains that may still be followed.
@@ -197,6 +197,7 @@ impl<'m> Guest<'m> {
     fn new(memory: &'m dyn PhysMem, kernel_root: u64) -> Self {
         Self {
             memory,
+            words: Words::of(memory),
             kernel_root,
             folios: memory.field(kernel_root, offset_of!(KernelRoot, folios)),
             left: MAX_CHAINS,
@@ -205,9 +206,9 @@ impl<'m> Guest<'m> {
     }
 
     /// The folio that the frame is a page of, and which page.
-    fn folio_of(&self, frame: u64) -> (Object<'m>, u64) {
+    fn folio_of(&self, frame: u64) -> (u64, u64) {
         let own = self.folio(frame);
-        if kind(&own) == FrameKind::Tail as u64 {
+        if self.kind(own) == FrameKind::Tail as u64 {
             let head = frame & !(HUGE_PAGE_SIZE - 1);
             (self.folio(head), (frame - head) >> PAGE_SHIFT)
         } else {
@@ -215,83 +216,91 @@ impl<'m> Guest<'m> {
         }
     }
 
-    fn folio(&self, frame: u64) -> Object<'m> {
+    fn folio(&self, frame: u64) -> u64 {
         let offset = (frame >> PAGE_SHIFT).wrapping_mul(size_of::<Folio>() as u64);
-        self.object(self.folios.wrapping_add(offset))
+        self.folios.wrapping_add(offset)
     }
 
-    fn object(&self, gpa: u64) -> Object<'m> {
-        Object::at(self.memory, gpa)
+    fn kind(&self, folio: u64) -> u64 {
+        self.words.field(folio, offset_of!(Folio, kind) & !7) & 0xff
+    }
+
+    /// True where the descriptor is that of a page of a file.
+    fn is_file_page(&self, folio: u64) -> bool {
+        self.kind(folio) == FrameKind::File as u64
     }
 
     /// How many entries a walk back from the folio of `frame` finds.
     fn walk_back(&mut self, frame: u64) -> Result<u32, Dead> {
         let (folio, page) = self.folio_of(frame);
-        let owner = folio.field(offset_of!(Folio, owner));
-        let at = folio.field(offset_of!(Folio, index)).wrapping_add(page);
+        let words = self.words;
+        let owner = words.field(folio, offset_of!(Folio, owner));
+        let at = words
+            .field(folio, offset_of!(Folio, index))
+            .wrapping_add(page);
         self.hits.clear();
         if owner == 0 {
             return Ok(0);
         }
-        if is_file_page(&folio) {
+        if self.is_file_page(folio) {
             return self.walk_file(owner, at, frame);
         }
-        let anon = self.alive("AnonVma", owner, offset_of!(AnonVma, generation))?;
-        let mut next = anon.field(offset_of!(AnonVma, chains));
+        self.alive("AnonVma", owner, offset_of!(AnonVma, generation))?;
+        let mut next = words.field(owner, offset_of!(AnonVma, chains));
         while next != 0 && self.left > 0 {
             self.left -= 1;
-            let chain = self.alive("AnonVmaChain", next, offset_of!(AnonVmaChain, generation))?;
-            self.pass(chain.field(offset_of!(AnonVmaChain, vma)), at, frame)?;
-            next = chain.field(offset_of!(AnonVmaChain, next_of_anon));
+            self.alive("AnonVmaChain", next, offset_of!(AnonVmaChain, generation))?;
+            self.pass(words.field(next, offset_of!(AnonVmaChain, vma)), at, frame)?;
+            next = words.field(next, offset_of!(AnonVmaChain, next_of_anon));
         }
         Ok(self.hits.len() as u32)
     }
 
     /// The same from page `at` of a file, by all VMAs of its tree.
     fn walk_file(&mut self, file: u64, at: u64, frame: u64) -> Result<u32, Dead> {
-        let file = self.alive("File", file, offset_of!(File, generation))?;
-        let mut left = vec![file.field(offset_of!(File, i_mmap))];
+        let words = self.words;
+        self.alive("File", file, offset_of!(File, generation))?;
+        let mut left = vec![words.field(file, offset_of!(File, i_mmap))];
         while let Some(next) = left.pop() {
             if next == 0 || self.left == 0 {
                 continue;
             }
             self.left -= 1;
-            let vma = self.pass(next, at, frame)?;
-            left.push(vma.field(offset_of!(Vma, left_of_file)));
-            left.push(vma.field(offset_of!(Vma, right_of_file)));
+            self.pass(next, at, frame)?;
+            left.push(words.field(next, offset_of!(Vma, left_of_file)));
+            left.push(words.field(next, offset_of!(Vma, right_of_file)));
         }
         Ok(self.hits.len() as u32)
     }
 
     /// A walk back from `frame`, whose page offset is `at`, comes to a VMA.
-    fn pass(&mut self, vma: u64, at: u64, frame: u64) -> Result<Object<'m>, Dead> {
-        let area = self.alive("VMA", vma, offset_of!(Vma, generation))?;
-        if !VmaRefs::is_attached(area.field(offset_of!(Vma, refs))) {
+    fn pass(&mut self, vma: u64, at: u64, frame: u64) -> Result<(), Dead> {
+        let words = self.words;
+        self.alive("VMA", vma, offset_of!(Vma, generation))?;
+        if !VmaRefs::is_attached(words.field(vma, offset_of!(Vma, refs))) {
             return Err(("VMA", vma));
         }
-        let start = area.field(offset_of!(Vma, start));
-        let end = area.field(offset_of!(Vma, end));
-        let first = area.field(offset_of!(Vma, pgoff));
+        let start = words.field(vma, offset_of!(Vma, start));
+        let end = words.field(vma, offset_of!(Vma, end));
+        let first = words.field(vma, offset_of!(Vma, pgoff));
         let offset = at.wrapping_sub(first);
         if at >= first && offset < end.wrapping_sub(start) >> PAGE_SHIFT {
-            let mm = area.field(offset_of!(Vma, mm));
-            let pgd = self
-                .alive("mm", mm, offset_of!(Mm, generation))?
-                .field(offset_of!(Mm, pgd));
+            let mm = words.field(vma, offset_of!(Vma, mm));
+            self.alive("mm", mm, offset_of!(Mm, generation))?;
+            let pgd = words.field(mm, offset_of!(Mm, pgd));
             let gva = start.wrapping_add(offset << PAGE_SHIFT);
             // Two VMAs may cover one page for a moment: that is one entry.
             if self.maps(pgd, gva, frame) && !self.hits.contains(&(mm, gva)) {
                 self.hits.push((mm, gva));
             }
         }
-        Ok(area)
+        Ok(())
     }
 
-    /// The object at `gpa`, whose generation is odd as long as it is allocated.
-    fn alive(&self, kind: &'static str, gpa: u64, generation: usize) -> Result<Object<'m>, Dead> {
-        let object = self.object(gpa);
-        match object.half(generation) % 2 {
-            1 => Ok(object),
+    /// The object at `gpa` is allocated: its generation is odd as long as it is.
+    fn alive(&self, kind: &'static str, gpa: u64, generation: usize) -> Result<(), Dead> {
+        match self.words.half(gpa, generation) % 2 {
+            1 => Ok(()),
             _ => Err((kind, gpa)),
         }
     }
@@ -299,7 +308,7 @@ impl<'m> Guest<'m> {
     fn maps(&self, pgd: u64, gva: u64, frame: u64) -> bool {
         let mut table = pgd;
         for level in [4, 3, 2, 1] {
-            let entry = Pte(self.memory.field(table, 8 * index(gva, level)));
+            let entry = Pte(self.words.field(table, 8 * index(gva, level)));
             if !entry.is_present() {
                 return false;
             }
@@ -318,8 +327,8 @@ impl<'m> Guest<'m> {
         let memory = self.memory;
         let mut left = MAX_TABLES;
         let (folio, _) = self.folio_of(frame);
-        let anon = folio.field(offset_of!(Folio, owner));
-        let list = if is_file_page(&folio) {
+        let anon = self.words.field(folio, offset_of!(Folio, owner));
+        let list = if self.is_file_page(folio) {
             memory.field(anon, offset_of!(File, i_mmap_lock))
         } else {
             let root = memory.field(anon, offset_of!(AnonVma, root));
@@ -335,7 +344,7 @@ impl<'m> Guest<'m> {
 
     fn is_table_locked(&self, table: u64, level: u8, left: &mut u32) -> bool {
         *left = left.saturating_sub(1);
-        let lock = self.folio(table).field(offset_of!(Folio, lock));
+        let lock = self.words.field(self.folio(table), offset_of!(Folio, lock));
         let user = if level == 4 { 256 } else { 512 };
         lock != 0
             || level > 1
@@ -357,15 +366,6 @@ impl<'m> Guest<'m> {
             .map(|(mm, gva)| format!("mapped by mm {mm} at GVA {gva:#x}"))
             .collect()
     }
-}
-
-fn kind(folio: &Object<'_>) -> u64 {
-    folio.field(offset_of!(Folio, kind) & !7) & 0xff
-}
-
-/// True where the descriptor is that of a page of a file.
-fn is_file_page(folio: &Object<'_>) -> bool {
-    kind(folio) == FrameKind::File as u64
 }
 
 fn finding(guest: &Guest<'_>, title: &str, frame: u64) -> Finding {

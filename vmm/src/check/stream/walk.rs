@@ -13,12 +13,12 @@ use abi::channel::{EventKind, Walker};
 use abi::lock::LockClass;
 use abi::objects::{Cpu, FrameKind, KernelRoot, Mm};
 use abi::pte::{Pte, level_size};
-use rustc_hash::FxHashMap;
 
 use super::locks::mmap_lock;
 use super::words::{Word as _, mms};
 use super::{Kinds, Monitor, Rule, Seen, violation};
 use crate::check::{Finding, Violation};
+use crate::map::Map;
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -72,7 +72,7 @@ const PROTECT: &[LockClass] = &[
 #[derive(Clone, Debug, Default)]
 struct Start {
     /// By number: where the object lies.
-    mms: FxHashMap<u64, u64>,
+    mms: Map<u64>,
     /// Number of the mm that each vCPU has loaded.
     loaded: Vec<u64>,
     /// Lock words that somebody holds already: nobody knows who.
@@ -92,10 +92,10 @@ struct Unlinked {
 #[derive(Clone, Debug, Default)]
 pub struct Walks {
     walks: Vec<Walk>,
-    unlinked: FxHashMap<u64, Unlinked>,
+    unlinked: Map<Unlinked>,
     held: Vec<Held>,
     /// Depth of each vCPU's RCU read section.
-    sections: FxHashMap<usize, u64>,
+    sections: Map<u64>,
     start: Start,
     now: Start,
     /// Events that it was told so far.
@@ -126,7 +126,7 @@ impl Walks {
                 loaded.is_none_or(|loaded| *loaded == walk.mm)
             }
             // One that was open before the stream began is not known.
-            Walker::Peek => self.sections.get(&walk.vcpu) != Some(&0),
+            Walker::Peek => self.sections.get(walk.vcpu as u64) != Some(&0),
             // A fault that stays inside the family it has locked walks one mm only; others lock by task.
             Walker::Rmap => {
                 let mut held = self.held.iter();
@@ -141,7 +141,7 @@ impl Walks {
             }
             Walker::Fault if self.holds_vma(&walk) => true,
             _ => {
-                let Some(object) = self.now.mms.get(&walk.mm) else {
+                let Some(object) = self.now.mms.get(walk.mm) else {
                     return; // An mm from before the stream that is on no list.
                 };
                 let word = mmap_lock(*object);
@@ -232,7 +232,7 @@ impl Walks {
 
     fn free(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [gpa, _, kind, ..] = seen.event.args;
-        let Some(table) = self.unlinked.remove(&gpa) else {
+        let Some(table) = self.unlinked.remove(gpa) else {
             return;
         };
         if !FrameKind::from_u64(kind).is_some_and(FrameKind::is_table) {
@@ -309,11 +309,11 @@ impl Monitor for Walks {
             EventKind::LockAcquire => self.lock(seen, true, found),
             EventKind::LockRelease => self.lock(seen, false, found),
             EventKind::RcuEnter | EventKind::RcuExit => {
-                self.sections.insert(seen.vcpu, args[0]);
+                self.sections.insert(seen.vcpu as u64, args[0]);
                 self.judge_own(seen, found);
             }
             EventKind::MmCreate => drop(self.now.mms.insert(args[0], args[2])),
-            EventKind::MmFree => drop(self.now.mms.remove(&args[0])),
+            EventKind::MmFree => drop(self.now.mms.remove(args[0])),
             EventKind::Cr3Load => {
                 if let Some(loaded) = self.now.loaded.get_mut(seen.vcpu) {
                     *loaded = args[1];

@@ -4,7 +4,7 @@ use std::mem::offset_of;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-use abi::layout::{ENTRIES_PER_TABLE, PAGE_SIZE};
+use abi::layout::PAGE_SIZE;
 use abi::objects::{KernelRoot, Mm};
 
 use crate::memory::PhysMem;
@@ -34,33 +34,34 @@ impl Word for dyn PhysMem + '_ {
     }
 }
 
-/// An object of which several words are read: the page in which it begins is looked up once.
+/// Memory of which many words are read: it is asked for all of them once.
 #[derive(Clone, Copy)]
-pub(super) struct Object<'m> {
+pub(super) struct Words<'m> {
     memory: &'m dyn PhysMem,
-    words: Option<&'m [AtomicU64; ENTRIES_PER_TABLE]>,
-    gpa: u64,
+    all: &'m [AtomicU64],
 }
 
-impl<'m> Object<'m> {
-    pub(super) fn at(memory: &'m dyn PhysMem, gpa: u64) -> Self {
-        let words = memory.table(gpa & !(PAGE_SIZE - 1)).ok();
-        Self { memory, words, gpa }
+impl<'m> Words<'m> {
+    pub(super) fn of(memory: &'m dyn PhysMem) -> Self {
+        let all = memory.words();
+        Self { memory, all }
     }
 
     /// As [`Word::field`].
-    pub(super) fn field(&self, offset: usize) -> u64 {
-        let at = (self.gpa % PAGE_SIZE) as usize + offset;
-        match self.words.and_then(|words| words.get(at / 8)) {
+    #[inline]
+    pub(super) fn field(&self, gpa: u64, offset: usize) -> u64 {
+        let at = gpa.wrapping_add(offset as u64) / 8;
+        match self.all.get(at as usize) {
             Some(word) => word.load(Relaxed),
-            None => self.memory.field(self.gpa, offset),
+            None => self.memory.field(gpa, offset),
         }
     }
 
     /// As [`Word::half`].
-    pub(super) fn half(&self, offset: usize) -> u32 {
-        let upper = self.gpa.wrapping_add(offset as u64) & 4 != 0;
-        let word = self.field(offset);
+    #[inline]
+    pub(super) fn half(&self, gpa: u64, offset: usize) -> u32 {
+        let word = self.field(gpa, offset);
+        let upper = gpa.wrapping_add(offset as u64) & 4 != 0;
         (if upper { word >> 32 } else { word }) as u32
     }
 }

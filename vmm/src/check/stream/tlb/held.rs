@@ -210,12 +210,15 @@ pub(super) fn combine(path: Rights, entry: Rights, is_leaf: bool, laws: Laws) ->
     if is_leaf { rights.of_walk() } else { rights }
 }
 
+/// Words of [`Notes::slots`]: a schedule of a short program writes some hundred translations down.
+const WORDS: usize = 32;
+
 /// What is written down of one kind. Most entries that change have nothing written down: a hash of the slots says
 /// so without a look at all of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Notes {
     held: Vec<Held>,
-    slots: [u64; 8],
+    slots: [u64; WORDS],
 }
 
 impl Notes {
@@ -227,7 +230,7 @@ impl Notes {
 
     pub(super) fn clear(&mut self) {
         self.held.clear();
-        self.slots = Default::default();
+        self.slots = [0; WORDS];
     }
 
     /// True where something that is written down includes `held`.
@@ -259,6 +262,9 @@ impl Notes {
 
     /// A page of any size goes with any address in it (5.10.4.1).
     pub(super) fn drop_range(&mut self, start: u64, end: u64, laws: Laws) {
+        if self.held.is_empty() {
+            return;
+        }
         self.held.retain(|held| {
             if laws.obey(Law::AnyAddressDropsAPage) {
                 !held.overlaps(start, end)
@@ -278,8 +284,9 @@ impl Notes {
 
     fn hash(slot: u64) -> (usize, u64) {
         // Fibonacci hashing: tables of forked processes have the same entries.
-        let hash = (slot / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 55;
-        ((hash / 64) as usize, 1 << (hash % 64))
+        let hash = (slot / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let bit = hash >> (u64::BITS - (WORDS * 64).trailing_zeros());
+        ((bit / 64) as usize, 1 << (bit % 64))
     }
 }
 

@@ -133,12 +133,12 @@ pub(super) fn difference(
         if found.is_some() {
             return found;
         }
-        if tables.roots.get(&id) != Some(&pgd) {
+        if tables.roots.get(id) != Some(&pgd) {
             return Some(Unexplained {
                 mm: id,
                 level: 5,
                 gva: 0,
-                told: Pte(tables.roots.get(&id).copied().unwrap_or(0)),
+                told: Pte(tables.roots.get(id).copied().unwrap_or(0)),
                 is: Pte(pgd),
             });
         }
@@ -148,7 +148,7 @@ pub(super) fn difference(
     gone.filter_map(|(id, pgd)| {
         let (index, entry) = tables.present(*pgd).next()?;
         Some(Unexplained {
-            mm: *id,
+            mm: id,
             level: 4,
             gva: index * level_size(4),
             told: entry.pte,

@@ -20,15 +20,15 @@ mod tell;
 mod tests;
 mod vcpu;
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use abi::channel::{Event, EventKind, flush};
 use abi::pte::level_size;
-use rustc_hash::FxHashMap;
 
 use super::locks::KEEP_VMAS;
-use super::{Kinds, Monitor, Rule, Seen};
+use super::{Kinds, Monitor, Rule, Seen, is_of_lock};
 use crate::check::{Finding, Violation};
+use crate::map::Map;
 use crate::memory::PhysMem;
 use held::Change;
 use state::State;
@@ -122,8 +122,9 @@ struct Fate {
 #[derive(Debug, Default)]
 struct Run {
     state: State,
-    calls: FxHashMap<u32, Begun>,
-    faults: FxHashMap<u32, Begun>,
+    /// By task.
+    calls: Map<Begun>,
+    faults: Map<Begun>,
     fates: Vec<Fate>,
     /// Events so far, those of the set-up included.
     at: u64,
@@ -149,7 +150,7 @@ impl Clone for Run {
 #[derive(Clone, Debug, Default)]
 pub struct TlbModel {
     /// Shared by all forks.
-    start: Arc<Run>,
+    start: Rc<Run>,
     now: Run,
     /// Events of the set-up.
     begins: u64,
@@ -250,7 +251,7 @@ impl Monitor for TlbModel {
             }
         });
         self.begins = run.at;
-        self.start = Arc::new(run);
+        self.start = Rc::new(run);
         self.reset();
     }
 
@@ -264,7 +265,10 @@ impl Monitor for TlbModel {
     #[inline(always)]
     fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
         self.now.at += 1;
-        if JUDGED.has(&seen.event) && seen.vcpu < self.now.state.vcpus.len() {
+        if JUDGED.has_kind(kind as u32)
+            && (!is_of_lock(kind as u32) || JUDGED.has_class(seen.event.args[1]))
+            && seen.vcpu < self.now.state.vcpus.len()
+        {
             self.judge(kind, seen, found);
         }
     }
@@ -337,21 +341,21 @@ impl TlbModel {
             }
             EventKind::VmaAttach => self.attach(seen, found),
             EventKind::SyscallEnter => {
-                self.now.calls.insert(task, self.begun(seen));
+                self.now.calls.insert(task.into(), self.begun(seen));
             }
             EventKind::SyscallExit => self.call_over(seen, found),
             EventKind::FaultEnter => {
                 self.flush(vcpu, Flush::Fault(args[0]));
-                self.now.faults.insert(task, self.begun(seen));
+                self.now.faults.insert(task.into(), self.begun(seen));
             }
             EventKind::FaultExit => self.fault_over(seen, found),
             EventKind::LazyEnter => self.now.state.vcpus[vcpu].lazy = true,
             EventKind::LazyLeave => self.leave_lazy(seen, found),
             EventKind::CpumaskSet => {
-                *self.now.state.masks.entry(args[0]).or_default() |= bit(vcpu);
+                *self.now.state.masks.entry(args[0], 0).0 |= bit(vcpu);
             }
             EventKind::CpumaskClear => {
-                *self.now.state.masks.entry(args[0]).or_default() &= !bit(vcpu);
+                *self.now.state.masks.entry(args[0], 0).0 &= !bit(vcpu);
             }
             EventKind::LockAcquire => self.now.state.mmap_locks.acquired(task, args),
             EventKind::LockRelease => self.now.state.mmap_locks.released(task, args),
@@ -360,8 +364,8 @@ impl TlbModel {
                 self.now.state.mmap_locks.created(args[0], args[2]);
             }
             EventKind::MmDestroy => {
-                self.now.state.tables_mut().roots.remove(&args[0]);
-                self.now.state.masks.remove(&args[0]);
+                self.now.state.tables_mut().roots.remove(args[0]);
+                self.now.state.masks.remove(args[0]);
                 self.now.state.mmap_locks.destroyed(args[0]);
             }
             EventKind::Access => self.access(seen, found),

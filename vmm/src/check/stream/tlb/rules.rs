@@ -141,7 +141,7 @@ impl TlbModel {
     /// The range and what counts in it, of a call that has succeeded.
     pub(super) fn call_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [number, result, ..] = seen.event.args;
-        let Some(call) = self.now.calls.remove(&seen.event.task) else {
+        let Some(call) = self.now.calls.remove(seen.event.task.into()) else {
             return;
         };
         let [_, start, len, third, fourth] = call.args;
@@ -182,7 +182,7 @@ impl TlbModel {
 
     pub(super) fn fault_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let task = seen.event.task;
-        let Some(fault) = self.now.faults.remove(&task) else {
+        let Some(fault) = self.now.faults.remove(task.into()) else {
             return;
         };
         let blamed = |_: &Held, change: Change| change.task == task && change.at > fault.at;
@@ -235,7 +235,7 @@ impl TlbModel {
         let (state, at) = (&mut self.now.state, self.now.at);
         state.load(seen.vcpu, cr3, mm, at);
         state.vcpus[seen.vcpu].lazy = false;
-        let mask = state.masks.get(&mm).copied().unwrap_or(0);
+        let mask = state.masks.get(mm).copied().unwrap_or(0);
         if mm != 0 && mask & bit(seen.vcpu) == 0 {
             found.push(violation(
                 UNLISTED,

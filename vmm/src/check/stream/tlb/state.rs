@@ -1,15 +1,15 @@
 //! The page tables and what each vCPU may hold besides, as events change them.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use abi::pte::{ADDRESS_MASK, Pte, level_size};
-use rustc_hash::FxHashMap;
 
 use super::super::locks::{is_mmap_lock, keeps_vmas, mmap_lock};
 use super::held::{Change, Held, Rights, Written};
 use super::laws::Laws;
 use super::tables::{Path, Place, Tables, same, slot};
 use super::vcpu::{Flush, Vcpu};
+use crate::map::Map;
 
 /// Most holders of mmap_locks that are followed.
 const MAX_HOLDERS: usize = 1 << 10;
@@ -18,9 +18,9 @@ const MAX_HOLDERS: usize = 1 << 10;
 #[derive(Debug, Default)]
 pub(super) struct State {
     /// Forks share them until one writes: a search over orders forks at every event.
-    pub(super) tables: Arc<Tables>,
+    pub(super) tables: Rc<Tables>,
     /// Mask of vCPUs by mm.
-    pub(super) masks: FxHashMap<u64, u64>,
+    pub(super) masks: Map<u64>,
     pub(super) mmap_locks: MmapLocks,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) laws: Laws,
@@ -31,7 +31,7 @@ pub(super) struct State {
 #[derive(Clone, Debug, Default)]
 pub(super) struct MmapLocks {
     /// The lock of each mm.
-    locks: FxHashMap<u64, u64>,
+    locks: Map<u64>,
     /// Tasks, and what they hold, for reading or writing; of a VMA the number of its mm.
     held: Vec<(u32, u64, Option<u64>)>,
 }
@@ -43,7 +43,7 @@ impl MmapLocks {
     }
 
     pub(super) fn destroyed(&mut self, mm: u64) {
-        self.locks.remove(&mm);
+        self.locks.remove(mm);
     }
 
     pub(super) fn acquired(&mut self, task: u32, [lock, class, _, mm, _]: [u64; 5]) {
@@ -65,7 +65,7 @@ impl MmapLocks {
 
     /// True where `task` holds the mmap_lock of `mm`, or one of its VMAs.
     pub(super) fn guards(&self, mm: u64, task: u32) -> bool {
-        let of_mm = self.locks.get(&mm);
+        let of_mm = self.locks.get(mm);
         let mut held = self.held.iter();
         held.any(|(who, lock, of)| *who == task && (*of == Some(mm) || Some(lock) == of_mm))
     }
@@ -118,7 +118,7 @@ impl Near {
 impl Clone for State {
     fn clone(&self) -> Self {
         Self {
-            tables: Arc::clone(&self.tables),
+            tables: Rc::clone(&self.tables),
             masks: self.masks.clone(),
             mmap_locks: self.mmap_locks.clone(),
             vcpus: self.vcpus.clone(),
@@ -128,9 +128,9 @@ impl Clone for State {
     }
     /// Keeps its memory: once a schedule.
     fn clone_from(&mut self, from: &Self) {
-        match Arc::get_mut(&mut self.tables) {
+        match Rc::get_mut(&mut self.tables) {
             Some(tables) => tables.clone_from(&from.tables),
-            None => self.tables = Arc::new(Tables::clone(&from.tables)),
+            None => self.tables = Rc::new(Tables::clone(&from.tables)),
         }
         self.masks.clone_from(&from.masks);
         self.mmap_locks.clone_from(&from.mmap_locks);
@@ -152,7 +152,7 @@ impl State {
     /// To be written, wherever.
     pub(super) fn tables_mut(&mut self) -> &mut Tables {
         self.near = Near::default();
-        Arc::make_mut(&mut self.tables)
+        Rc::make_mut(&mut self.tables)
     }
 
     /// The way to the entry of `place` from a root, with the root.
@@ -203,7 +203,7 @@ impl State {
         for vcpu in &mut self.vcpus {
             vcpu.written(&written, &self.tables, self.laws);
         }
-        let tables = Arc::make_mut(&mut self.tables);
+        let tables = Rc::make_mut(&mut self.tables);
         tables.set(path.slot, place.1, new, change.at);
         if place.1 > 1 {
             self.near = Near::default();
@@ -257,7 +257,7 @@ pub(super) fn exceeds(
     (start, end): (u64, u64),
     rights: Rights,
 ) -> bool {
-    let Some(&root) = tables.roots.get(&mm) else {
+    let Some(&root) = tables.roots.get(mm) else {
         return true;
     };
     let mut gva = held.gva.max(start & !0xfff);

@@ -8,6 +8,7 @@ use abi::pte::{ADDRESS_MASK, Pte, PteFlags, index, level_size};
 use rustc_hash::FxHashMap;
 
 use super::held::Rights;
+use crate::map::Map;
 
 /// Where no level-4 table is.
 const NO_ROOT: u64 = ADDRESS_MASK;
@@ -48,17 +49,17 @@ pub(super) struct Leaf {
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     /// Present entries of user halves, by their GPA.
-    entries: FxHashMap<u64, Entry>,
+    entries: Map<Entry>,
     /// How many entries of a table are present.
-    used: FxHashMap<u64, u32>,
+    used: Map<u32>,
     /// How many present entries refer to what starts at an address, by [`target`].
-    mapped: FxHashMap<u64, u32>,
+    mapped: Map<u32>,
     /// Level-4 table of each mm.
-    pub(super) roots: FxHashMap<u64, u64>,
+    pub(super) roots: Map<u64>,
     /// Entries of tables that are filled before they are linked.
     unlinked: FxHashMap<Place, Pte>,
     /// Entries that are neither none nor present, by their GPA: no processor caches them, but they are explained too.
-    silent: FxHashMap<u64, Pte>,
+    silent: Map<Pte>,
     /// Tables of level 1 by the mm and the address at which they were linked last, where nothing is linked since: a collapse
     /// clears the entries of one that it has unlinked.
     parked: FxHashMap<(u64, u64), u64>,
@@ -110,7 +111,7 @@ pub(super) fn same(a: Pte, b: Pte) -> bool {
 impl Tables {
     /// The entry at `slot`.
     pub(super) fn entry(&self, slot: u64) -> Option<Entry> {
-        self.entries.get(&slot).copied()
+        self.entries.get(slot).copied()
     }
 
     /// What the events say of the entry at `slot`, present or not, and since when where it is present.
@@ -121,7 +122,7 @@ impl Tables {
         let silent = if self.silent.is_empty() {
             None
         } else {
-            self.silent.get(&slot).copied()
+            self.silent.get(slot).copied()
         };
         (silent.unwrap_or(Pte::NONE), 0)
     }
@@ -133,7 +134,7 @@ impl Tables {
 
     /// The present entries of the table at `table`, with their indices.
     pub(super) fn present(&self, table: u64) -> impl Iterator<Item = (u64, Entry)> + '_ {
-        let left = self.used.get(&table).copied().unwrap_or(0);
+        let left = self.used.get(table).copied().unwrap_or(0);
         (0..ENTRIES_PER_TABLE as u64)
             .filter_map(move |index| Some((index, self.entry(table + index * 8)?)))
             .take(left as usize)
@@ -141,7 +142,7 @@ impl Tables {
 
     /// Present entries of the table at `table`.
     pub(super) fn used(&self, table: u64) -> u32 {
-        self.used.get(&table).copied().unwrap_or(0)
+        self.used.get(table).copied().unwrap_or(0)
     }
 
     /// The way from `root` to the entry of `level` for `gva`, where there is one.
@@ -181,7 +182,7 @@ impl Tables {
 
     /// The way to the entry of `place` from the root of its mm, and that root, if its table is linked.
     pub(super) fn linked(&self, (mm, level, gva): Place) -> Option<(u64, Path)> {
-        let root = *self.roots.get(&mm)?;
+        let root = *self.roots.get(mm)?;
         Some((root, self.path(root, level, gva)?))
     }
 
@@ -268,7 +269,7 @@ impl Tables {
         if !new.is_present() && !new.is_none() {
             self.silent.insert(slot, new);
         } else if !self.silent.is_empty() {
-            self.silent.remove(&slot);
+            self.silent.remove(slot);
         }
         let entry = Entry {
             pte: new,
@@ -279,7 +280,7 @@ impl Tables {
         let before = if new.is_present() {
             self.entries.insert(slot, entry)
         } else {
-            self.entries.remove(&slot)
+            self.entries.remove(slot)
         };
         let counts = |pte: Pte, level| (target(pte, level), is_global(pte, level));
         if let Some(old) = before {
@@ -292,7 +293,7 @@ impl Tables {
             self.count(new, level, true);
         }
         if before.is_some() != new.is_present() {
-            let used = self.used.entry(table).or_default();
+            let (used, _) = self.used.entry(table, 0);
             *used = if new.is_present() {
                 used.saturating_add(1)
             } else {
@@ -309,7 +310,7 @@ impl Tables {
                 count.saturating_sub(1)
             };
         };
-        add(self.mapped.entry(target(pte, level)).or_default());
+        add(self.mapped.entry(target(pte, level), 0).0);
         if is_global(pte, level) {
             add(&mut self.globals);
         }
@@ -317,7 +318,7 @@ impl Tables {
 
     /// Present leaf entries that map any of the `bytes` from `gpa`.
     pub(super) fn mappings(&self, gpa: u64, bytes: u64) -> u64 {
-        let of = |key: u64| u64::from(self.mapped.get(&key).copied().unwrap_or(0));
+        let of = |key: u64| u64::from(self.mapped.get(key).copied().unwrap_or(0));
         let pages = |level: u8| {
             let size = level_size(level);
             let first = gpa & !(size - 1);
@@ -331,13 +332,13 @@ impl Tables {
 
     /// Present entries that refer to the table at `table`.
     pub(super) fn links(&self, table: u64) -> u32 {
-        self.mapped.get(&table).copied().unwrap_or(0)
+        self.mapped.get(table).copied().unwrap_or(0)
     }
 
     /// The first frames of all leaf entries, and their level, once for each.
     pub(super) fn leaf_frames(&self) -> Vec<(u64, u8)> {
         let mut frames = Vec::new();
-        for (key, count) in &self.mapped {
+        for (key, count) in self.mapped.iter() {
             if key & 0xfff != 0 {
                 let leaf = (key & ADDRESS_MASK, (key & 0xfff) as u8);
                 frames.extend(std::iter::repeat_n(leaf, *count as usize));

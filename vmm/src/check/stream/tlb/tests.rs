@@ -51,7 +51,7 @@ fn model() -> TlbModel {
 
 fn started(state: State) -> TlbModel {
     let mut model = TlbModel {
-        start: Arc::new(Run {
+        start: Rc::new(Run {
             state,
             ..Run::default()
         }),

@@ -156,7 +156,7 @@ fn knows_the_past<E: Engine>(mut driver: Driver<E>) {
         assert_eq!(known.lazy, there.lazy);
         assert!(!known.is_unknown(PAGE));
     }
-    for (mm, mask) in &there.masks {
+    for (mm, mask) in there.masks.iter() {
         // One that was never loaded is in no event.
         let known = model.now.state.masks.get(mm).copied();
         assert_eq!(known.unwrap_or_default(), *mask);

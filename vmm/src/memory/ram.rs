@@ -223,6 +223,16 @@ impl GuestRam {
         }
     }
 
+    /// Makes page `page` what `bytes` are; this does not count as [written](Self::write).
+    ///
+    /// # Panics
+    /// Where there is no such page.
+    pub(crate) fn put_page(&self, page: u64, bytes: &[u8; PAGE_SIZE as usize]) {
+        let at = MemoryRegionAddress(page * PAGE_SIZE);
+        let put = self.region.write_slice(bytes, at);
+        assert!(put.is_ok(), "page {page} is none of this memory");
+    }
+
     /// True where page `page` is what it is in `image`, of the same size.
     ///
     /// # Panics

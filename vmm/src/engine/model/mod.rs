@@ -41,14 +41,40 @@ enum Step {
     Disk(usize),
 }
 
+/// Memory as boot left it: most pages that a schedule writes were zero, and no reset needs to read those.
+struct Booted {
+    /// The zero page, then those that are not.
+    pages: Vec<[u8; PAGE_SIZE as usize]>,
+    /// By page: which of them it is.
+    indices: Vec<u32>,
+}
+
+impl Booted {
+    fn read(ram: &GuestRam) -> Self {
+        let (numbers, bytes) = ram.pages_with_data();
+        let (data, _) = bytes.as_chunks();
+        let mut indices = vec![0; (ram.bytes() / PAGE_SIZE) as usize];
+        for (index, number) in (1..).zip(numbers) {
+            indices[number as usize] = index;
+        }
+        let zero = [0; PAGE_SIZE as usize];
+        let pages = std::iter::once(&zero).chain(data).copied().collect();
+        Self { pages, indices }
+    }
+
+    fn restore(&self, ram: &GuestRam, page: u64) {
+        let index = self.indices[page as usize];
+        ram.put_page(page, &self.pages[index as usize]);
+    }
+}
+
 /// See the module.
 pub struct ModelEngine {
     /// Freed in `drop`, before the memory under it.
     kernel: &'static Kernel<Model>,
     info: BootInfo,
     ram: GuestRam,
-    /// All of memory as boot left it.
-    booted: Vec<u8>,
+    booted: Booted,
     set_up: Vec<Step>,
     /// As it is, and as it was at boot.
     disk: Disk,
@@ -133,8 +159,7 @@ impl ModelEngine {
             Ok(kernel) => Box::leak(Box::new(kernel)),
             Err(error) => return Err(EngineError::Unsupported(error.to_string())),
         };
-        let mut booted = vec![0; ram.bytes() as usize];
-        ram.read(0, &mut booted).expect("all of it");
+        let booted = Booted::read(&ram);
         kernel.arch.take_dirty(|_| {});
         let disk = scenario.disk.build(cpus);
         let engine = Self {
@@ -306,8 +331,7 @@ impl Engine for ModelEngine {
         sys::forget_children();
         let mut pages = 0;
         let mut restore = |gpa: u64| {
-            let bytes = &self.booted[gpa as usize..(gpa + PAGE_SIZE) as usize];
-            self.ram.write(gpa, bytes).expect("a frame of memory");
+            self.booted.restore(&self.ram, gpa / PAGE_SIZE);
             pages += 1;
         };
         arch.take_dirty(&mut restore);

@@ -4,6 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use abi::channel::Event;
 use rustc_hash::FxHashSet;
 
 use super::compare::{self, Masks};
@@ -260,17 +261,33 @@ impl<E: Engine> Worker<E> {
         scheduler: &mut dyn Scheduler,
         state: bool,
     ) -> Result<Execution, DriverError> {
-        let run = self.next(scheduler, state)?;
-        Ok(run.expect("a fresh scheduler has one execution"))
+        let run = self.next(scheduler, state, false)?;
+        let mut run = run.expect("a fresh scheduler has one execution");
+        self.driver.fill(&mut run);
+        Ok(run)
     }
 
-    /// As [`Worker::execute`]; none where the scheduler has no more.
+    /// As [`Worker::execute`] without the events; none where the scheduler has no more. `counts`: its pairs do.
     fn next(
         &mut self,
         scheduler: &mut dyn Scheduler,
         state: bool,
+        counts: bool,
     ) -> Result<Option<Execution>, DriverError> {
-        let Some(mut run) = self.driver.execute(scheduler, &mut self.monitors)? else {
+        let Self {
+            driver,
+            monitors,
+            coverage,
+            new_pairs,
+            ..
+        } = self;
+        coverage.begin();
+        let mut on_step = |vcpu: usize, events: &[Event]| {
+            if counts {
+                coverage.take(vcpu, events, new_pairs);
+            }
+        };
+        let Some(mut run) = driver.execute_bare(scheduler, monitors, &mut on_step)? else {
             return Ok(None);
         };
         if let Ending::Finished { status } = run.ending {
@@ -381,39 +398,44 @@ impl<E: Engine> Worker<E> {
             self.arm(&fails);
         }
         // What a failure leaves behind is seen at the end only.
-        let fails = !plan.fails.is_empty() || !plan.fail_any.is_empty();
-        let state = fails || is_due(plan.state_every);
+        let injects = !plan.fails.is_empty() || !plan.fail_any.is_empty();
+        let state = injects || is_due(plan.state_every);
         let (seed, quantum) = (plan.seed, index + 1);
         let run = match plan.strategy {
-            Strategy::Random { mean } => self.next(&mut Random::new(seed, index, mean), state)?,
+            Strategy::Random { mean } => {
+                self.next(&mut Random::new(seed, index, mean), state, true)?
+            }
             Strategy::Pct { depth } => {
                 let mut pct = Pct::new(seed, index, depth, Some(self.length));
-                self.next(&mut pct, state)?
+                self.next(&mut pct, state, true)?
             }
-            Strategy::RoundRobin => self.next(&mut RoundRobin::new(quantum), state)?,
+            Strategy::RoundRobin => self.next(&mut RoundRobin::new(quantum), state, true)?,
             Strategy::Exhaustive { .. } => {
                 let mut search = self
                     .search
                     .take()
                     .expect("every worker of a search has its own");
-                let run = self.next(&mut search, state);
+                let run = self.next(&mut search, state, true);
                 self.search = Some(search);
                 run?
             }
         };
-        let Some(run) = run else {
+        let Some(mut run) = run else {
             return Ok(false);
         };
         summary.executions += 1;
         summary.points += run.schedule.points();
-        summary.events += run.events.len() as u64;
+        summary.events += self.driver.told() as u64;
         summary.states += u64::from(state);
-        self.coverage.take(&run.events, &mut self.new_pairs);
         if !self.new_pairs.is_empty() {
             let mut pairs = pairs.lock().expect("no job panics");
             pairs.extend(self.new_pairs.drain(..));
         }
-        if is_due(plan.verify_every) {
+        let (fails, verifies) = (failure_id(&run.ending).is_some(), is_due(plan.verify_every));
+        if fails || verifies {
+            self.driver.fill(&mut run);
+        }
+        if verifies {
             let mut replay = Replay::new(run.schedule.clone());
             let again = self.execute(&mut replay, state)?;
             summary.verified += 1;
@@ -422,7 +444,6 @@ impl<E: Engine> Worker<E> {
             }
         }
         // An exhaustive search comes by some failures more than once, with each bound and in each job.
-        let fails = failure_id(&run.ending).is_some();
         let is_new = |search: &Exhaustive| search.fails_anew();
         if fails && self.search.as_ref().is_none_or(is_new) {
             summary.found.push(Found {

@@ -5,39 +5,40 @@
 //! same schedules will show little more; it is no proof (Krena et al., *Coverage Metrics for
 //! Saturation-Based and Search-Based Testing of Concurrent Software*, RV 2011).
 
-use std::collections::hash_map::Entry;
 use std::hash::{Hash as _, Hasher as _};
 
 use abi::channel::{Event, EventKind, access};
-use rustc_hash::{FxHashMap, FxHashSet, FxHasher};
+use rustc_hash::{FxHashSet, FxHasher};
 
-use crate::check::stream::Seen;
+use crate::map::Map;
 
 /// Collects pairs.
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
     known: FxHashSet<u64>,
     /// Who touched what last, in this execution, by [`key`].
-    last: FxHashMap<u64, (usize, u64)>,
+    last: Map<(usize, u64)>,
 }
 
 impl Coverage {
-    /// Takes the events of one execution, and appends the pairs that were not known to `new`. A pair is the
-    /// same number in every collection.
-    pub fn take(&mut self, events: &[Seen], new: &mut Vec<u64>) {
+    /// Another execution begins.
+    pub fn begin(&mut self) {
         self.last.clear();
-        for seen in events {
-            let Some((resource, class)) = touched(&seen.event) else {
+    }
+
+    /// Takes the next events of an execution, all of `vcpu`, and appends the pairs that were not known to `new`. A pair is
+    /// the same number in every collection.
+    pub fn take(&mut self, vcpu: usize, events: &[Event], new: &mut Vec<u64>) {
+        for event in events {
+            let Some((resource, class)) = touched(event) else {
                 continue;
             };
-            let now = (seen.vcpu, class);
-            let (vcpu, before) = match self.last.entry(key(resource)) {
-                Entry::Occupied(mut last) => last.insert(now),
-                Entry::Vacant(none) => *none.insert(now),
-            };
-            if vcpu != seen.vcpu {
+            let now = (vcpu, class);
+            let (last, _) = self.last.entry(key(resource), now);
+            let (other, before) = std::mem::replace(last, now);
+            if other != vcpu {
                 let mut hash = FxHasher::default();
-                (vcpu, before, seen.vcpu, class).hash(&mut hash);
+                (other, before, vcpu, class).hash(&mut hash);
                 let pair = hash.finish();
                 if self.known.insert(pair) {
                     new.push(pair);
@@ -58,38 +59,90 @@ fn key((what, address): (u8, u64)) -> u64 {
     address ^ u64::from(what) << 60
 }
 
+/// What events of a kind touch: a resource of sort `what`, named by one argument, and what they do there.
+#[derive(Clone, Copy)]
+struct Touch {
+    what: u8,
+    resource: u8,
+    role: Role,
+}
+
+/// What an event does, apart from its kind.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Nothing more.
+    Kind,
+    /// What the argument says.
+    Argument(u8),
+    /// None, one or more.
+    Count,
+    /// Which level, and what was and is there.
+    Entry,
+    Access,
+}
+
+impl Touch {
+    /// None where the order of such events tells nothing.
+    const fn of(kind: EventKind) -> Option<Self> {
+        use EventKind as K;
+        let (what, resource, role) = match kind {
+            K::LockAcquire | K::LockRelease | K::LockWait => (0, 0, Role::Argument(1)),
+            K::PteChange => (1, 1, Role::Entry),
+            K::VmaFound => (1, 2, Role::Kind),
+            K::FrameAlloc | K::FrameFree => (2, 0, Role::Argument(2)),
+            K::MapcountChange | K::RefcountChange => (2, 0, Role::Count),
+            K::Cr3Load => (3, 1, Role::Kind),
+            K::CpumaskSet | K::CpumaskClear | K::TlbGen => (3, 0, Role::Kind),
+            K::LazyEnter | K::LazyLeave | K::FlushAll | K::FlushLocal | K::ShootdownBegin => {
+                (3, 0, Role::Kind)
+            }
+            K::Access => (4, 0, Role::Access),
+            K::VmaAttach | K::VmaDetach | K::VmaChange => (5, 0, Role::Kind),
+            _ => return None,
+        };
+        Some(Self {
+            what,
+            resource,
+            role,
+        })
+    }
+}
+
+/// By the number of a kind.
+const TOUCHES: [Option<Touch>; 64] = {
+    let mut touches = [None; 64];
+    let mut number = 0;
+    while number < touches.len() {
+        if let Some(kind) = EventKind::from_id(number as u32) {
+            touches[number] = Touch::of(kind);
+        }
+        number += 1;
+    }
+    touches
+};
+
 /// What an event touches, and what it is apart from addresses; none where its order tells nothing.
 fn touched(event: &Event) -> Option<((u8, u64), u64)> {
-    use EventKind as K;
-    let kind = EventKind::from_id(event.kind)?;
-    let args = event.args;
-    let present = |entry: u64| entry & 1;
-    let (resource, role) = match kind {
-        K::LockAcquire | K::LockRelease | K::LockWait => ((0, args[0]), args[1]),
-        K::PteChange => {
-            let role = args[2] << 2 | present(args[3]) << 1 | present(args[4]);
-            ((1, args[1]), role)
+    let touch = (*TOUCHES.get(event.kind as usize)?)?;
+    let arg = |index: u8| event.args[usize::from(index)];
+    let role = match touch.role {
+        Role::Kind => 0,
+        Role::Argument(index) => arg(index),
+        Role::Count => arg(1).min(2),
+        Role::Entry => {
+            let [_, _, level, old, new] = event.args;
+            level << 2 | (old & 1) << 1 | (new & 1)
         }
-        K::VmaFound => ((1, args[2]), 0),
-        K::FrameAlloc | K::FrameFree => ((2, args[0]), args[2]),
-        K::MapcountChange | K::RefcountChange => ((2, args[0]), args[1].min(2)),
-        K::CpumaskSet | K::CpumaskClear | K::TlbGen | K::Cr3Load => {
-            let mm = if kind == K::Cr3Load { args[1] } else { args[0] };
-            ((3, mm), 0)
-        }
-        K::LazyEnter | K::LazyLeave | K::FlushAll | K::FlushLocal | K::ShootdownBegin => {
-            ((3, args[0]), 0)
-        }
-        K::Access => ((4, args[0]), args[3] & (access::WRITE | access::FAULT)),
-        K::VmaAttach | K::VmaDetach | K::VmaChange => ((5, args[0]), 0),
-        _ => return None,
+        Role::Access => arg(3) & (access::WRITE | access::FAULT),
     };
+    let resource = (touch.what, arg(touch.resource));
     Some((resource, u64::from(event.kind) << 32 | role))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::check::stream::Seen;
 
     fn lock(vcpu: usize, word: u64, kind: EventKind) -> Seen {
         let event = Event {
@@ -105,13 +158,20 @@ mod tests {
         use EventKind::{LockAcquire as A, LockRelease as R};
         let mut coverage = Coverage::default();
         let mut new = Vec::new();
-        coverage.take(&[lock(0, 8, A), lock(0, 8, R), lock(1, 8, A)], &mut new);
+        let mut take = |events: &[Seen], new: &mut Vec<u64>| {
+            coverage.begin();
+            for seen in events {
+                coverage.take(seen.vcpu, &[seen.event], new);
+            }
+            coverage.pairs()
+        };
+        take(&[lock(0, 8, A), lock(0, 8, R), lock(1, 8, A)], &mut new);
         assert_eq!(new.len(), 1, "only the two on different vCPUs");
-        coverage.take(&[lock(0, 16, R), lock(1, 16, A)], &mut new);
+        take(&[lock(0, 16, R), lock(1, 16, A)], &mut new);
         assert_eq!(new.len(), 1, "the same at another address");
-        coverage.take(&[lock(1, 8, R), lock(0, 8, A)], &mut new);
-        assert_eq!((new.len(), coverage.pairs()), (2, 2), "the other order");
-        coverage.take(&[lock(0, 8, R), lock(1, 16, A)], &mut new);
+        let pairs = take(&[lock(1, 8, R), lock(0, 8, A)], &mut new);
+        assert_eq!((new.len(), pairs), (2, 2), "the other order");
+        take(&[lock(0, 8, R), lock(1, 16, A)], &mut new);
         assert_eq!(new.len(), 2, "different locks");
     }
 }

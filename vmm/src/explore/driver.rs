@@ -16,7 +16,7 @@ use crate::check::stream::{Monitor, Seen};
 use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
-use crate::inspect::Snapshot;
+use crate::inspect::{FolioView, Snapshot};
 use crate::scenario::Fail;
 
 /// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
@@ -183,9 +183,14 @@ pub struct Driver<E> {
     relaxing: Vec<Actor>,
     /// Times that somebody waited for anyone since anybody did anything else.
     idle_turns: u64,
-    slice: Vec<Event>,
+    /// What has happened in this execution, and who did it from where on.
+    stream: Vec<Event>,
+    turns: Vec<(usize, usize)>,
+    /// Where the last step begins in it.
+    since: usize,
     /// Memory of executions that nobody needs any more.
     spare: Vec<Seen>,
+    spare_folios: Vec<FolioView>,
     /// Time in monitors since the first execution.
     checks: Duration,
     looks: bool,
@@ -239,8 +244,11 @@ impl<E: Engine> Driver<E> {
             enabled: Vec::new(),
             relaxing: Vec::new(),
             idle_turns: 0,
-            slice: Vec::new(),
+            stream: Vec::new(),
+            turns: Vec::new(),
+            since: 0,
             spare: Vec::new(),
+            spare_folios: Vec::new(),
             spare_schedule: Schedule::default(),
             checks: Duration::ZERO,
             looks: false,
@@ -372,9 +380,9 @@ impl<E: Engine> Driver<E> {
             traps: ALWAYS.and(self.awaited()),
         };
         for _ in 0..=self.limits.points {
-            self.slice.clear();
-            let halt = self.engine.run(vcpu, limit, &mut self.slice)?;
-            events.extend(self.slice.iter().map(|&event| Seen { vcpu, event }));
+            self.stream.clear();
+            let halt = self.engine.run(vcpu, limit, &mut self.stream)?;
+            events.extend(self.stream.iter().map(|&event| Seen { vcpu, event }));
             if events.len() > self.limits.events {
                 // A guest may record as many as it likes. With holes they say nothing of the past.
                 events.clear();
@@ -398,8 +406,7 @@ impl<E: Engine> Driver<E> {
         )))
     }
 
-    /// Runs one execution from the start; none where the scheduler has no more. `on_events` is told of
-    /// every step.
+    /// Runs one execution from the start; none where the scheduler has no more.
     ///
     /// # Errors
     /// The engine failed, or the scheduler chose what is impossible.
@@ -407,6 +414,24 @@ impl<E: Engine> Driver<E> {
         &mut self,
         scheduler: &mut dyn Scheduler,
         monitors: &mut [Box<dyn Monitor>],
+    ) -> Result<Option<Execution>, DriverError> {
+        let mut run = self.execute_bare(scheduler, monitors, &mut |_, _| {})?;
+        if let Some(run) = &mut run {
+            self.fill(run);
+        }
+        Ok(run)
+    }
+
+    /// The same without its events, for who asks seldom for them: [`Driver::fill`]. `on_step` is told what each vCPU did in
+    /// each step.
+    ///
+    /// # Errors
+    /// As [`Driver::execute`].
+    pub fn execute_bare(
+        &mut self,
+        scheduler: &mut dyn Scheduler,
+        monitors: &mut [Box<dyn Monitor>],
+        on_step: &mut dyn FnMut(usize, &[Event]),
     ) -> Result<Option<Execution>, DriverError> {
         if !scheduler.begin() {
             return Ok(None);
@@ -427,9 +452,26 @@ impl<E: Engine> Driver<E> {
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };
-        run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
+        run.ending = self.steps_to_end(scheduler, monitors, on_step, &mut run)?;
         scheduler.end(&run.schedule);
         Ok(Some(run))
+    }
+
+    /// How many events the last execution has.
+    pub fn told(&self) -> usize {
+        self.stream.len()
+    }
+
+    /// Puts the events of the last execution, which is `run`, into it.
+    pub fn fill(&self, run: &mut Execution) {
+        run.events.clear();
+        run.events.reserve(self.stream.len());
+        let ends = self.turns.iter().skip(1).map(|(_, begin)| *begin);
+        let ends = ends.chain([self.stream.len()]);
+        for (&(vcpu, begin), end) in self.turns.iter().zip(ends) {
+            let events = self.stream[begin..end].iter();
+            run.events.extend(events.map(|&event| Seen { vcpu, event }));
+        }
     }
 
     /// Goes on after [`Driver::execute`] has ended with a violation, judged by nobody: `favoured` runs
@@ -452,7 +494,7 @@ impl<E: Engine> Driver<E> {
                 ending: Ending::ScheduleOver,
                 events: Vec::new(),
             };
-            match self.steps_to_end(&mut Favour(favoured), &mut [], &mut rest) {
+            match self.steps_to_end(&mut Favour(favoured), &mut [], &mut |_, _| {}, &mut rest) {
                 Ok(Ending::Report { vcpu, report }) => shown.push(Shown { vcpu, report }),
                 Ok(_)
                 | Err(
@@ -468,12 +510,15 @@ impl<E: Engine> Driver<E> {
         &mut self,
         scheduler: &mut dyn Scheduler,
         monitors: &mut [Box<dyn Monitor>],
+        on_step: &mut dyn FnMut(usize, &[Event]),
         run: &mut Execution,
     ) -> Result<Ending, DriverError> {
         let mut found = Vec::new();
         let mut last = None;
         let mut points = 0u64;
-        self.slice.clear();
+        self.stream.clear();
+        self.turns.clear();
+        self.since = 0;
         loop {
             self.steps += 1;
             self.find_enabled();
@@ -483,7 +528,7 @@ impl<E: Engine> Driver<E> {
             if self.idle_turns > self.limits.idle_turns {
                 return Ok(Ending::Livelock(self.standing.clone()));
             }
-            if points > self.limits.points || run.events.len() > self.limits.events {
+            if points > self.limits.points || self.stream.len() > self.limits.events {
                 return Err(DriverError::TooLong { points });
             }
             let view = View {
@@ -491,7 +536,7 @@ impl<E: Engine> Driver<E> {
                 last,
                 enabled: &self.enabled,
                 standing: &self.standing,
-                events: &self.slice,
+                events: &self.stream[self.since..],
                 idle_turns: self.idle_turns,
             };
             let Some(choice) = scheduler.choose(&view) else {
@@ -500,7 +545,7 @@ impl<E: Engine> Driver<E> {
             if !view.can(choice.actor) {
                 return Err(self.impossible(choice.actor, points));
             }
-            self.slice.clear();
+            self.since = self.stream.len();
             let Some(vcpu) = self.vcpu_or_act(choice.actor) else {
                 self.idle_turns = 0;
                 run.schedule.push(choice.actor, 1);
@@ -517,7 +562,7 @@ impl<E: Engine> Driver<E> {
             let halt = if self.looks {
                 self.run_and_look(vcpu, limit, &mut found)?
             } else {
-                self.engine.run(vcpu, limit, &mut self.slice)?
+                self.engine.run(vcpu, limit, &mut self.stream)?
             };
             // The count lies in guest memory: what cannot be is not believed. A step that does not reach
             // a point counts too: a replay must take it.
@@ -529,21 +574,11 @@ impl<E: Engine> Driver<E> {
             points += passed;
             run.schedule.push(choice.actor, passed);
             last = Some((choice.actor, passed));
+            self.turns.push((vcpu, self.since));
             let started = Instant::now();
-            for event in &self.slice {
-                let seen = Seen {
-                    vcpu,
-                    event: *event,
-                };
-                run.events.push(seen);
-                let before = found.len();
-                for monitor in monitors.iter_mut() {
-                    monitor.observe(&seen, &mut found);
-                }
-                if found.len() > before {
-                    break; // What comes after it tells nothing more.
-                }
-            }
+            let told = tell(monitors, vcpu, &self.stream[self.since..], &mut found);
+            // What comes after the first that breaks a rule tells nothing more.
+            self.stream.truncate(self.since + told);
             let others = self.standing.iter().enumerate();
             let mut others = others.filter(|(other, _)| *other != vcpu);
             if found.is_empty()
@@ -556,6 +591,7 @@ impl<E: Engine> Driver<E> {
                 }
             }
             self.checks += started.elapsed();
+            on_step(vcpu, &self.stream[self.since..]);
             if !found.is_empty() {
                 if let Halt::Point { point, args } = halt {
                     self.standing[vcpu] = Standing {
@@ -586,7 +622,7 @@ impl<E: Engine> Driver<E> {
                     self.idle_turns = 0;
                 }
                 Halt::FirstUser => {}
-                Halt::Report(report) if self.is_asked_for(&report, run) => {}
+                Halt::Report(report) if self.is_asked_for(&report) => {}
                 Halt::Report(report) => return Ok(Ending::Report { vcpu, report }),
                 Halt::Exited { status } => {
                     return Ok(Ending::Finished {
@@ -619,8 +655,8 @@ impl<E: Engine> Driver<E> {
         let mut runs = 0;
         loop {
             runs += 1;
-            let (one, seen) = (Limit { points: 1, ..limit }, self.slice.len());
-            let halt = self.engine.run(vcpu, one, &mut self.slice)?;
+            let (one, seen) = (Limit { points: 1, ..limit }, self.stream.len());
+            let halt = self.engine.run(vcpu, one, &mut self.stream)?;
             found.extend(self.look(Moment::Paused)?);
             let sends = |event: &Event| event.kind == EventKind::IpiSend as u32;
             match halt {
@@ -630,7 +666,7 @@ impl<E: Engine> Driver<E> {
                         // The count lies in guest memory: it may stand still.
                         && self.engine.points_passed(vcpu) < target
                         && runs < limit.points
-                        && !self.slice[seen..].iter().any(sends) => {}
+                        && !self.stream[seen..].iter().any(sends) => {}
                 halt => return Ok(halt),
             }
         }
@@ -644,12 +680,15 @@ impl<E: Engine> Driver<E> {
         let started = Instant::now();
         let facts = self.engine.vcpu_facts()?;
         let root = self.engine.kernel_root().unwrap_or(0);
-        let found = Snapshot::read(self.engine.memory(), root)
-            .ok()
-            .and_then(|snapshot| {
-                let context = Context::new(self.engine.memory(), &snapshot, &facts, moment);
-                check::run(&context).violations.into_iter().next()
-            });
+        let memory = self.engine.memory();
+        let spare = std::mem::take(&mut self.spare_folios);
+        let mut found = None;
+        if let Ok(snapshot) = Snapshot::read_over(memory, root, spare) {
+            let context = Context::new(memory, &snapshot, &facts, moment);
+            found = check::run(&context).violations.into_iter().next();
+            drop(context);
+            self.spare_folios = snapshot.folios;
+        }
         self.checks += started.elapsed();
         Ok(found)
     }
@@ -661,11 +700,11 @@ impl<E: Engine> Driver<E> {
 
     /// True for a call that failed, or a child that was killed, for want of memory in an execution in
     /// which a failpoint took it.
-    fn is_asked_for(&self, report: &ProbeReport, run: &Execution) -> bool {
+    fn is_asked_for(&self, report: &ProbeReport) -> bool {
         let killed = abi::syscall::signal::SIGKILL;
         let is_want = [abi::syscall::encode(Err(Errno::ENOMEM)), killed].contains(&report.found);
-        let is_hit = |seen: &Seen| seen.event.kind == EventKind::FailpointHit as u32;
-        report.kind == ReportKind::WrongResult && is_want && run.events.iter().any(is_hit)
+        let is_hit = |event: &Event| event.kind == EventKind::FailpointHit as u32;
+        report.kind == ReportKind::WrongResult && is_want && self.stream.iter().any(is_hit)
     }
 
     /// Points after which somebody who waits may be able to go on: the scheduler is asked there.
@@ -698,7 +737,7 @@ impl<E: Engine> Driver<E> {
     fn note_idle(&mut self, point: Point) {
         let waits_for_anyone = point == Point::UserRelax;
         let waits = point.is_wait() && !waits_for_anyone;
-        if waits || !self.slice.iter().all(is_of_relax) {
+        if waits || !self.stream[self.since..].iter().all(is_of_relax) {
             self.idle_turns = 0;
         }
         self.idle_turns += u64::from(waits_for_anyone);
@@ -807,6 +846,28 @@ impl<E: Engine> Driver<E> {
         };
         DriverError::Impossible { actor, points, why }
     }
+}
+
+/// Tells `monitors` of `events` of `vcpu`, up to the first in which one finds something: how many that are.
+fn tell(
+    monitors: &mut [Box<dyn Monitor>],
+    vcpu: usize,
+    events: &[Event],
+    found: &mut Vec<Violation>,
+) -> usize {
+    if let [monitor] = monitors {
+        return monitor.observe_all(vcpu, events, found);
+    }
+    let before = found.len();
+    for (index, &event) in events.iter().enumerate() {
+        for monitor in monitors.iter_mut() {
+            monitor.observe(&Seen { vcpu, event }, found);
+        }
+        if found.len() > before {
+            return index + 1;
+        }
+    }
+    events.len()
 }
 
 /// True where the event belongs to waiting for anyone itself.

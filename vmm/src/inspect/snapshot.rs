@@ -152,6 +152,18 @@ impl Snapshot {
     /// # Errors
     /// [`InspectError`] where the root itself makes no sense; a fault further down is an [`Anomaly`].
     pub fn read<M: PhysMem + ?Sized>(mem: &M, root_gpa: u64) -> Result<Self, InspectError> {
+        Self::read_over(mem, root_gpa, Vec::new())
+    }
+
+    /// The same, with its folios in the memory of others that nobody needs any more: there are thousands.
+    ///
+    /// # Errors
+    /// As [`Snapshot::read`].
+    pub fn read_over<M: PhysMem + ?Sized>(
+        mem: &M,
+        root_gpa: u64,
+        spare: Vec<FolioView>,
+    ) -> Result<Self, InspectError> {
         if root_gpa == 0 {
             return Err(InspectError::NotReady);
         }
@@ -173,7 +185,7 @@ impl Snapshot {
             file_tables: BTreeMap::new(),
             swap: SwapView::read(mem, &raw),
             groups: GroupsView::read(mem, &raw),
-            folios: read_folios(mem, &root)?,
+            folios: read_folios(mem, &root, spare)?,
             anomalies: Vec::new(),
             root,
         };
@@ -259,9 +271,13 @@ fn check_identity(gpa: u64, root: &KernelRoot) -> Result<(), InspectError> {
     Ok(())
 }
 
+/// Descriptors that are read together.
+const AT_ONCE: usize = 64;
+
 fn read_folios<M: PhysMem + ?Sized>(
     mem: &M,
     root: &RootView,
+    mut folios: Vec<FolioView>,
 ) -> Result<Vec<FolioView>, InspectError> {
     let wrong = InspectError::Folios {
         gpa: root.folios,
@@ -272,15 +288,30 @@ fn read_folios<M: PhysMem + ?Sized>(
         return Err(wrong);
     }
     let each = size_of::<Folio>();
-    let mut bytes = vec![0; root.nr_frames as usize * each];
-    mem.read(root.folios, &mut bytes).map_err(|_| wrong)?;
-    Ok((0..)
-        .zip(bytes.chunks_exact(each))
-        .map(|(frame, bytes)| {
+    let bytes = root.nr_frames * each as u64;
+    if root
+        .folios
+        .checked_add(bytes)
+        .is_none_or(|end| end > mem.bytes())
+    {
+        return Err(wrong);
+    }
+    folios.clear();
+    folios.reserve(root.nr_frames as usize);
+    let mut some = [0; AT_ONCE * size_of::<Folio>()];
+    for first in (0..root.nr_frames).step_by(AT_ONCE) {
+        let count = AT_ONCE.min((root.nr_frames - first) as usize);
+        let some = &mut some[..count * each];
+        if mem.read(root.folios + first * each as u64, some).is_err() {
+            return Err(wrong);
+        }
+        let chunks = (first..).zip(some.chunks_exact(each));
+        folios.extend(chunks.map(|(frame, bytes)| {
             let folio = Folio::read_from_bytes(bytes).expect("a chunk has a descriptor's size");
             FolioView::new(frame, &folio)
-        })
-        .collect())
+        }));
+    }
+    Ok(folios)
 }
 
 fn read_object<M: PhysMem + ?Sized, T: FromBytes + zerocopy::IntoBytes>(

@@ -257,6 +257,17 @@ pub trait Monitor {
             None => self.take_unknown(),
         }
     }
+    /// Takes the next `events`, all of one vCPU, up to the first that shows something to be wrong: how many that are.
+    fn observe_all(&mut self, vcpu: usize, events: &[Event], found: &mut Vec<Violation>) -> usize {
+        let before = found.len();
+        for (index, &event) in events.iter().enumerate() {
+            self.observe(&Seen { vcpu, event }, found);
+            if found.len() > before {
+                return index + 1;
+            }
+        }
+        events.len()
+    }
     /// Every vCPU stands at a scheduling point, and all events up to there were observed: a monitor may look at
     /// memory. Called after every step of a serialised run: most times this must do nothing.
     fn settled(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}

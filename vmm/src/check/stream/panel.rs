@@ -61,6 +61,12 @@ macro_rules! panel {
             fn take(&mut self, kind: EventKind, seen: &Seen, found: &mut Vec<Violation>) {
                 KINDS[kind as usize](self, seen, found);
             }
+            fn observe(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+                match KINDS.get(seen.event.kind as usize) {
+                    Some(tell) => tell(self, seen, found),
+                    None => self.take_unknown(),
+                }
+            }
             fn take_unknown(&mut self) {
                 $(self.$name.take_unknown();)+
             }

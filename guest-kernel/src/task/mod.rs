@@ -27,6 +27,7 @@ mod futex;
 mod khugepaged;
 mod kswapd;
 mod kthread;
+mod lock;
 mod memory;
 mod placement;
 mod queue;

@@ -79,8 +79,8 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
         Ending::Finished { .. } | Ending::ScheduleOver => return None,
         Ending::Violation(violation) => violation.id.into(),
         Ending::Report { .. } => "report".into(),
-        Ending::Deadlock(_) => "deadlock".into(),
-        Ending::Livelock(_) => "livelock".into(),
+        Ending::Deadlock(..) => "deadlock".into(),
+        Ending::Livelock(..) => "livelock".into(),
         Ending::Crashed { .. } => "crash".into(),
     })
 }

@@ -16,7 +16,7 @@ use crate::check::stream::{Monitor, Seen};
 use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
-use crate::inspect::Snapshot;
+use crate::inspect::{Snapshot, TaskView};
 use crate::scenario::Fail;
 
 /// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
@@ -77,10 +77,10 @@ pub enum Ending {
         /// What was found.
         report: ProbeReport,
     },
-    /// Nobody can take a step.
-    Deadlock(Vec<WaitsFor>),
-    /// The execution is longer than any sane one, or all that can run only wait for each other.
-    Livelock(Vec<Standing>),
+    /// Nobody can take a step: what the vCPUs wait for, and the tasks that sleep.
+    Deadlock(Vec<WaitsFor>, Vec<TaskView>),
+    /// All that can run only wait for each other: where the vCPUs are, and the tasks that sleep.
+    Livelock(Vec<Standing>, Vec<TaskView>),
     /// The guest cannot go on.
     Crashed {
         /// On which vCPU.
@@ -478,10 +478,10 @@ impl<E: Engine> Driver<E> {
             self.steps += 1;
             self.find_enabled();
             if self.enabled.is_empty() {
-                return Ok(Ending::Deadlock(self.who_waits()));
+                return Ok(Ending::Deadlock(self.who_waits(), self.who_sleeps()));
             }
             if self.idle_turns > self.limits.idle_turns {
-                return Ok(Ending::Livelock(self.standing.clone()));
+                return Ok(Ending::Livelock(self.standing.clone(), self.who_sleeps()));
             }
             if points > self.limits.points || run.events.len() > self.limits.events {
                 return Err(DriverError::TooLong { points });
@@ -790,6 +790,14 @@ impl<E: Engine> Driver<E> {
                 Some(WaitsFor { vcpu, wait, word })
             })
             .collect()
+    }
+
+    fn who_sleeps(&self) -> Vec<TaskView> {
+        let root = self.engine.kernel_root().unwrap_or(0);
+        let tasks = Snapshot::read(self.engine.memory(), root).map(|snapshot| snapshot.tasks);
+        let mut tasks = tasks.unwrap_or_default();
+        tasks.retain(|task| task.sleeps_for().is_some());
+        tasks
     }
 
     fn impossible(&self, actor: Actor, points: u64) -> DriverError {

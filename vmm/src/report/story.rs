@@ -12,6 +12,7 @@ use abi::syscall::{decode, nr};
 
 use crate::check::stream::Seen;
 use crate::explore::{Ending, Execution};
+use crate::inspect::TaskView;
 
 /// Most lines of a story; what lies further back is left out, and said to be.
 const LINES: usize = 48;
@@ -155,20 +156,20 @@ pub fn ending(ending: &Ending) -> String {
             report.expected,
             report.found
         ),
-        Ending::Deadlock(waits) => {
+        Ending::Deadlock(waits, asleep) => {
             let mut text = "deadlock: nobody can take a step".to_owned();
             for wait in waits {
                 let _ = write!(text, "\n    vCPU {} {}", wait.vcpu, waits_for(wait));
             }
-            text
+            text + &sleepers(asleep)
         }
-        Ending::Livelock(standing) => {
+        Ending::Livelock(standing, asleep) => {
             let mut text = "livelock: whoever can run only waits for the others".to_owned();
             for (vcpu, standing) in standing.iter().enumerate() {
                 let point = standing.point.map_or("its start", |point| point.name());
                 let _ = write!(text, "\n    vCPU {vcpu} stands at {point}");
             }
-            text
+            text + &sleepers(asleep)
         }
         Ending::Crashed { vcpu, crash } => {
             let mut text = format!("the guest crashed on vCPU {vcpu}: {}", crash.reason);
@@ -180,15 +181,25 @@ pub fn ending(ending: &Ending) -> String {
     }
 }
 
+/// The tasks that sleep and what for, a line each.
+fn sleepers(asleep: &[TaskView]) -> String {
+    let line = |task: &TaskView| {
+        let what = task.sleeps_for()?;
+        let (id, process) = (task.id, task.process);
+        Some(format!(
+            "\n    task {id} of process {process} sleeps, {what}"
+        ))
+    };
+    asleep.iter().filter_map(line).collect()
+}
+
 /// What a vCPU waits for, after its name.
 pub(crate) fn waits_for(wait: &crate::explore::WaitsFor) -> String {
     use abi::point::Wait;
     match wait.wait {
         Wait::Lock { word, class } => {
             let holder = match class {
-                LockClass::MmapRead | LockClass::MmapWrite => {
-                    format!("its word is {:#x}", wait.word)
-                }
+                class if class.is_of_task() => format!("its word is {:#x}", wait.word),
                 LockClass::VmaWrite => match VmaRefs::readers(wait.word) {
                     1 => "a fault holds it".into(),
                     readers => format!("{readers} faults hold it"),

@@ -166,8 +166,8 @@ impl Case {
 fn is_used_up(file: &Path, schedule: &Schedule, run: &Execution) -> Result<(), Failure> {
     let end = match run.ending {
         Ending::Finished { .. } => "the end of the test",
-        Ending::Livelock(_) => "all that can run only wait",
-        Ending::Deadlock(_) => "nobody can run",
+        Ending::Livelock(..) => "all that can run only wait",
+        Ending::Deadlock(..) => "nobody can run",
         _ => return Ok(()),
     };
     let (wanted, passed) = (schedule.points(), run.schedule.points());
@@ -363,8 +363,8 @@ mod tests {
             text.contains("10 that there are until the end of the test"),
             "{text}"
         );
-        assert!(judged(11, Ending::Deadlock(Vec::new())).is_err());
-        assert!(judged(11, Ending::Livelock(Vec::new())).is_err());
+        assert!(judged(11, Ending::Deadlock(Vec::new(), Vec::new())).is_err());
+        assert!(judged(11, Ending::Livelock(Vec::new(), Vec::new())).is_err());
         let crash = crate::engine::GuestCrash {
             reason: "r".into(),
             details: Vec::new(),

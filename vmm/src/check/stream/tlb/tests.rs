@@ -1,4 +1,5 @@
 use std::mem::offset_of;
+use std::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::{Event, EventKind, access, cr3, flush};
 use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
@@ -11,6 +12,7 @@ use proptest::prelude::*;
 use super::state::State;
 use super::*;
 use crate::check::stream::merge;
+use crate::check::world::{ROOT_GPA, World};
 
 mod huge;
 mod past;
@@ -537,6 +539,32 @@ fn a_change_that_no_event_explains_is_t_10() {
     model.compare(&empty, 0x1000, &mut found);
     assert_eq!(found[0].id, "T-10");
     assert!(found[0].finding.summary.contains("unexplained PTE change"));
+}
+
+#[test]
+fn an_mm_that_is_about_to_leave_the_list_explains_itself() {
+    let world = World::new();
+    let id = world.object::<Mm>(world.child).id.load(Relaxed);
+    let mut model = TlbModel::default();
+    model.start(&world.memory, ROOT_GPA, 2);
+    let mut compared = |count: u32| {
+        world.update::<Mm, _>(world.child, |mm| mm.count.store(count, Relaxed));
+        let mut found = Vec::new();
+        let destroyed = Event {
+            kind: EventKind::MmDestroy as u32,
+            args: [id, 0, 0, 0, 0],
+            ..Event::default()
+        };
+        let seen = Seen {
+            vcpu: 0,
+            event: destroyed,
+        };
+        model.observe(&seen, &mut found);
+        model.compare(&world.memory, ROOT_GPA, &mut found);
+        found.iter().map(|it| it.id).collect::<Vec<_>>()
+    };
+    assert_eq!(compared(0), [""; 0]);
+    assert_eq!(compared(1), ["T-10"], "somebody counts on it");
 }
 
 proptest! {

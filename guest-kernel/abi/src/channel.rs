@@ -365,6 +365,7 @@ events! {
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
     SplitQueue = 43, "split-queue", ["frame", "in"];
+    LockWake = 44, "lock-wake", ["lock", "class", "tasks"];
     RcuEnter = 48, "rcu-enter", ["nesting"];
     RcuExit = 49, "rcu-exit", ["nesting"];
     RcuRetire = 50, "rcu-retire", ["object", "kind"];

@@ -172,7 +172,7 @@ impl<A: Arch> Kernel<A> {
         self.spin(Point::LockWait, [self.lock_id(word), class as u64]);
     }
 
-    fn tell_wait(&self, word: &AtomicU64, class: LockClass) {
+    pub(crate) fn tell_wait(&self, word: &AtomicU64, class: LockClass) {
         event!(
             self,
             EventKind::LockWait,

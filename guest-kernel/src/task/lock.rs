@@ -5,6 +5,7 @@
 
 use core::sync::atomic::AtomicU64;
 
+use abi::channel::EventKind;
 use abi::lock::LockClass;
 use abi::objects::Task;
 
@@ -18,6 +19,8 @@ impl<A: Arch> Kernel<A> {
     /// It holds no spin lock.
     pub(crate) fn sleep_for_lock(&self, word: &AtomicU64, class: LockClass) {
         let lock = self.sched_lock();
+        // It looks at the word once more.
+        self.tell_wait(word, class);
         if rwsem::must_sleep(word, class) {
             let task = self.this_cpu().current.get();
             let [id, wanted] = &self.obj(task).lock;
@@ -41,13 +44,17 @@ impl<A: Arch> Kernel<A> {
         let Some(first) = self.queue_take(queue, |_, task| sleeps(task)) else {
             return;
         };
+        let class = self.obj(first).lock[1].get();
         self.wake(first);
+        let mut woken = 1;
         if reads(self.obj(first)) {
             while let Some(next) = self.queue_take(queue, |_, task| sleeps(task) && reads(task)) {
                 self.wake(next);
+                woken += 1;
             }
             rwsem::let_readers_in(word);
         }
+        event!(self, EventKind::LockWake, [id, class, woken, 0, 0]);
         if !self.queue_iter(queue).any(|task| sleeps(self.obj(task))) {
             rwsem::nobody_sleeps(word);
         }

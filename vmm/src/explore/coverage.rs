@@ -65,7 +65,7 @@ fn touched(event: &Event) -> Option<((u8, u64), u64)> {
     let args = event.args;
     let present = |entry: u64| entry & 1;
     let (resource, role) = match kind {
-        K::LockAcquire | K::LockRelease | K::LockWait => ((0, args[0]), args[1]),
+        K::LockAcquire | K::LockRelease | K::LockWait | K::LockWake => ((0, args[0]), args[1]),
         K::PteChange => {
             let role = args[2] << 2 | present(args[3]) << 1 | present(args[4]);
             ((1, args[1]), role)

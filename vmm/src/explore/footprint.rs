@@ -443,10 +443,11 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
         K::VmaAttach | K::VmaDetach | K::VmaChange | K::VmaAlloc | K::VmaFree => {
             print.touch(Resource::Vmas, Mode::Write);
         }
-        K::LockAcquire | K::LockRelease | K::LockWait => {
-            // Readers only count themselves.
+        K::LockAcquire | K::LockRelease | K::LockWait | K::LockWake => {
+            // Readers only count themselves, but those who sleep are to be woken by the last of the others.
             let class = LockClass::from_u64(args[1]);
-            let reads = matches!(class, Some(LockClass::MmapRead | LockClass::VmaRead));
+            let reads = matches!(kind, K::LockAcquire | K::LockRelease)
+                && matches!(class, Some(LockClass::MmapRead | LockClass::VmaRead));
             let mode = if reads { Mode::Read } else { Mode::Write };
             print.touch(Resource::Lock(args[0]), mode);
             // Whether a fault gets its VMA hangs on the mm's number too.

@@ -6,7 +6,7 @@ use abi::channel::{EventKind, access, cr3, rcu_object};
 use abi::disk::{DiskOp, DiskStatus};
 use abi::failpoint::Failpoint;
 use abi::lock::LockClass;
-use abi::objects::{FrameKind, VmaRefs, vma_flags};
+use abi::objects::{FrameKind, Task, VmaRefs, vma_flags};
 use abi::pte::{NonPresent, Pte, PteFlags};
 use abi::syscall::{decode, nr};
 
@@ -181,16 +181,20 @@ pub fn ending(ending: &Ending) -> String {
     }
 }
 
-/// The tasks that sleep and what for, a line each.
+/// The tasks that sleep, a line each.
 fn sleepers(asleep: &[TaskView]) -> String {
-    let line = |task: &TaskView| {
-        let what = task.sleeps_for()?;
-        let (id, process) = (task.id, task.process);
-        Some(format!(
-            "\n    task {id} of process {process} sleeps, {what}"
-        ))
-    };
+    let line = |task| sleeps_for(task).map(|line| format!("\n    {line}"));
     asleep.iter().filter_map(line).collect()
+}
+
+/// That a task sleeps and what for; none of one that does not, or is a thread of the kernel with nothing to do.
+pub(crate) fn sleeps_for(task: &TaskView) -> Option<String> {
+    let what = task.sleeps_for()?;
+    if task.is_in_wait_for(Task::WAITS_FOR_WORK) {
+        return None;
+    }
+    let (id, process) = (task.id, task.process);
+    Some(format!("task {id} of process {process} sleeps, {what}"))
 }
 
 /// What a vCPU waits for, after its name.
@@ -292,6 +296,10 @@ pub(crate) fn line(seen: &Seen) -> Option<String> {
             rights(args[4])
         ),
         EventKind::LockWait => format!("waits for the {}", lock(args[1])),
+        EventKind::LockWake => match args[2] {
+            1 => format!("wakes a task that sleeps for the {}", lock(args[1])),
+            tasks => format!("wakes {tasks} tasks that sleep for the {}", lock(args[1])),
+        },
         EventKind::LockAcquire if is_telling(args[1]) => format!("takes the {}", lock(args[1])),
         EventKind::LockRelease if is_telling(args[1]) => format!("drops the {}", lock(args[1])),
         EventKind::Switch => format!("switches: task {} → {}", args[0], args[1]),

@@ -440,9 +440,12 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
             print.touch(Resource::Vmas, Mode::Read);
             print.touch(Resource::Leaf(args[2] >> 12), Mode::Read);
         }
-        K::VmaAttach | K::VmaDetach | K::VmaChange | K::VmaAlloc | K::VmaFree => {
+        // Nobody may still have what was there before.
+        K::VmaAttach | K::VmaChange => {
             print.touch(Resource::Vmas, Mode::Write);
+            print.touch(Resource::Tlbs, Mode::Read);
         }
+        K::VmaDetach | K::VmaAlloc | K::VmaFree => print.touch(Resource::Vmas, Mode::Write),
         K::LockAcquire | K::LockRelease | K::LockWait | K::LockWake => {
             // Readers only count themselves, but those who sleep are to be woken by the last of the others.
             let class = LockClass::from_u64(args[1]);

@@ -240,6 +240,25 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
     }
 }
 
+/// Not only by the value that the program reads in the end: with the processor's TLB that shows seldom.
+#[test]
+fn the_tlb_model_tells_what_is_flushed_after_its_address_is_taken_anew() {
+    for (bug, test) in [
+        ("munmap-flush-after-unlock", "remap"),
+        ("mremap-flush-after-unlock", "mremap"),
+    ] {
+        let scenario = litmus(test, Some(bug));
+        let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
+        let never = AtomicBool::new(false);
+        let summary = campaign::run(make, &plan(500, false), &Counts::default(), &never).unwrap();
+        let ids = summary
+            .found
+            .iter()
+            .filter_map(|found| campaign::failure_id(&found.execution.ending));
+        assert!(ids.into_iter().any(|id| id == "T-06"), "{bug}");
+    }
+}
+
 /// The thread reclaims with another one's address space lazily loaded.
 #[test]
 fn what_is_wrong_in_reclaim_shows_in_the_thread_too() {

@@ -5,7 +5,7 @@ use abi::disk::DiskOp;
 use abi::layout::PAGE_SIZE;
 use abi::objects::FrameKind;
 use abi::pte::Pte;
-use abi::syscall::{advice, clone, decode, mremap, nr};
+use abi::syscall::{advice, clone, decode, map, mremap, nr};
 
 use super::held::{Change, Held, Rights};
 use super::state::exceeds;
@@ -138,34 +138,37 @@ impl TlbModel {
         self.now.state.table_freed(gpa, change);
     }
 
-    /// The range and what counts in it, of a call that has succeeded.
+    /// The range and what counts in it, of a call that takes something away.
     pub(super) fn call_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [number, result, ..] = seen.event.args;
         let Some(call) = self.now.calls.remove(&seen.event.task) else {
             return;
         };
         let [_, start, len, third, fourth] = call.args;
-        let Ok(returned) = decode(result) else {
-            return;
-        };
         let from = |start: u64, len: u64| (start, start.saturating_add(len));
-        let (range, also) = match number {
-            nr::MUNMAP | nr::MPROTECT | nr::TESTBED_MIGRATE => (from(start, len), None),
-            nr::MADVISE if TAKES_AWAY.contains(&third) => (from(start, len), None),
+        let (range, also) = match (number, decode(result)) {
+            // It may have gone half its way.
+            (nr::MPROTECT, Err(_)) => (from(start, len), None),
+            (_, Err(_)) => return,
+            (nr::MUNMAP | nr::MPROTECT | nr::TESTBED_MIGRATE, _) => (from(start, len), None),
+            (nr::MADVISE, _) if TAKES_AWAY.contains(&third) => (from(start, len), None),
             // Where it shrinks or moves the old place is gone, and what a fixed place held.
-            nr::MREMAP => {
+            (nr::MREMAP, Ok(returned)) => {
                 let fixed = fourth & mremap::FIXED != 0;
                 (from(start, len), fixed.then(|| from(returned, third)))
             }
-            nr::FORK => (EVERYTHING, None),
-            nr::CLONE if start & clone::VM == 0 => (EVERYTHING, None),
+            (nr::MMAP, Ok(returned)) if fourth & map::FIXED != 0 => (from(returned, len), None),
+            (nr::FORK | nr::BRK, _) => (EVERYTHING, None),
+            (nr::CLONE, _) if start & clone::VM == 0 => (EVERYTHING, None),
             _ => return,
         };
         let mm = self.now.state.vcpus[seen.vcpu].loaded().mm;
         let task = seen.event.task;
         // What a concurrent operation took away after this call began is that operation's to flush. Who moves pages does not answer
-        // for those that it found gone already either: it promises nothing of them (Linux's migrate_pages).
-        let answers_for_gone = number != nr::TESTBED_MIGRATE;
+        // for those that it found gone already either: it promises nothing of them (Linux's migrate_pages). Nor does who has failed, and brk
+        // does not say here what it took.
+        let answers_for_gone =
+            decode(result).is_ok() && !matches!(number, nr::TESTBED_MIGRATE | nr::BRK);
         let blamed = |held: &Held, change: Change| {
             held.mm == mm && (change.task == task || answers_for_gone && change.at < call.at)
         };
@@ -206,6 +209,30 @@ impl TlbModel {
                 ATTACHED,
                 self.tell(index, &held, "belongs to a mapping that is gone")
                     .detail(format!("mapped again by {}", who(seen))),
+            ));
+        }
+    }
+
+    /// A VMA has new bounds or other rights: what is mapped next to it may have become part of it, so the same holds as
+    /// where one is linked in. But the call that does it may be in the middle of a change of its own, which it has yet to flush.
+    pub(super) fn resized(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [mm, _, start, end, _] = seen.event.args;
+        let task = seen.event.task;
+        let run = &self.now;
+        let begun = run.calls.get(&task).or_else(|| run.faults.get(&task));
+        let since = begun.map_or(0, |begun| begun.at);
+        let blamed = |held: &Held, change: Change| {
+            let is_own = change.task == task && change.at >= since;
+            held.mm == mm && change.guarded && !is_own
+        };
+        if let Some((index, held)) = self.holder((start, end), |_| true, blamed) {
+            found.push(violation(
+                ATTACHED,
+                self.tell(index, &held, "belongs to a mapping that is gone")
+                    .detail(format!(
+                        "a mapping was put in its place or changed by {}",
+                        who(seen)
+                    )),
             ));
         }
     }

@@ -6,7 +6,7 @@ use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::lock::LockClass;
 use abi::objects::{FrameKind, Mm};
 use abi::pte::{Pte, PteFlags};
-use abi::syscall::nr;
+use abi::syscall::{map, nr};
 use proptest::prelude::*;
 
 use super::state::State;
@@ -357,6 +357,71 @@ fn a_mapping_over_what_may_still_be_cached_is_t_06() {
         [0x100, LockClass::MmapWrite as u64, 0, 0, 0],
     );
     assert_eq!(ids(&[other, pte(rw(), 0), invlpg(0), attach]), [""; 0]);
+}
+
+/// mmap that merges links nothing in: its neighbour grows.
+#[test]
+fn a_mapping_that_grows_over_what_may_still_be_cached_is_t_06() {
+    let lock = MM + offset_of!(Mm, mmap_lock) as u64;
+    let locked = |vcpu, kind| seen(vcpu, kind, [lock, LockClass::MmapWrite as u64, 0, 0, 0]);
+    let (take, release) = (EventKind::LockAcquire, EventKind::LockRelease);
+    let bounds = [1, 0x9000, PAGE - PAGE_SIZE, PAGE + PAGE_SIZE, 3];
+    let grown = |vcpu| seen(vcpu, EventKind::VmaChange, bounds);
+    let enter = |vcpu, nr| seen(vcpu, EventKind::SyscallEnter, [nr, PAGE, PAGE_SIZE, 3, 0]);
+    let unmapped = [
+        enter(0, nr::MUNMAP),
+        locked(0, take),
+        pte(rw(), 0),
+        locked(0, release),
+        enter(1, nr::MMAP),
+    ];
+    assert_eq!(ids(&[&unmapped[..], &[grown(1)]].concat()), ["T-06"]);
+    let flushed = [&unmapped[..], &[invlpg(0), invlpg(1), grown(1)]].concat();
+    assert_eq!(ids(&flushed), [""; 0]);
+    // What a call changes itself it flushes before it is over.
+    let own = [
+        enter(0, nr::MPROTECT),
+        locked(0, take),
+        pte(rw(), ro()),
+        grown(0),
+    ];
+    assert_eq!(ids(&own), [""; 0]);
+    let before = [
+        enter(0, nr::MADVISE),
+        locked(0, take),
+        pte(rw(), 0),
+        locked(0, release),
+        enter(0, nr::MPROTECT),
+        grown(0),
+    ];
+    assert_eq!(ids(&before), ["T-06"], "of an earlier call");
+}
+
+#[test]
+fn calls_answer_for_what_they_took_by_the_way() {
+    let call = |nr, flags, result| {
+        let enter = seen(0, EventKind::SyscallEnter, [nr, PAGE, PAGE_SIZE, 3, flags]);
+        let exit = seen(0, EventKind::SyscallExit, [nr, result, 0, 0, 0]);
+        let taken = [enter, pte(rw(), 0), invlpg(0)];
+        let flushed = [&taken[..], &[invlpg(1), exit]].concat();
+        assert_eq!(ids(&flushed), [""; 0]);
+        ids(&[&taken[..], &[exit]].concat())
+    };
+    let failed = abi::syscall::encode(Err(abi::syscall::Errno::ENOMEM));
+    assert_eq!(call(nr::MMAP, map::FIXED, PAGE), ["T-04"]);
+    assert_eq!(call(nr::MMAP, 0, PAGE), [""; 0], "nothing was there");
+    assert_eq!(call(nr::BRK, 0, PAGE), ["T-04"]);
+    assert_eq!(call(nr::MPROTECT, 0, failed), ["T-04"], "half its way");
+    assert_eq!(call(nr::MUNMAP, 0, failed), [""; 0]);
+    // A call that has failed does not answer for others.
+    let other = seen(1, EventKind::PteChange, [1, PAGE, 1, rw(), 0]);
+    let enter = seen(
+        0,
+        EventKind::SyscallEnter,
+        [nr::MPROTECT, PAGE, PAGE_SIZE, 1, 0],
+    );
+    let exit = seen(0, EventKind::SyscallExit, [nr::MPROTECT, failed, 0, 0, 0]);
+    assert_eq!(ids(&[other, enter, exit]), [""; 0]);
 }
 
 #[test]

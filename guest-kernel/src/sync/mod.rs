@@ -8,7 +8,7 @@
 //! with a lock; outside of RCU read sections it is quiescent meanwhile. None may be taken from an IPI handler, but the scheduler's.
 //!
 //! A task may sleep while it holds locks of files and mmap_locks ([`LockClass::is_of_task`]): whoever waits for them sleeps too,
-//! for the lock of a file at once, for an mmap_lock after some turns (parameter `lock_spins`), for who holds it seldom sleeps. All others are spin
+//! for the lock of a file at once, for an mmap_lock after some turns (parameter `lock_spins`), for who holds it sleeps at most for another one. All others are spin
 //! locks, under which nobody sleeps.
 //!
 //! Lock words live in `abi` objects so that the host can see who holds what.
@@ -17,7 +17,7 @@
 //! file position -> inode -> `mmap_lock` -> VMA -> folio -> i_mmap -> anon_vma root -> page-table lock -> one of page
 //! cache, descriptor table, swap, LRU, buddy, slab, mms, sched (Linux's mm/filemap.c and mm/rmap.c, the lists at their tops).
 //! Whoever reads a VMA has not waited for it, and does not wait for the mmap_lock: its writers wait for him under it.
-//! Two mmap_locks: parent before child (fork; nobody else can know the child). Two folio locks: that of a folio that
+//! Two mmap_locks: parent before child (fork; nobody but khugepaged can know the child, and that takes one at a time). Two folio locks: that of a folio that
 //! moves before that of its new frame, which nobody else can know (`mm::migrate`).
 
 pub mod grace;
@@ -38,6 +38,7 @@ use core::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::EventKind;
 use abi::lock::LockClass;
+use abi::objects::RwLockWord;
 use abi::point::Point;
 
 use crate::Kernel;
@@ -218,7 +219,13 @@ impl<A: Arch> Kernel<A> {
         event!(
             self,
             EventKind::LockRelease,
-            [self.lock_id(word), class as u64, 0, 0, 0],
+            [
+                self.lock_id(word),
+                class as u64,
+                u64::from(class.is_of_task() && word.load(Relaxed) & RwLockWord::SLEEPERS != 0),
+                0,
+                0
+            ],
         );
         let somebody_sleeps = release();
         point!(self, Point::LockRelease, [self.lock_id(word), class as u64]);

@@ -12,8 +12,9 @@
 //! ordered by the `rwlock` when the woken one takes it.
 //!
 //! Who is woken takes the lock as everybody does, and may find that another was faster (Linux hands it over after a time; here
-//! is no clock). The claim of a writer that sleeps keeps readers out until the lock is free and he is woken, or readers that came
-//! before him are: then it is taken back ([`let_readers_in`]), or they would sleep for a lock that nobody holds.
+//! is no clock). The claim of a writer that sleeps keeps readers out until the lock is free and somebody is woken. Then it is taken back
+//! ([`let_readers_in`]): readers would wait for a lock that nobody holds until the woken one runs, if they do not keep it from that; it claims
+//! anew where it has to.
 
 use core::sync::atomic::Ordering::Relaxed;
 

@@ -52,8 +52,8 @@ impl<A: Arch> Kernel<A> {
                 self.wake(next);
                 woken += 1;
             }
-            rwsem::let_readers_in(word);
         }
+        rwsem::let_readers_in(word);
         event!(self, EventKind::LockWake, [id, class, woken, 0, 0]);
         if !self.queue_iter(queue).any(|task| sleeps(self.obj(task))) {
             rwsem::nobody_sleeps(word);

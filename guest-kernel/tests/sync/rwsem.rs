@@ -68,8 +68,8 @@ impl Semaphore {
                 }
                 !reads
             });
-            rwsem::let_readers_in(&self.word);
         }
+        rwsem::let_readers_in(&self.word);
         if queue.is_empty() {
             rwsem::nobody_sleeps(&self.word);
         }

@@ -71,13 +71,18 @@ fn rank(class: LockClass) -> u8 {
 }
 
 /// Two locks of one rank that may be held together: fork holds the mmap_locks of parent and child and locks
-/// of a table of each, migration the locks of the folios of both frames; nobody else can know the child's, or the new
+/// of a table of each, migration the locks of the folios of both frames; who else knows the child's takes no other, and nobody knows the new
 /// frame's.
 fn may_nest(class: LockClass) -> bool {
     matches!(
         class,
         LockClass::MmapRead | LockClass::MmapWrite | LockClass::Folio | LockClass::PageTable
     )
+}
+
+/// True for the locks that a call on a file holds while it copies from and to its program.
+fn is_of_file(class: LockClass) -> bool {
+    matches!(class, LockClass::Position | LockClass::Inode)
 }
 
 /// True where several may hold a lock as `class`.
@@ -139,9 +144,15 @@ impl Locks {
         }
     }
 
-    fn over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    fn over(
+        &mut self,
+        seen: &Seen,
+        counts: impl Fn(LockClass) -> bool,
+        found: &mut Vec<Violation>,
+    ) {
         let mine = [Holder::Cpu(seen.vcpu), Holder::Task(seen.event.task)];
-        let kept = self.held.iter().find(|(who, ..)| mine.contains(who));
+        let mut held = self.held.iter();
+        let kept = held.find(|(who, _, class)| mine.contains(who) && counts(*class));
         if let Some((_, word, class)) = kept {
             let title = "a lock is still held on the way out of the kernel";
             found.push(violation(KEPT, finding(seen, title, *class, *word)));
@@ -199,7 +210,9 @@ impl Monitor for Locks {
         match (kind, class) {
             (EventKind::LockAcquire, Some(class)) => self.acquired(seen, word, class, found),
             (EventKind::LockRelease, Some(class)) => self.released(seen, word, class, found),
-            (EventKind::SyscallExit | EventKind::FaultExit, _) => self.over(seen, found),
+            (EventKind::SyscallExit, _) => self.over(seen, |_| true, found),
+            // A call that copies may fault under the locks of its file.
+            (EventKind::FaultExit, _) => self.over(seen, |class| !is_of_file(class), found),
             (EventKind::Switch, _) => self.switched(seen, found),
             (EventKind::MmCreate, _) => self.order.mm_created(third),
             (EventKind::FrameAlloc, _) => self.order.frame_allocated(word, third),
@@ -383,6 +396,22 @@ mod tests {
             (0, 1, Switch, 1, PageTable),
         ];
         assert_eq!(ids(&elsewhere), [""; 0]);
+    }
+
+    #[test]
+    fn a_fault_in_a_copy_may_have_the_locks_of_a_file_around_it() {
+        let fault = |class| {
+            [
+                (0, 1, LockAcquire, 1, class),
+                (0, 1, EventKind::FaultExit, 0, class),
+            ]
+        };
+        for class in [Position, Inode] {
+            assert_eq!(ids(&fault(class)), [""; 0], "{class:?}");
+        }
+        assert_eq!(ids(&fault(MmapRead)), ["K-03"]);
+        let kept = [(0, 1, LockAcquire, 1, Inode), (0, 1, SyscallExit, 0, Inode)];
+        assert_eq!(ids(&kept), ["K-03"]);
     }
 
     #[test]

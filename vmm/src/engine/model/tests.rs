@@ -13,7 +13,7 @@ use crate::explore::{Driver, Ending, Execution, Limits, Scheduler, switches};
 use crate::report::story;
 use crate::scenario::{self, Scenario};
 
-pub(crate) const TESTS: [&str; 29] = [
+pub(crate) const TESTS: [&str; 31] = [
     "unmap",
     "protect",
     "dontneed",
@@ -40,6 +40,8 @@ pub(crate) const TESTS: [&str; 29] = [
     "kswapd",
     "writeback",
     "reclaim-file",
+    "file-io",
+    "sleep",
     "vma-protect",
     "vma-tree",
     "vma-recycle",
@@ -58,7 +60,10 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
     // Fewer slots than there are mms: a slot is kept now, and given away then.
     let more = match test {
         "pcid" => ", pcid = \"on\", asids = 2",
-        "reclaim" | "reclaim-protect" | "reclaim-file" | "kswapd" => ", swap_slots = 16",
+        "reclaim" | "reclaim-protect" | "reclaim-file" | "kswapd" | "file-io" => {
+            ", swap_slots = 16"
+        }
+        "sleep" => ", lock_spins = 0",
         "groups-touch" | "groups-move" => ", groups = \"on\"",
         _ => "",
     };
@@ -67,6 +72,8 @@ pub(crate) fn litmus(test: &str, bug: Option<&str>) -> Scenario {
         Some(("vma", test)) => ("vma", format!("test = \"{test}\", pages = 1")),
         Some(("groups", test)) => ("groups", format!("test = \"{test}\", pages = 1")),
         _ if test == "writeback" => (test, String::new()),
+        _ if test == "file-io" => (test, String::new()),
+        _ if test == "sleep" => ("litmus", "test = \"protect\", pages = 2".into()),
         _ if test == "reclaim-file" => ("writeback", "reclaim = 1".into()),
         _ => ("litmus", format!("test = \"{test}\", pages = {pages}")),
     };
@@ -304,6 +311,7 @@ fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
         let long = [
             "cow",
             "direct",
+            "file-io",
             "fork",
             "kswapd",
             "migrate-mremap",

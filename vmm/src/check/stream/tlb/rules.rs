@@ -169,11 +169,18 @@ impl TlbModel {
         // does not say here what it took.
         let answers_for_gone =
             decode(result).is_ok() && !matches!(number, nr::TESTBED_MIGRATE | nr::BRK);
+        let faults = std::mem::take(&mut self.now.faults);
         let blamed = |held: &Held, change: Change| {
-            held.mm == mm && (change.task == task || answers_for_gone && change.at < call.at)
+            // What a fault of another task is replacing is its own to flush, whenever it began (T-05).
+            let is_of_fault = faults
+                .get(&change.task)
+                .is_some_and(|fault| change.at > fault.at);
+            let is_gone = answers_for_gone && change.at < call.at && !is_of_fault;
+            held.mm == mm && (change.task == task || is_gone)
         };
         let mut ranges = [Some(range), also].into_iter().flatten();
         let holder = ranges.find_map(|range| self.holder(range, |_| true, blamed));
+        self.now.faults = faults;
         if let Some((index, held)) = holder {
             found.push(violation(
                 RETURNED,

@@ -319,6 +319,19 @@ fn what_another_call_took_away_meanwhile_is_not_this_calls_to_flush() {
     assert_eq!(ids(&[enter, pte(rw(), 0), exit]), ["T-04"]);
 }
 
+/// Another thread's fault has replaced the page and not flushed yet; mprotect finds the rights as they are to be.
+#[test]
+fn what_a_fault_has_not_flushed_yet_is_not_a_calls_to_flush() {
+    let new = Pte::new(0x6000, RW).0;
+    let fault = seen(1, EventKind::FaultEnter, [PAGE, 7, 0, 0, 0]);
+    let replaced = seen(1, EventKind::PteChange, [1, PAGE, 1, rw(), new]);
+    let over = seen(1, EventKind::FaultExit, [PAGE, 0, 0, 0, 0]);
+    let [enter, exit] =
+        [EventKind::SyscallEnter, EventKind::SyscallExit].map(|kind| call(kind, nr::MPROTECT));
+    assert_eq!(ids(&[fault, replaced, enter, exit]), [""; 0]);
+    assert_eq!(ids(&[fault, replaced, enter, over, exit]), ["T-05", "T-04"]);
+}
+
 #[test]
 fn a_fault_that_replaces_a_page_too_early_is_t_05() {
     let new = Pte::new(0x6000, RW).0;

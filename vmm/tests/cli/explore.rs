@@ -168,7 +168,8 @@ fn a_failure_that_does_not_come_is_not_reproduced() {
 
 #[test]
 fn explore_writes_a_reproducer_that_replay_confirms() {
-    let out = tempfile::tempdir().expect("a directory");
+    let out = tempfile::Builder::new().prefix("a b").tempdir();
+    let out = out.expect("a directory");
     let directory = out.path().to_str().expect("a name");
     let words = [
         "explore",
@@ -188,6 +189,8 @@ fn explore_writes_a_reproducer_that_replay_confirms() {
     let file = std::fs::read_dir(out.path()).expect("listed").next();
     let file = file.expect("a reproducer").expect("readable").path();
     let file = file.to_str().expect("a name");
+    let quoted = format!("replay with: stalemate replay '{file}'\n");
+    assert!(text.contains(&quoted), "{text}");
     let again = stalemate(&["replay", file, "--times", "20", "--expect", "--brief"]);
     assert_eq!(again.status.code(), Some(0));
     assert!(String::from_utf8_lossy(&again.stdout).contains("20 of 20 identical"));

@@ -10,6 +10,7 @@ use super::{names, trace};
 use crate::cli::args::Explore;
 use crate::cli::failure::Failure;
 use crate::cli::interrupt;
+use crate::cli::output::shell_word;
 use crate::explore::campaign::{Found, Plan, Worker, failure_id};
 use crate::explore::{Execution, Kept, Source, compare, switches};
 use crate::report::story;
@@ -110,7 +111,7 @@ impl Aftermath {
         for path in &self.reproducers {
             text.push_str(&format!(
                 "  replay with: stalemate replay {}\n",
-                path.display()
+                shell_word(path)
             ));
         }
         if !self.engines_agree {
@@ -169,6 +170,6 @@ fn chapter(scenario: &Scenario, found: &Found, small: &Execution, path: &Path) -
         switches(before),
         switches(&small.schedule),
         story::tell(small, scenario.vcpus as usize),
-        path.display()
+        shell_word(path)
     )
 }

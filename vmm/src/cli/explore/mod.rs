@@ -201,7 +201,7 @@ pub(super) fn snapshot(
         saved.scenario.name,
         saved.scenario.vcpus,
         bytes >> 10,
-        options.out.display(),
+        output::shell_word(&options.out),
     ));
     Ok(Exit::Held)
 }

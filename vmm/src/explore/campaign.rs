@@ -105,6 +105,20 @@ pub fn run<E: Engine>(
     counts: &Counts,
     stop: &AtomicBool,
 ) -> Result<Summary, DriverError> {
+    run_and_tell(make, plan, counts, stop, |_| ())
+}
+
+/// As [`run`]; `tell` is told at once of what is found.
+///
+/// # Errors
+/// As of [`run`].
+pub fn run_and_tell<E: Engine>(
+    make: impl Fn() -> Result<Driver<E>, DriverError> + Sync,
+    plan: &Plan,
+    counts: &Counts,
+    stop: &AtomicBool,
+    tell: impl Fn(&Found) + Sync,
+) -> Result<Summary, DriverError> {
     let started = Instant::now();
     let pairs = Mutex::new(FxHashSet::default());
     let next = AtomicU64::new(0);
@@ -138,11 +152,9 @@ pub fn run<E: Engine>(
             if let Some(search) = &worker.search {
                 *counts.within.lock().expect("no job panics") = Some(search.reached());
             }
-            if summary
-                .found
-                .last()
-                .is_some_and(|found| found.index == index)
-            {
+            let found = summary.found.last();
+            if let Some(found) = found.filter(|found| found.index == index) {
+                tell(found);
                 counts.found.fetch_add(1, Ordering::Relaxed);
                 if plan.first {
                     over.store(true, Ordering::Relaxed);

@@ -28,7 +28,7 @@ use crate::report::verdict::Detail;
 use crate::scenario::{CheckWhen, Fail, Scenario, fail};
 use crate::snapshot::{SavedMachine, SnapshotError};
 
-use aftermath::Aftermath;
+use aftermath::{Aftermath, Early};
 use both::{DEFAULT_CONFIRM, Second};
 pub(super) use replay::replay;
 
@@ -74,20 +74,22 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         fails: scenario.fails.clone(),
         fail_any: options.fail_any.clone(),
     };
+    let early = Early::new(&source, options, &plan);
     let counts = Counts::default();
     let stop = AtomicBool::new(false);
     let mut summary = with_progress(output, &plan, &counts, &stop, || {
-        campaign::run(|| source.driver(), &plan, &counts, &stop)
+        let tell = |found: &Found| early.keep(found);
+        campaign::run_and_tell(|| source.driver(), &plan, &counts, &stop, tell)
     })?;
     let stopped = stop.load(Ordering::Relaxed);
     let sample = std::mem::take(&mut summary.sample).take();
-    let found = Aftermath::of(&source, options, &plan, &summary.found, &sample, second)?;
+    let found = Aftermath::of(early, &summary.found, &sample, second);
     let headline = headline(&source, &plan, &summary, both, stopped);
     output.say(&match output.detail {
         Detail::Headline => format!("{}\n{}", verdict(&summary, stopped), found.files()),
         Detail::Normal | Detail::Full => headline + &found.text,
     });
-    output.json(&json!({
+    let written = output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
         "scenario": scenario.name,
@@ -115,18 +117,32 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "reproducers": found.reproducers,
         "confirmed": found.confirmed,
         "trace": found.traced,
-    }))?;
+    }));
+    let failed = found.failed.into_iter().chain(written.err());
     if !found.engines_agree {
         // What a testbed says that contradicts itself is not to be believed.
-        return Ok(Exit::Internal);
+        return settle(Exit::Internal, failed);
     }
     let crashed = |found: &Found| matches!(found.execution.ending, Ending::Crashed { .. });
-    Ok(match summary.found.as_slice() {
+    let exit = match summary.found.as_slice() {
         [] if stop.load(Ordering::Relaxed) => Exit::Interrupted,
         [] => Exit::Held,
         found if found.iter().all(crashed) => Exit::GuestFailed,
         _ => Exit::Violation,
-    })
+    };
+    settle(exit, failed)
+}
+
+/// What was found counts, whatever of it could not be written; where nothing was, that does.
+fn settle(exit: Exit, failed: impl IntoIterator<Item = Failure>) -> Result<Exit, Failure> {
+    let mut failed = failed.into_iter();
+    if let Exit::Held | Exit::Interrupted = exit
+        && let Some(first) = failed.next()
+    {
+        return Err(first);
+    }
+    failed.for_each(|failure| output::report(&failure));
+    Ok(exit)
 }
 
 /// What is explored: a scenario, or a machine that was saved.

@@ -275,6 +275,23 @@ fn a_violation_counts_where_its_result_cannot_be_written() {
 }
 
 #[test]
+fn where_no_schedule_comes_to_its_end_nothing_is_said_to_be_well() {
+    let started = std::time::Instant::now();
+    let words = ["explore", "unmap-race", "--seed", "1", "--time-limit", "2s"];
+    let output = stalemate(&[&words[..], &["--check", "every-point"]].concat());
+    let (text, errors) = (stdout(&output), stderr(&output));
+    assert_eq!(output.status.code(), Some(2), "{text}{errors}");
+    assert!(
+        text.starts_with("– no schedule came to its end\n"),
+        "{text}"
+    );
+    assert!(!text.contains('✔') && text.contains("explored   0 schedules"));
+    assert!(errors.contains("give a longer --time-limit"), "{errors}");
+    // The limit, and all the time that a busy machine takes to boot.
+    assert!(started.elapsed().as_secs() < 15, "{:?}", started.elapsed());
+}
+
+#[test]
 fn one_seed_gives_one_campaign_whatever_the_jobs() {
     let explore = |jobs: &str| {
         let words = [

@@ -48,6 +48,8 @@ pub(super) struct Early<'a> {
     source: &'a Source,
     options: &'a Explore,
     plan: &'a Plan,
+    /// When no more clean schedules are confirmed.
+    until: Option<Instant>,
     /// By kind of failure; none where the file could not be written, which is told at the end.
     written: Mutex<BTreeMap<String, Option<PathBuf>>>,
 }
@@ -58,6 +60,9 @@ impl<'a> Early<'a> {
             source,
             options,
             plan,
+            until: options
+                .time_limit
+                .and_then(|limit| Instant::now().checked_add(limit)),
             written: Mutex::default(),
         }
     }
@@ -152,9 +157,12 @@ impl Aftermath {
         } = *early;
         let this = self;
         let scenario = source.scenario();
-        let mut worker = Worker::new(source.driver()?, plan)?;
+        let mut worker = Worker::new(source.driver()?, &Plan::replay_of(scenario))?;
         let clean = match &mut second {
-            Some(second) => Some(Clean::run(sample, plan.sample, &mut worker, second)?),
+            Some(second) => {
+                let clean = Clean::run(sample, plan.sample, early.until, &mut worker, second);
+                this.note(clean)
+            }
             None => None,
         };
         if let Some(clean) = &clean {
@@ -171,7 +179,7 @@ impl Aftermath {
             }
             told.push(id.clone());
             let until = Instant::now() + MINIMISE_TIME;
-            let goes_on = || !interrupt.requested() && Instant::now() < until;
+            let goes_on = move || !interrupt.requested() && Instant::now() < until;
             let minimised = worker.minimise(&found.execution, MINIMISE_RUNS, goes_on);
             let minimised = this.note(minimised);
             let small = minimised.as_ref().unwrap_or(&found.execution);

@@ -1,6 +1,5 @@
 //! Reproducers: files that replay one execution, bit for bit, wherever the kernel is the same.
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -113,7 +112,7 @@ impl Reproducer {
             ending,
             events,
             digest,
-            schedule: schedule_text(schedule),
+            schedule: schedule.to_string(),
             window: None,
             scenario: scenario.to_toml(),
         }
@@ -306,19 +305,6 @@ fn colon(line: &Option<usize>) -> String {
 /// The line on which what follows `before` begins.
 fn line_of(before: &[u8]) -> usize {
     before.iter().filter(|byte| **byte == b'\n').count() + 1
-}
-
-fn schedule_text(schedule: &Schedule) -> String {
-    let mut text = String::new();
-    for segment in &schedule.segments {
-        let gap = if text.is_empty() { "" } else { " " };
-        let _ = match segment.actor {
-            Actor::Vcpu(vcpu) => write!(text, "{gap}{vcpu}:{}", segment.points),
-            Actor::Wire(vcpu) => write!(text, "{gap}i{vcpu}"),
-            Actor::Disk(vcpu) => write!(text, "{gap}d{vcpu}"),
-        };
-    }
-    text
 }
 
 fn parse_schedule(text: &str) -> Result<Schedule, &str> {

@@ -137,7 +137,9 @@ impl Failure {
                 DriverError::Engine(EngineError::Interrupted) | DriverError::Stopped => {
                     Exit::Interrupted
                 }
-                DriverError::Engine(EngineError::NoPoint { .. }) => Exit::GuestFailed,
+                DriverError::Engine(EngineError::NoPoint { .. }) | DriverError::Hung { .. } => {
+                    Exit::GuestFailed
+                }
                 DriverError::Engine(EngineError::Unsupported(_))
                 | DriverError::Impossible { .. }
                 | DriverError::TooLong { .. }

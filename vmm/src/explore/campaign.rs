@@ -17,7 +17,7 @@ use super::{
 };
 use crate::check::stream::{Monitor, Panel};
 use crate::check::{self, Moment, Violation};
-use crate::engine::{Costs, Engine};
+use crate::engine::{Costs, Engine, EngineError};
 use crate::scenario::Fail;
 
 /// An execution that does not end as it should.
@@ -156,6 +156,14 @@ pub fn run_and_tell<E: Engine>(
             }
             match worker.one(index, plan, &pairs, &mut summary) {
                 Ok(false) | Err(DriverError::Stopped) => break,
+                Err(DriverError::Engine(source @ EngineError::NoPoint { .. })) => {
+                    return Err(DriverError::Hung {
+                        index,
+                        strategy: format!("{:?} seed {}", plan.strategy, plan.seed),
+                        schedule: worker.driver.unended().clone(),
+                        source,
+                    });
+                }
                 went_on => went_on?,
             };
             counts.executions.fetch_add(1, Ordering::Relaxed);

@@ -161,6 +161,18 @@ pub enum DriverError {
     /// It was stopped before its end ([`Driver::stop_when`]), and tells nothing.
     #[error("stopped before the end of the schedule")]
     Stopped,
+    /// A vCPU hung in an execution of a campaign.
+    #[error("execution {index} ({strategy}) hangs after schedule = \"{schedule}\"")]
+    Hung {
+        /// Number of the execution.
+        index: u64,
+        /// What had chosen it, with its seed.
+        strategy: String,
+        /// Its steps before the one that does not end.
+        schedule: Schedule,
+        /// Which vCPU, and where.
+        source: EngineError,
+    },
     /// The set-up of the program did not get to the start of the schedule.
     #[error("the program's set-up ended early: {0}")]
     SetUp(String),
@@ -205,6 +217,8 @@ pub struct Driver<E> {
     /// Where the step came to in which a monitor found something.
     cut_short: Option<(usize, Halt)>,
     stop_when: Option<StopWhen>,
+    /// What was run of the last execution that has no end.
+    unended: Schedule,
 }
 
 impl<E: Engine> Driver<E> {
@@ -258,7 +272,13 @@ impl<E: Engine> Driver<E> {
             armed: Vec::new(),
             cut_short: None,
             stop_when: None,
+            unended: Schedule::default(),
         }
+    }
+
+    /// What was run of the last execution that ended with an error.
+    pub fn unended(&self) -> &Schedule {
+        &self.unended
     }
 
     /// Ends executions in the middle, with [`DriverError::Stopped`], once `stop` says so.
@@ -447,7 +467,13 @@ impl<E: Engine> Driver<E> {
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };
-        run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
+        match self.steps_to_end(scheduler, monitors, &mut run) {
+            Ok(ending) => run.ending = ending,
+            Err(error) => {
+                self.unended = run.schedule;
+                return Err(error);
+            }
+        }
         scheduler.end(&run.schedule);
         Ok(Some(run))
     }

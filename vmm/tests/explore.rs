@@ -321,3 +321,23 @@ fn a_replay_on_vcpus_asks_the_hardware() {
     };
     assert!(said.contains(expected), "{said}");
 }
+
+#[test]
+fn a_vcpu_that_hangs_is_told_with_its_function_and_the_schedule_before() {
+    let (directory, out) = directory();
+    let file = directory.path().join("hang.toml");
+    let text =
+        "[program]\nname = \"crash\"\nargs = { how = \"hang\" }\n[limits]\nwatchdog = \"1s\"\n";
+    std::fs::write(&file, text).expect("written");
+    let file = file.to_str().expect("UTF-8");
+    let words = ["explore", file, "--engine", "kvm", "--strategy", "random"];
+    says(
+        4,
+        &[&words[..], &["--seed", "7", "--out", &out]].concat(),
+        &[
+            "execution 0 (Random { mean: 8 } seed 7) hangs after schedule = \"",
+            "has not reached a scheduling point in 1 s (at rip 0xffff",
+            " in guest_kernel::",
+        ],
+    );
+}

@@ -158,10 +158,31 @@ pub enum DriverError {
         /// Points so far.
         points: u64,
     },
+    /// It was stopped before its end ([`Driver::stop_when`]), and tells nothing.
+    #[error("stopped before the end of the schedule")]
+    Stopped,
+    /// A vCPU hung in an execution of a campaign.
+    #[error("execution {index} ({strategy}) hangs after schedule = \"{schedule}\"")]
+    Hung {
+        /// Number of the execution.
+        index: u64,
+        /// What had chosen it, with its seed.
+        strategy: String,
+        /// Its steps before the one that does not end.
+        schedule: Schedule,
+        /// Which vCPU, and where.
+        source: EngineError,
+    },
     /// The set-up of the program did not get to the start of the schedule.
     #[error("the program's set-up ended early: {0}")]
     SetUp(String),
 }
+
+/// Asked again and again during executions: true once they are to end where they are.
+pub type StopWhen = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// Steps in which nobody is asked whether to stop: asking is to cost nothing beside them.
+const UNASKED: u64 = 16;
 
 /// Turns of a set-up in which always the first runs who can; then each in turn.
 const UNFAIR_TURNS: u64 = 1_000;
@@ -195,6 +216,9 @@ pub struct Driver<E> {
     armed: Vec<Fail>,
     /// Where the step came to in which a monitor found something.
     cut_short: Option<(usize, Halt)>,
+    stop_when: Option<StopWhen>,
+    /// What was run of the last execution that has no end.
+    unended: Schedule,
 }
 
 impl<E: Engine> Driver<E> {
@@ -247,7 +271,23 @@ impl<E: Engine> Driver<E> {
             fails: Vec::new(),
             armed: Vec::new(),
             cut_short: None,
+            stop_when: None,
+            unended: Schedule::default(),
         }
+    }
+
+    /// What was run of the last execution that ended with an error.
+    pub fn unended(&self) -> &Schedule {
+        &self.unended
+    }
+
+    /// Ends executions in the middle, with [`DriverError::Stopped`], once `stop` says so.
+    pub fn stop_when(&mut self, stop: Option<StopWhen>) {
+        self.stop_when = stop;
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop_when.as_ref().is_some_and(|stop| stop())
     }
 
     /// Lets `fails` fail in every execution from now on. Those executions go on to the exit of the machine,
@@ -427,7 +467,13 @@ impl<E: Engine> Driver<E> {
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };
-        run.ending = self.steps_to_end(scheduler, monitors, &mut run)?;
+        match self.steps_to_end(scheduler, monitors, &mut run) {
+            Ok(ending) => run.ending = ending,
+            Err(error) => {
+                self.unended = run.schedule;
+                return Err(error);
+            }
+        }
         scheduler.end(&run.schedule);
         Ok(Some(run))
     }
@@ -485,6 +531,9 @@ impl<E: Engine> Driver<E> {
             }
             if points > self.limits.points || run.events.len() > self.limits.events {
                 return Err(DriverError::TooLong { points });
+            }
+            if self.steps.is_multiple_of(UNASKED) && self.is_stopped() {
+                return Err(DriverError::Stopped);
             }
             let view = View {
                 points,
@@ -618,6 +667,10 @@ impl<E: Engine> Driver<E> {
         let target = self.engine.points_passed(vcpu).saturating_add(limit.points);
         let mut runs = 0;
         loop {
+            // A look takes as long as many steps.
+            if self.is_stopped() {
+                return Err(DriverError::Stopped);
+            }
             runs += 1;
             let (one, seen) = (Limit { points: 1, ..limit }, self.slice.len());
             let halt = self.engine.run(vcpu, one, &mut self.slice)?;

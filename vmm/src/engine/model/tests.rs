@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
 
 use abi::bug::Bug;
 use abi::channel::{EventKind, cr3};
@@ -240,7 +240,7 @@ fn every_seeded_bug_is_found_within_2000_schedules() {
             || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
             &plan,
             &Counts::default(),
-            &AtomicBool::new(false),
+            &Arc::default(),
         )
         .unwrap();
         assert!(!summary.found.is_empty(), "{name} by {test}");
@@ -271,7 +271,7 @@ fn the_tlb_model_tells_what_is_flushed_after_its_address_is_taken_anew() {
 fn what_is_wrong_in_reclaim_shows_in_the_thread_too() {
     let scenario = litmus("kswapd", Some("reclaim-free-before-flush"));
     let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
-    let never = AtomicBool::new(false);
+    let never = Arc::default();
     let summary = campaign::run(make, &plan(2_000, true), &Counts::default(), &never).unwrap();
     assert!(!summary.found.is_empty());
 }
@@ -339,7 +339,7 @@ fn exhaustive_search_finds_every_seeded_bug_and_nothing_else() {
             ..plan(0, true)
         };
         let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
-        campaign::run(make, &plan, &Counts::default(), &AtomicBool::new(false)).unwrap()
+        campaign::run(make, &plan, &Counts::default(), &Arc::default()).unwrap()
     };
     // Hundreds of points all come before those to be preempted at, or it takes two preemptions: minutes in a debug build.
     let late = [
@@ -375,7 +375,7 @@ fn the_correct_kernel_survives_the_same_schedules() {
             || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true),
             &plan(2_000, false),
             &Counts::default(),
-            &AtomicBool::new(false),
+            &Arc::default(),
         )
         .unwrap();
         assert_eq!(summary.executions, 2_000);
@@ -401,7 +401,7 @@ fn races_in_memory_groups_are_clean() {
                 ..plan(500, false)
             },
             &Counts::default(),
-            &AtomicBool::new(false),
+            &Arc::default(),
         )
         .unwrap();
         let found: Vec<_> = summary

@@ -184,7 +184,7 @@ impl TlbModel {
         if let Some((index, held)) = holder {
             found.push(violation(
                 RETURNED,
-                self.tell(index, &held, "has left the tables")
+                self.tell(index, &held, &self.gone(&held))
                     .detail(format!("the call returned on {}", who(seen))),
             ));
         }

@@ -271,6 +271,23 @@ fn a_call_that_returns_too_early_is_t_04() {
 }
 
 #[test]
+fn t_04_says_whether_the_page_is_gone_or_only_a_right() {
+    let said = |new| {
+        let enter = call(EventKind::SyscallEnter, nr::MPROTECT);
+        let exit = call(EventKind::SyscallExit, nr::MPROTECT);
+        let found = found(&[enter, pte(rw(), new), invlpg(0), exit]);
+        found[0].finding.summary.clone()
+    };
+    let protected = said(ro());
+    assert!(
+        protected.ends_with("to a frame that is mapped still, and may no longer be written"),
+        "{protected}"
+    );
+    let gone = said(0);
+    assert!(gone.ends_with("that has left the tables"), "{gone}");
+}
+
+#[test]
 fn mremap_and_madv_free_answer_for_what_they_took_too() {
     let enter = |nr, third, fourth| {
         seen(

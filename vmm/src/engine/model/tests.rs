@@ -256,8 +256,8 @@ fn the_tlb_model_tells_what_is_flushed_after_its_address_is_taken_anew() {
     ] {
         let scenario = litmus(test, Some(bug));
         let make = || Driver::new(ModelEngine::new(&scenario)?, Limits::default(), true);
-        let never = AtomicBool::new(false);
-        let summary = campaign::run(make, &plan(500, false), &Counts::default(), &never).unwrap();
+        let summary =
+            campaign::run(make, &plan(500, false), &Counts::default(), &Arc::default()).unwrap();
         let ids = summary
             .found
             .iter()

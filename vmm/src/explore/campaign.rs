@@ -160,8 +160,8 @@ pub fn run_and_tell<E: Engine>(
                     return Err(DriverError::Hung {
                         index,
                         strategy: format!("{:?} seed {}", plan.strategy, plan.seed),
-                        schedule: worker.driver.unended().clone(),
-                        source,
+                        schedule: Box::new(worker.driver.unended().clone()),
+                        source: Box::new(source),
                     });
                 }
                 went_on => went_on?,

@@ -169,9 +169,9 @@ pub enum DriverError {
         /// What had chosen it, with its seed.
         strategy: String,
         /// Its steps before the one that does not end.
-        schedule: Schedule,
+        schedule: Box<Schedule>,
         /// Which vCPU, and where.
-        source: EngineError,
+        source: Box<EngineError>,
     },
     /// The set-up of the program did not get to the start of the schedule.
     #[error("the program's set-up ended early: {0}")]

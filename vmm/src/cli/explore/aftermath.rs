@@ -113,7 +113,7 @@ impl Aftermath {
     /// Of a campaign that has `found` failures and a `sample` of what was well. What was found is told even where
     /// something else fails.
     pub(super) fn of(
-        early: Early<'_>,
+        early: &Early<'_>,
         found: &[Found],
         sample: &[Kept],
         second: Option<Second>,
@@ -128,7 +128,7 @@ impl Aftermath {
             traced: None,
         };
         if !found.is_empty() || !sample.is_empty() || second.is_some() {
-            let worked = this.work(&early, found, sample, second);
+            let worked = this.work(early, found, sample, second);
             this.note(worked);
         }
         this

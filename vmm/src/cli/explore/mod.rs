@@ -87,7 +87,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     })?;
     let stopped = stop.load(Ordering::Relaxed);
     let sample = std::mem::take(&mut summary.sample).take();
-    let found = Aftermath::of(early, &summary.found, &sample, second);
+    let found = Aftermath::of(&early, &summary.found, &sample, second);
     let headline = headline(&source, &plan, &summary, both, stopped);
     output.say(&match output.detail {
         Detail::Headline => format!("{}\n{}", verdict(&summary, stopped), found.files()),

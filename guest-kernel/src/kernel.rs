@@ -168,6 +168,11 @@ impl<A: Arch> Kernel<A> {
         }
     }
 
+    /// True where a task runs on this CPU, and not its idle loop.
+    pub(crate) fn runs_task(&self) -> bool {
+        !self.this_cpu().current.get().is_null()
+    }
+
     /// State of the CPU that executes this.
     #[inline]
     pub fn this_cpu(&self) -> &Cpu {

@@ -274,7 +274,7 @@ mod tests {
         );
         assert_eq!(
             UsageError::UnknownProgram("x").to_string(),
-            "unknown program `x`; there are smoke, unmap-race, cow-fork, mprotect-race, stress, litmus, huge, vma, groups, direct, pressure, writeback, replay, oracle, crash, exit, bench"
+            "unknown program `x`; there are smoke, unmap-race, cow-fork, mprotect-race, stress, litmus, huge, vma, groups, direct, pressure, writeback, file-io, replay, oracle, crash, exit, bench"
         );
     }
 }

@@ -1,6 +1,5 @@
 //! Reproducers: files that replay one execution, bit for bit, wherever the kernel is the same.
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -113,7 +112,7 @@ impl Reproducer {
             ending,
             events,
             digest,
-            schedule: schedule_text(schedule),
+            schedule: schedule.to_string(),
             window: None,
             scenario: scenario.to_toml(),
         }
@@ -244,13 +243,8 @@ impl Reproducer {
     /// # Errors
     /// It cannot be written.
     pub fn write(&self, directory: &Path, stem: &str) -> Result<PathBuf, ReproducerError> {
-        let failed = |source| ReproducerError::Unwritable {
-            path: directory.into(),
-            source,
-        };
-        std::fs::create_dir_all(directory).map_err(failed)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory).map_err(failed)?;
-        file.write_all(self.to_text().as_bytes()).map_err(failed)?;
+        let failed = unwritable(directory);
+        let mut file = self.temporary(directory).map_err(&failed)?;
         let mut number = 0u32;
         loop {
             let name = match number {
@@ -269,9 +263,37 @@ impl Reproducer {
         }
     }
 
-    fn to_text(&self) -> String {
+    /// Writes it in place of an earlier one, of which a reader sees all or nothing.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn replace(&self, path: &Path) -> Result<(), ReproducerError> {
+        let directory = path.parent().unwrap_or(Path::new("."));
+        let file = self.temporary(directory);
+        file.and_then(|file| file.persist(path).map_err(|error| error.error))
+            .map(drop)
+            .map_err(unwritable(directory))
+    }
+
+    fn temporary(&self, directory: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+        std::fs::create_dir_all(directory)?;
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        file.write_all(self.to_text().as_bytes())?;
+        Ok(file)
+    }
+
+    /// The text of its file.
+    #[must_use]
+    pub fn to_text(&self) -> String {
         let body = toml::to_string_pretty(self).expect("strings and numbers");
         format!("# A reproducer: `stalemate replay FILE` runs it again.\n{body}")
+    }
+}
+
+fn unwritable(directory: &Path) -> impl Fn(std::io::Error) -> ReproducerError {
+    move |source| ReproducerError::Unwritable {
+        path: directory.into(),
+        source,
     }
 }
 
@@ -283,19 +305,6 @@ fn colon(line: &Option<usize>) -> String {
 /// The line on which what follows `before` begins.
 fn line_of(before: &[u8]) -> usize {
     before.iter().filter(|byte| **byte == b'\n').count() + 1
-}
-
-fn schedule_text(schedule: &Schedule) -> String {
-    let mut text = String::new();
-    for segment in &schedule.segments {
-        let gap = if text.is_empty() { "" } else { " " };
-        let _ = match segment.actor {
-            Actor::Vcpu(vcpu) => write!(text, "{gap}{vcpu}:{}", segment.points),
-            Actor::Wire(vcpu) => write!(text, "{gap}i{vcpu}"),
-            Actor::Disk(vcpu) => write!(text, "{gap}d{vcpu}"),
-        };
-    }
-    text
 }
 
 fn parse_schedule(text: &str) -> Result<Schedule, &str> {
@@ -353,6 +362,24 @@ mod tests {
             assert_eq!(scenario.cmdline(), "bug=cow-free-before-flush");
             assert_eq!(scenario.args(), ["test=cow"]);
         }
+    }
+
+    #[test]
+    fn one_that_is_replaced_is_the_new_one_whatever_became_of_its_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let out = directory.path().join("out");
+        let (mut reproducer, _) = example();
+        let path = reproducer.write(&out, "a").unwrap();
+        reproducer.events = 8;
+        reproducer.replace(&path).unwrap();
+        assert_eq!(Reproducer::read(&path, false).unwrap().0.events, 8);
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 1);
+        std::fs::remove_dir_all(&out).unwrap();
+        reproducer.replace(&path).unwrap();
+        std::fs::remove_dir_all(&out).unwrap();
+        std::fs::write(&out, "a file").unwrap();
+        let error = reproducer.replace(&path).unwrap_err().to_string();
+        assert!(error.contains("cannot be written"), "{error}");
     }
 
     #[test]

@@ -312,7 +312,8 @@ fn a_replay_on_vcpus_asks_the_hardware() {
     says(1, &[&words[..], &bug].concat(), &["T-01"]);
     let file = reproducers(out.path()).remove(0);
     let file = file.to_str().expect("UTF-8");
-    let replay = ["replay", file, "--engine", "kvm", "--expect", "--brief"];
+    // As explore prints the command: the model could not run it.
+    let replay = ["replay", file, "--expect", "--brief"];
     let hardware = &json(0, &replay)["replays"][0]["hardware"];
     let said = hardware["text"].as_str().expect("a text");
     let expected = match hardware["shows_it"].as_bool().expect("a flag") {
@@ -320,4 +321,24 @@ fn a_replay_on_vcpus_asks_the_hardware() {
         false => "its absence proves nothing",
     };
     assert!(said.contains(expected), "{said}");
+}
+
+#[test]
+fn a_vcpu_that_hangs_is_told_with_its_function_and_the_schedule_before() {
+    let (directory, out) = directory();
+    let file = directory.path().join("hang.toml");
+    let text =
+        "[program]\nname = \"crash\"\nargs = { how = \"hang\" }\n[limits]\nwatchdog = \"1s\"\n";
+    std::fs::write(&file, text).expect("written");
+    let file = file.to_str().expect("UTF-8");
+    let words = ["explore", file, "--engine", "kvm", "--strategy", "random"];
+    says(
+        4,
+        &[&words[..], &["--seed", "7", "--out", &out]].concat(),
+        &[
+            "execution 0 (Random { mean: 8 } seed 7) hangs after schedule = \"",
+            "has not reached a scheduling point in 1 s (at rip 0xffff",
+            " in guest_kernel::",
+        ],
+    );
 }

@@ -341,7 +341,7 @@ events! {
     VmaAttach = 17, "vma-attach", ["mm", "vma", "start", "end", "flags"];
     VmaDetach = 18, "vma-detach", ["mm", "vma", "start", "end"];
     LockAcquire = 19, "lock-acquire", ["lock", "class", "tried", "mm"];
-    LockRelease = 20, "lock-release", ["lock", "class"];
+    LockRelease = 20, "lock-release", ["lock", "class", "asleep"];
     Switch = 21, "switch", ["from", "to"];
     MmCreate = 22, "mm-create", ["mm", "pgd", "object"];
     MmDestroy = 23, "mm-destroy", ["mm"];
@@ -365,6 +365,7 @@ events! {
     FailpointHit = 41, "failpoint", ["failpoint"];
     MmFree = 42, "mm-free", ["mm"];
     SplitQueue = 43, "split-queue", ["frame", "in"];
+    LockWake = 44, "lock-wake", ["lock", "class", "tasks"];
     RcuEnter = 48, "rcu-enter", ["nesting"];
     RcuExit = 49, "rcu-exit", ["nesting"];
     RcuRetire = 50, "rcu-retire", ["object", "kind"];

@@ -40,7 +40,7 @@ pub const fn layout_hash() -> u64 {
         BootInfo { segments, kernel_root, cmdline }
         channel::Control { trap, event_mask, ring_head, point, report, message, fail }
         channel::Event { stamp, kind, task, args, sequence }
-        KernelRoot { folios, nr_frames, buddy, slabs, swap, lru, split_queue, kswapd, khugepaged, frame_groups, groups, mms, tasks, futex_queue, ticket, online, cpus }
+        KernelRoot { folios, nr_frames, buddy, slabs, swap, lru, split_queue, kswapd, khugepaged, frame_groups, groups, mms, tasks, futex_queue, lock_queue, ticket, online, cpus }
         Folio { kind, order, flags, state, refcount, mapcount, generation, owner, index, next, lock, used, pins }
         Vma { start, end, flags, pgoff, mm, refs, lock_seq, generation, anon_vma, chains, file, left_of_file, right_of_file, parent_of_file, subtree_end }
         VmaNode { level, count, slots, next_retired }

@@ -51,13 +51,25 @@ classes! {
 }
 
 impl LockClass {
+    /// True where the lock belongs to a task, which may sleep while it holds it; who waits for it may sleep too. Its word is a
+    /// [`RwLockWord`]. The others belong to a CPU, and whoever waits for them spins.
+    #[must_use]
+    pub const fn is_of_task(self) -> bool {
+        matches!(
+            self,
+            Self::MmapRead | Self::MmapWrite | Self::Position | Self::Inode
+        )
+    }
+
     /// True where a CPU that wants the lock as this class gets it while its word is `word`: a spin
     /// lock's word is the holder's CPU plus one, a reader-writer lock's is a [`RwLockWord`], a VMA's is [`VmaRefs`].
     #[must_use]
     pub const fn lets_in(self, word: u64) -> bool {
         match self {
             Self::MmapRead => word & (RwLockWord::WRITER | RwLockWord::WAITING) == 0,
-            Self::MmapWrite => word & (RwLockWord::WRITER | RwLockWord::READERS) == 0,
+            Self::MmapWrite | Self::Position | Self::Inode => {
+                word & (RwLockWord::WRITER | RwLockWord::READERS) == 0
+            }
             Self::VmaRead => word & VmaRefs::EXCLUDED == 0,
             Self::VmaWrite => VmaRefs::readers(word) == 0,
             _ => word == 0,

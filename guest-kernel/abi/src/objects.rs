@@ -561,7 +561,7 @@ pub struct CacheNode {
 pub struct File {
     /// Bytes. Changes under `inode_lock` and `lock`.
     pub size: AtomicU64,
-    /// Spin lock word, held over whatever changes contents or size by a system call (Linux's i_rwsem).
+    /// [`RwLockWord`] that only writers take, held over whatever changes contents or size by a system call (Linux's i_rwsem).
     pub inode_lock: AtomicU64,
     /// Spin lock word of `size`, of the tree of pages (Linux's i_pages), and of `refcount`.
     pub lock: AtomicU64,
@@ -594,7 +594,7 @@ pub struct File {
 pub struct OpenFile {
     /// Where read and write go on, in bytes.
     pub position: AtomicU64,
-    /// Spin lock word of `position`.
+    /// [`RwLockWord`] of `position` that only writers take.
     pub lock: AtomicU64,
     /// The file.
     pub file: Link<File>,
@@ -738,6 +738,8 @@ impl RwLockWord {
     pub const WRITER: u64 = 1 << 63;
     /// Set while a writer waits, which keeps new readers out.
     pub const WAITING: u64 = 1 << 62;
+    /// Set while tasks sleep that want the lock ([`KernelRoot::lock_queue`]).
+    pub const SLEEPERS: u64 = 1 << 61;
     /// The bits that count readers.
     pub const READERS: u64 = 0xffff_ffff;
 }
@@ -837,11 +839,13 @@ pub struct Task {
     /// Exit status as wait4 gives it.
     pub status: AtomicU32,
     /// Blocked, or woken and not yet running: the futex word's GVA, 1 for a child's exit, 2 for the disk, 3 for the swap
-    /// area, 4 for work.
+    /// area, 4 for work, 5 for a lock.
     pub waits_for: AtomicU64,
     /// Which futex that is: the GPA of its mm, 0, and its GVA; in shared memory the GPA of the file, its generation, and the
     /// byte of it.
     pub futex: [AtomicU64; 3],
+    /// Which lock that is, and as what: the GPA of its word and the number of its [`LockClass`](crate::lock::LockClass).
+    pub lock: [AtomicU64; 2],
     /// Address to clear and wake at exit (CLONE_CHILD_CLEARTID), 0 for none.
     pub clear_tid: AtomicU64,
     /// GVA of the lowest byte of its kernel stack.
@@ -878,6 +882,8 @@ impl Task {
     pub const WAITS_FOR_SWAP: u64 = 3;
     /// Value of [`Task::waits_for`] while a task of the kernel has nothing to do.
     pub const WAITS_FOR_WORK: u64 = 4;
+    /// Value of [`Task::waits_for`] while it waits for [`Task::lock`].
+    pub const WAITS_FOR_LOCK: u64 = 5;
 }
 
 /// Bits of [`Task::flags`].
@@ -1168,6 +1174,8 @@ pub struct KernelRoot {
     pub sched_lock: AtomicU64,
     /// First of the tasks that wait for a futex, in the order of their arrival.
     pub futex_queue: Link<Task>,
+    /// First of the tasks that sleep until they may get a lock, in the order of their arrival.
+    pub lock_queue: Link<Task>,
     /// Next number of a task.
     pub next_task: AtomicU64,
     /// Next number of an mm.

@@ -183,6 +183,8 @@ params! {
         "where the swap area begins on the disk";
     swap_readahead: u64 = "8", "PAGES",
         "slots that a fault reads around the one it needs, power of two up to 8 (Linux's page_cluster)";
+    lock_spins: u64 = "1000", "TURNS",
+        "turns that a task spins for an mmap_lock before it sleeps (Linux's optimistic spinning; 0: it sleeps at once)";
     kswapd: bool = "on", "on|off",
         "a thread of the kernel reclaims before memory runs out, where there is swap";
     min_free: u64 = "0", "FRAMES",

@@ -133,9 +133,9 @@ impl<A: Arch> Kernel<A> {
     ///
     /// # Errors
     /// Bus where it could not (Linux's filemap_fault, page_not_uptodate).
-    pub(super) fn page_read_done(&self, page: UnreadPage) -> Result<(), FaultError> {
+    pub(super) fn page_read_done(&self, page: UnreadPage, how: Waiting) -> Result<(), FaultError> {
         let (file, gpa) = page.into_parts();
-        self.swap_wait(gpa, Waiting::Spinning);
+        self.swap_wait(gpa, how);
         // Where it has left the cache since, there is another to find.
         let failed = self.is_fresh(gpa) && self.folio(gpa).owner.get() == file.0;
         self.folio_put(gpa, cause::HOLD);

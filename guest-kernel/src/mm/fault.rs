@@ -73,12 +73,13 @@ impl<A: Arch> Kernel<A> {
         if gva >= USER_END {
             return Err(FaultError::NoMapping);
         }
+        let how = match error & MAY_SLEEP {
+            0 => Waiting::Spinning,
+            _ => Waiting::Asleep,
+        };
         match self.fault_at(mm, page_of(gva), error | MAY_RETRY) {
-            Err(Unfinished::Reading(slot)) if error & MAY_SLEEP != 0 => {
-                self.swap_read_done(slot, Waiting::Asleep);
-            }
-            Err(Unfinished::Reading(slot)) => self.swap_read_done(slot, Waiting::Spinning),
-            Err(Unfinished::ReadingPage(page)) => return self.page_read_done(page),
+            Err(Unfinished::Reading(slot)) => self.swap_read_done(slot, how),
+            Err(Unfinished::ReadingPage(page)) => return self.page_read_done(page, how),
             Err(Unfinished::Refused(error)) => return Err(error),
             Ok(()) | Err(Unfinished::NeedsMmapLock) => {}
         }
@@ -95,7 +96,7 @@ impl<A: Arch> Kernel<A> {
     ) -> Result<(), FaultError> {
         match self.fault_in_or_wait(mm, vma, gva, error) {
             Err(Unfinished::Refused(error)) => Err(error),
-            Err(Unfinished::ReadingPage(page)) => self.page_read_done(page),
+            Err(Unfinished::ReadingPage(page)) => self.page_read_done(page, Waiting::Spinning),
             Ok(()) | Err(Unfinished::Reading(_) | Unfinished::NeedsMmapLock) => Ok(()),
         }
     }

@@ -16,6 +16,7 @@ use abi::syscall::Errno;
 
 use super::disk_file::Wanted;
 use super::page_cache::{Cached, Within};
+use super::swap_io::Waiting;
 use super::{FaultError, Field, pages};
 use crate::Kernel;
 use crate::arch::Arch;
@@ -76,7 +77,7 @@ impl<A: Arch> Kernel<A> {
 
     /// Keeps others from changing the file's contents or size by system calls.
     pub(crate) fn lock_inode(&self, file: Pa<File>) -> Guard<'_, A> {
-        self.lock(&self.obj(file).inode_lock, LockClass::Inode)
+        self.mutex_lock(&self.obj(file).inode_lock, LockClass::Inode)
     }
 
     pub(super) fn lock_folio(&self, gpa: u64) -> Guard<'_, A> {
@@ -96,7 +97,7 @@ impl<A: Arch> Kernel<A> {
         loop {
             match self.file_page_if_read(file, index, within)? {
                 Wanted::Page(page) => return Ok(page),
-                Wanted::Unread(page) => self.page_read_done(page)?,
+                Wanted::Unread(page) => self.page_read_done(page, Waiting::Asleep)?,
             }
         }
     }

@@ -16,6 +16,7 @@ use super::fault::Faulting;
 use super::file::LockedPage;
 use super::page_cache::Within;
 use super::swap_in::{MAY_RETRY, Unfinished};
+use super::swap_io::Waiting;
 use super::vma::{leaf_flags, shared_rights};
 use super::{Field, Slot, pages};
 use crate::Kernel;
@@ -46,7 +47,7 @@ impl<A: Arch> Kernel<A> {
                 Wanted::Unread(page) if error & MAY_RETRY != 0 => {
                     return Err(Unfinished::ReadingPage(page));
                 }
-                Wanted::Unread(page) => self.page_read_done(page)?,
+                Wanted::Unread(page) => self.page_read_done(page, Waiting::Spinning)?,
             }
         }
     }

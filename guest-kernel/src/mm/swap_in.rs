@@ -1,9 +1,9 @@
 //! Faults on entries that name a swap slot (Linux's mm/memory.c, `do_swap_page`).
 //!
 //! The folio comes from the swap cache, or is read into it, with those of the slots around (parameter `swap_readahead`,
-//! Linux's `swap_cluster_readahead`). Nobody sleeps under the mmap_lock, which spins here: as in Linux (FAULT_FLAG_ALLOW_RETRY,
+//! Linux's `swap_cluster_readahead`). Nobody sleeps under the mmap_lock, for which others spin: as in Linux (FAULT_FLAG_ALLOW_RETRY,
 //! `folio_lock_or_retry`) a fault that has to wait lets go of the lock first, waits, and is over; the access is made again
-//! and finds the folio. It sleeps meanwhile where its caller holds no lock ([`MAY_SLEEP`]). Where the mmap_lock must be kept,
+//! and finds the folio. It sleeps meanwhile where its caller is a task ([`MAY_SLEEP`]). Where the mmap_lock must be kept,
 //! as by calls that populate, the wait spins.
 //!
 //! A page that was exclusive when it went out is so again: its entry says so. One that was shared is its mapper's alone
@@ -34,7 +34,7 @@ const MAX_READAHEAD: u64 = 8;
 /// In the code of a fault: its caller can let go of the mmap_lock and wait (Linux's FAULT_FLAG_ALLOW_RETRY). Beside the
 /// architecture's bits.
 pub(super) const MAY_RETRY: u64 = 1 << 33;
-/// In the code of a fault: its caller is a task and holds no lock, so it may sleep. Beside the architecture's bits.
+/// In the code of a fault: its caller is a task and holds no spin lock, so it may sleep. Beside the architecture's bits.
 pub(crate) const MAY_SLEEP: u64 = 1 << 34;
 
 /// Why a fault is not over yet, or never will be.

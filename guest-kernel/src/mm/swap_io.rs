@@ -24,7 +24,7 @@ use crate::arch::Arch;
 pub(super) enum Waiting {
     /// By spinning, whatever locks the caller holds: the disk needs none of them.
     Spinning,
-    /// Asleep: the caller is a task and holds no lock, for who spins for it would not give its CPU away.
+    /// Asleep, where the caller is a task. It holds no spin lock, for who spins for it would not give its CPU away.
     Asleep,
 }
 
@@ -152,7 +152,7 @@ impl<A: Arch> Kernel<A> {
 
     /// Waits until the folio at `gpa`, to which the caller has a reference, is no longer being moved.
     pub(super) fn swap_wait(&self, gpa: u64, how: Waiting) {
-        if how == Waiting::Asleep {
+        if how == Waiting::Asleep && self.runs_task() {
             return self.swap_sleep(&[gpa]);
         }
         while self.in_transfer(gpa) {

@@ -35,7 +35,7 @@ impl<A: Arch> Drop for MmapWriter<'_, A> {
         // All in one: told before the VMAs are free too, which a fault may have at once.
         kernel.released(&mm.mmap_lock, LockClass::MmapWrite, || {
             vma_lock::end(&mm.lock_seq);
-            rwlock::release_write(&mm.mmap_lock);
+            rwlock::release_write(&mm.mmap_lock)
         });
     }
 }

@@ -1,5 +1,6 @@
-//! The reader-writer lock that prefers writers, which stands where Linux has an rw_semaphore (mmap_lock): a
-//! [`RwLockWord`] that counts readers, and has one bit for a writer that holds it and one for writers that wait.
+//! The reader-writer lock that prefers writers: a [`RwLockWord`] that counts readers, and has one bit for a writer that holds
+//! it and one for writers that wait. Whoever wants it tries, and does in between what it likes: [`rwsem`](super::rwsem) makes of
+//! it a lock that tasks sleep for.
 //!
 //! Ordering (Linux's Documentation/memory-barriers.txt and kernel/locking/rwsem.c):
 //! - [`release_write`] (Release) with [`try_read`] and [`try_write`] (Acquire): a reader and the next
@@ -38,7 +39,8 @@ pub fn try_write<W: Word>(word: &W) -> Result<(), Refused> {
     if !LockClass::MmapWrite.lets_in(value) {
         return Err(Refused::Held);
     }
-    word.compare_exchange_weak(value, RwLockWord::WRITER, Acquire, Relaxed)
+    let taken = RwLockWord::WRITER | value & RwLockWord::SLEEPERS;
+    word.compare_exchange_weak(value, taken, Acquire, Relaxed)
         .map(|_| ())
         .map_err(|_| Refused::Raced)
 }
@@ -58,14 +60,15 @@ pub fn claim<W: Word>(word: &W) {
     word.fetch_or(RwLockWord::WAITING, Relaxed);
 }
 
-/// Ends a reader's hold.
+/// Ends a reader's hold. True where nobody holds the lock now and somebody sleeps that wants it.
 #[inline]
-pub fn release_read<W: Word>(word: &W) {
-    word.fetch_sub(1, Release);
+pub fn release_read<W: Word>(word: &W) -> bool {
+    let before = word.fetch_sub(1, Release);
+    before & RwLockWord::READERS == 1 && before & RwLockWord::SLEEPERS != 0
 }
 
-/// Ends a writer's hold; a claim stays.
+/// Ends a writer's hold; a claim stays. True where somebody sleeps that wants the lock.
 #[inline]
-pub fn release_write<W: Word>(word: &W) {
-    word.fetch_and(!RwLockWord::WRITER, Release);
+pub fn release_write<W: Word>(word: &W) -> bool {
+    word.fetch_and(!RwLockWord::WRITER, Release) & RwLockWord::SLEEPERS != 0
 }

@@ -76,7 +76,8 @@ impl<A: Arch> Kernel<A> {
             object.flags.fetch_or(task_flags::KILLED, Release);
             match TaskState::from_u32(object.state.get()) {
                 Some(TaskState::Running) => cpus |= 1 << object.cpu.get(),
-                Some(TaskState::Blocked) => {
+                // Who has a lock coming needs it first.
+                Some(TaskState::Blocked) if object.waits_for.get() != Task::WAITS_FOR_LOCK => {
                     self.queue_take(&self.root().futex_queue, |waiter, _| waiter == task);
                     self.wake(task);
                 }

@@ -79,6 +79,12 @@ impl<A: Arch> Kernel<A> {
     /// A page fault at CPL 0 inside a copy from or to user memory. True: try again; false: the copy
     /// fails (with EFAULT; so it does in Linux where memory is short).
     pub fn kernel_user_fault(&self, gva: u64, error: u64) -> bool {
+        // Asked again: others may have changed the entry while this one waited.
+        self.fault_for_copy(gva, error) && self.ensure_access(gva, error & fault::WRITE).is_ok()
+    }
+
+    /// A page fault that a copy has, or is about to have. False: the copy fails.
+    pub(super) fn fault_for_copy(&self, gva: u64, error: u64) -> bool {
         let current = self.this_cpu().current.get();
         // Under the scheduler's lock nothing may wait for an mmap_lock (Linux's pagefault_disable()).
         if gva >= USER_END || current.is_null() || self.holds(&self.root().sched_lock) {
@@ -88,8 +94,8 @@ impl<A: Arch> Kernel<A> {
         // Not by CPL 3, but on its behalf: no instruction of it to name.
         event!(self, EventKind::FaultEnter, [gva, error, 0, 0, 0]);
         let mm = self.obj(current).mm.get();
-        // A call that copies may hold the locks of a file (`files`): no MAY_SLEEP.
-        let result = self.handle_fault(mm, gva, error | fault::USER);
+        // A call that copies may hold the locks of a file (`files`), for which others sleep too.
+        let result = self.handle_fault(mm, gva, error | fault::USER | MAY_SLEEP);
         event!(self, EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);
         result.is_ok()
     }
@@ -97,7 +103,7 @@ impl<A: Arch> Kernel<A> {
     /// Makes an access possible that a device is to make for the running task.
     pub(super) fn fault_for_pin(&self, gva: u64, error: u64) -> Result<(), FaultError> {
         progress!(self);
-        // As in `kernel_user_fault`: no instruction of CPL 3 to name.
+        // As in `fault_for_copy`: no instruction of CPL 3 to name.
         event!(self, EventKind::FaultEnter, [gva, error, 0, 0, 0]);
         let result = self.handle_fault(self.current().mm.get(), gva, error | MAY_SLEEP);
         event!(self, EventKind::FaultExit, [gva, outcome(result), 0, 0, 0]);

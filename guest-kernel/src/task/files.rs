@@ -277,7 +277,7 @@ impl<A: Arch> Kernel<A> {
     pub(super) fn lseek(&self, fd: u64, offset: u64, whence: u64) -> Result<u64, Errno> {
         self.with_file(fd, Errno::ESPIPE, |open, file| {
             let object = self.obj(open);
-            let _guard = self.lock(&object.lock, LockClass::Position);
+            let _guard = self.mutex_lock(&object.lock, LockClass::Position);
             let base = match whence {
                 seek::SET => 0,
                 seek::CUR => object.position.get(),
@@ -347,7 +347,7 @@ impl<A: Arch> Kernel<A> {
             return f(place);
         }
         let object = self.obj(open);
-        let _guard = self.lock(&object.lock, LockClass::Position);
+        let _guard = self.mutex_lock(&object.lock, LockClass::Position);
         let position = object.position.get();
         let done = f(position)?;
         object.position.set(position + done);

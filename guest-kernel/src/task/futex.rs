@@ -99,7 +99,7 @@ impl<A: Arch> Kernel<A> {
     ///
     /// The word is compared under the lock that a waker must take, so that no wake is lost between
     /// the look and the sleep. A fault cannot be handled under a spin lock, so one there is refused
-    /// ([`Kernel::kernel_user_fault`]) and the word is read in again without (Linux's
+    /// ([`Kernel::fault_for_copy`]) and the word is read in again without (Linux's
     /// `futex_get_value_locked()`).
     fn futex_wait(&self, key: FutexKey, gva: u64, expected: u32) -> Result<u64, Errno> {
         loop {

@@ -77,10 +77,10 @@ impl<A: Arch> Kernel<A> {
     /// It stays so for the copy that follows at once: interrupts are off until then, so no change of
     /// the entry that takes permission away can complete, its flush would wait for this CPU. An entry that
     /// is cleared meanwhile makes the copy fault, and the fault handler asks the VMA.
-    fn ensure_access(&self, gva: u64, error: u64) -> Result<(), Errno> {
+    pub(super) fn ensure_access(&self, gva: u64, error: u64) -> Result<(), Errno> {
         let mm = self.obj(self.current().mm.get());
         while let Err(error) = self.check_access(mm, gva, error) {
-            if !self.kernel_user_fault(gva, error) {
+            if !self.fault_for_copy(gva, error) {
                 return Err(Errno::EFAULT);
             }
         }

@@ -5,6 +5,7 @@
 
 mod grace;
 mod locks;
+mod rwsem;
 mod seqcount;
 mod shootdown;
 mod srcu;

@@ -71,8 +71,13 @@ impl<const LEFT_OUT: u8> Word for LoomWord<LEFT_OUT> {
 
 /// Runs `test` in every way that loom knows.
 pub(crate) fn explore(test: impl Fn() + Send + Sync + 'static) {
+    explore_within(3, test);
+}
+
+/// The same with at most so many preemptions.
+pub(crate) fn explore_within(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
     let mut model = loom::model::Builder::new();
-    model.preemption_bound = Some(3);
+    model.preemption_bound = Some(preemptions);
     model.check(test);
 }
 

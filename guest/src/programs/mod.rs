@@ -5,6 +5,7 @@ mod cow_fork;
 mod crash;
 mod direct;
 mod exit;
+mod file_io;
 mod groups;
 mod huge;
 mod litmus;
@@ -65,6 +66,7 @@ pub const PROGRAMS: &[Program] = &[
     direct::PROGRAM,
     pressure::PROGRAM,
     writeback::PROGRAM,
+    file_io::PROGRAM,
     replay::PROGRAM,
     oracle::PROGRAM,
     crash::PROGRAM,
@@ -108,6 +110,7 @@ pub fn run<'a, S: Sys>(
         "direct" => Ok(direct::run(sys, &args)),
         "pressure" => Ok(pressure::run(sys, &args)),
         "writeback" => Ok(writeback::run(sys, &args)),
+        "file-io" => Ok(file_io::run(sys, &args)),
         "replay" => replay::run(sys, &args, data).map_err(|reason| UsageError::BadData {
             program: program.name,
             reason,

@@ -1,7 +1,8 @@
 //! Which operations are in flight, so that no check cries wolf over a count that is rightly off.
 //!
-//! The evidence: where each vCPU stands, and the lock words. The kernel is not preemptible and its
-//! locks spin, so a task that is not on a CPU holds none of them (one that waits for the swap area has folios in hand); outside the kernel (CPL 3), at the
+//! The evidence: where each vCPU stands, the lock words, and who sleeps. The kernel is not preemptible, so a task that is
+//! not on a CPU is in the middle of nothing, unless it sleeps for the swap area or for a lock: then it may have folios in hand, and hold the
+//! locks that tasks sleep for, but no spin lock. Outside the kernel (CPL 3), at the
 //! points that enclose a system call or fault, and while idle, nothing is half done. What a lock
 //! protects is whole while its word is free, wherever the vCPUs stand: so most invariants ask for one
 //! lock and no more.
@@ -70,6 +71,7 @@ impl InFlight {
                 .collect(),
             ..Self::default()
         };
+        in_flight.read_sleepers(snapshot);
         in_flight.read_tables(snapshot);
         for mm in &snapshot.mms {
             in_flight.read_mm(snapshot, mm);
@@ -178,6 +180,29 @@ impl InFlight {
         }
     }
 
+    fn read_sleepers(&mut self, snapshot: &Snapshot) {
+        for task in &snapshot.tasks {
+            let what = if task.is_in_wait_for(Task::WAITS_FOR_SWAP) {
+                "the swap area"
+            } else if task.is_in_wait_for(Task::WAITS_FOR_LOCK) {
+                "a lock"
+            } else {
+                continue;
+            };
+            let reason = format!("task {} waits for {what}", task.id);
+            self.asleep.push(Busy::new(reason));
+        }
+    }
+
+    /// Where what may be held over a sleep goes: who sleeps lets go of it afterwards; where nobody does a vCPU is in the
+    /// kernel for it.
+    fn held_over_sleep(&mut self) -> &mut Vec<Busy> {
+        match self.asleep.is_empty() {
+            true => &mut self.held,
+            false => &mut self.asleep,
+        }
+    }
+
     fn read_kernel(&mut self, snapshot: &Snapshot) {
         let root = &snapshot.root;
         let kernel = [
@@ -198,19 +223,7 @@ impl InFlight {
         }
         self.held
             .extend(snapshot.anon_vmas.values().filter_map(family_lock));
-        let sleepers = snapshot.tasks.iter();
-        let sleepers = sleepers.filter(|task| task.is_in_wait_for(Task::WAITS_FOR_SWAP));
-        for task in sleepers {
-            self.asleep.push(Busy::new(format!(
-                "task {} waits for the swap area",
-                task.id
-            )));
-        }
-        // Who sleeps lets go of it afterwards; and else a vCPU is in the kernel for it.
-        let moving = match self.asleep.is_empty() {
-            true => &mut self.held,
-            false => &mut self.asleep,
-        };
+        let moving = self.held_over_sleep();
         // Nobody need wait for a page of a file, and nothing else of it changes meanwhile.
         let of_file = |gpa: u64| snapshot.folio(gpa).is_some_and(|it| it.is(FrameKind::File));
         for folio in snapshot.swap.moving.iter().filter(|gpa| !of_file(**gpa)) {
@@ -238,20 +251,23 @@ impl InFlight {
 
 impl InFlight {
     fn read_files(&mut self, snapshot: &Snapshot) {
-        let mut hold = |word: u64, what: String| {
-            if word != 0 {
-                self.held
-                    .push(Busy::new(format!("the {what} is held (word {word:#x})")));
-            }
+        let busy = |word: u64, what: String| {
+            (word != 0).then(|| Busy::new(format!("the {what} is held (word {word:#x})")))
         };
+        let inodes = snapshot.files.values().filter_map(|file| {
+            let gpa = file.gpa;
+            busy(file.inode_lock, format!("inode lock of file {gpa:#x}"))
+        });
+        let positions = snapshot
+            .open_files
+            .values()
+            .filter_map(|open| busy(open.lock, format!("position lock of {:#x}", open.gpa)));
+        self.held_over_sleep().extend(inodes.chain(positions));
+        let mut hold = |word, what| self.held.extend(busy(word, what));
         for file in snapshot.files.values() {
             let gpa = file.gpa;
-            hold(file.inode_lock, format!("inode lock of file {gpa:#x}"));
             hold(file.lock, format!("page cache lock of file {gpa:#x}"));
             hold(file.i_mmap_lock, format!("i_mmap lock of file {gpa:#x}"));
-        }
-        for open in snapshot.open_files.values() {
-            hold(open.lock, format!("position lock of {:#x}", open.gpa));
         }
         for table in snapshot.file_tables.values() {
             hold(

@@ -290,9 +290,13 @@ fn pinned_is_exclusive(context: &Context<'_>, findings: &mut Findings) {
 
 fn pins_have_users(context: &Context<'_>, findings: &mut Findings) {
     let waits = (context.snapshot.tasks.iter()).any(|task| {
-        // In the middle of a transfer that pins, its task may wait for the swap area too.
-        let disk = [Task::WAITS_FOR_DISK, Task::WAITS_FOR_SWAP];
-        disk.into_iter().any(|what| task.is_in_wait_for(what))
+        // In the middle of a transfer that pins, its task may wait for the swap area too, or for the mmap_lock.
+        let middle = [
+            Task::WAITS_FOR_DISK,
+            Task::WAITS_FOR_SWAP,
+            Task::WAITS_FOR_LOCK,
+        ];
+        middle.into_iter().any(|what| task.is_in_wait_for(what))
     });
     for folio in context.anonymous_folios() {
         findings.require(folio.pins == 0 || waits, || {

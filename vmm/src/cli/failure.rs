@@ -134,8 +134,12 @@ impl Failure {
             },
             Self::Explore(error) | Self::Replay { source: error, .. } => match error {
                 DriverError::Engine(EngineError::Machine(error)) => of_machine_error(error),
-                DriverError::Engine(EngineError::Interrupted) => Exit::Interrupted,
-                DriverError::Engine(EngineError::NoPoint { .. }) => Exit::GuestFailed,
+                DriverError::Engine(EngineError::Interrupted) | DriverError::Stopped => {
+                    Exit::Interrupted
+                }
+                DriverError::Engine(EngineError::NoPoint { .. }) | DriverError::Hung { .. } => {
+                    Exit::GuestFailed
+                }
                 DriverError::Engine(EngineError::Unsupported(_))
                 | DriverError::Impossible { .. }
                 | DriverError::TooLong { .. }

@@ -161,6 +161,14 @@ pub(super) fn apart([one, two]: [(&str, Option<&Path>); 2]) -> Result<(), Failur
     }
 }
 
+/// `path` as a word of a command that a person may paste into a shell.
+#[must_use]
+pub(super) fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    // Only NUL has no form, and no path has one.
+    shlex::try_quote(&text).map_or(text.clone(), Into::into)
+}
+
 /// Whether a stream may be coloured (<https://no-color.org>).
 #[must_use]
 pub(super) fn paint(is_terminal: bool) -> Paint {

@@ -1,7 +1,7 @@
 //! Many executions of one scenario, on several engines at once where that is asked for.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use abi::channel::Event;
@@ -13,11 +13,12 @@ pub use super::plan::{Plan, Strategy};
 use super::probe::Shown;
 use super::strategy::{Exhaustive, Explored, Pct, Random, Replay, RoundRobin, Tolerant, Within};
 use super::{
-    Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, minimise,
+    Coverage, Driver, DriverError, Ending, Execution, Sample, Schedule, Scheduler, StopWhen,
+    minimise,
 };
 use crate::check::stream::{Monitor, Panel};
 use crate::check::{self, Moment, Violation};
-use crate::engine::{Costs, Engine};
+use crate::engine::{Costs, Engine, EngineError};
 use crate::scenario::Fail;
 
 /// An execution that does not end as it should.
@@ -80,8 +81,8 @@ pub fn failure_id(ending: &Ending) -> Option<String> {
         Ending::Finished { .. } | Ending::ScheduleOver => return None,
         Ending::Violation(violation) => violation.id.into(),
         Ending::Report { .. } => "report".into(),
-        Ending::Deadlock(_) => "deadlock".into(),
-        Ending::Livelock(_) => "livelock".into(),
+        Ending::Deadlock(..) => "deadlock".into(),
+        Ending::Livelock(..) => "livelock".into(),
         Ending::Crashed { .. } => "crash".into(),
     })
 }
@@ -92,7 +93,8 @@ pub fn failure_ids() -> impl Iterator<Item = &'static str> {
     check::described().map(|one| one.id).chain(others)
 }
 
-/// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set.
+/// Runs `plan` on drivers that `make` makes, one for each job, until it is done or `stop` is set. An execution that
+/// is under way then, or when time is up, counts for nothing.
 ///
 /// Execution `i` of a seed is the same whatever the number of jobs; so is what is found first. Not so in an
 /// exhaustive search, of which every job takes a part: only what all of it comes to is the same
@@ -104,15 +106,39 @@ pub fn run<E: Engine>(
     make: impl Fn() -> Result<Driver<E>, DriverError> + Sync,
     plan: &Plan,
     counts: &Counts,
-    stop: &AtomicBool,
+    stop: &Arc<AtomicBool>,
+) -> Result<Summary, DriverError> {
+    run_and_tell(make, plan, counts, stop, |_| ())
+}
+
+/// As [`run`]; `tell` is told at once of what is found.
+///
+/// # Errors
+/// As of [`run`].
+pub fn run_and_tell<E: Engine>(
+    make: impl Fn() -> Result<Driver<E>, DriverError> + Sync,
+    plan: &Plan,
+    counts: &Counts,
+    stop: &Arc<AtomicBool>,
+    tell: impl Fn(&Found) + Sync,
 ) -> Result<Summary, DriverError> {
     let started = Instant::now();
     let pairs = Mutex::new(FxHashSet::default());
     let next = AtomicU64::new(0);
     let over = AtomicBool::new(false);
+    let until = plan.time_limit.and_then(|limit| started.checked_add(limit));
+    let stop = Arc::clone(stop);
+    let stop_when: StopWhen = Arc::new(move || {
+        stop.load(Ordering::Relaxed) || until.is_some_and(|until| Instant::now() >= until)
+    });
     let search = plan.search();
     let work = || -> Result<Summary, DriverError> {
-        let mut worker = Worker::new(make()?, plan)?;
+        let mut driver = make()?;
+        driver.stop_when(Some(Arc::clone(&stop_when)));
+        let mut worker = match Worker::new(driver, plan) {
+            Err(DriverError::Stopped) => return Ok(Summary::default()),
+            worker => worker?,
+        };
         worker.search = search.as_ref().map(Exhaustive::worker);
         let mut summary = Summary {
             sample: Sample::new(plan.sample),
@@ -122,28 +148,32 @@ pub fn run<E: Engine>(
         worker.checks = Duration::ZERO;
         let begun = Instant::now();
         loop {
-            let late = plan
-                .time_limit
-                .is_some_and(|limit| started.elapsed() >= limit);
-            if late || stop.load(Ordering::Relaxed) || over.load(Ordering::Relaxed) {
+            if stop_when() || over.load(Ordering::Relaxed) {
                 break;
             }
             let index = next.fetch_add(1, Ordering::Relaxed);
             if index >= plan.executions {
                 break;
             }
-            if !worker.one(index, plan, &pairs, &mut summary)? {
-                break;
-            }
+            match worker.one(index, plan, &pairs, &mut summary) {
+                Ok(false) | Err(DriverError::Stopped) => break,
+                Err(DriverError::Engine(source @ EngineError::NoPoint { .. })) => {
+                    return Err(DriverError::Hung {
+                        index,
+                        strategy: format!("{:?} seed {}", plan.strategy, plan.seed),
+                        schedule: Box::new(worker.driver.unended().clone()),
+                        source: Box::new(source),
+                    });
+                }
+                went_on => went_on?,
+            };
             counts.executions.fetch_add(1, Ordering::Relaxed);
             if let Some(search) = &worker.search {
                 *counts.within.lock().expect("no job panics") = Some(search.reached());
             }
-            if summary
-                .found
-                .last()
-                .is_some_and(|found| found.index == index)
-            {
+            let found = summary.found.last();
+            if let Some(found) = found.filter(|found| found.index == index) {
+                tell(found);
                 counts.found.fetch_add(1, Ordering::Relaxed);
                 if plan.first {
                     over.store(true, Ordering::Relaxed);
@@ -252,6 +282,11 @@ impl<E: Engine> Worker<E> {
         self.driver.arm(fails);
     }
 
+    /// As [`Driver::stop_when`].
+    pub fn stop_when(&mut self, stop: Option<StopWhen>) {
+        self.driver.stop_when(stop);
+    }
+
     /// Runs one schedule with all monitors; `state`: all invariants look at the state at its end.
     ///
     /// # Errors
@@ -338,13 +373,26 @@ impl<E: Engine> Worker<E> {
         &mut self,
         failing: &Execution,
         runs: usize,
-        goes_on: impl Fn() -> bool,
+        goes_on: impl Fn() -> bool + Send + Sync + 'static,
     ) -> Result<Execution, DriverError> {
+        let stop: StopWhen = Arc::new(move || !goes_on());
+        self.stop_when(Some(Arc::clone(&stop)));
+        let small = self.smaller(failing, runs, &stop);
+        self.stop_when(None);
+        self.replay(&small?)
+    }
+
+    fn smaller(
+        &mut self,
+        failing: &Execution,
+        runs: usize,
+        stop: &StopWhen,
+    ) -> Result<Schedule, DriverError> {
         let id = failure_id(&failing.ending);
         let mut start = failing.schedule.clone();
         let mut fails = failing.fails.clone();
         for index in (0..fails.len()).rev() {
-            if !goes_on() {
+            if stop() {
                 break;
             }
             // What has nothing to do with the failure need not fail.
@@ -356,13 +404,12 @@ impl<E: Engine> Worker<E> {
             }
         }
         self.arm(&fails);
-        let small = minimise::minimise(start, runs, |candidate| {
-            if !goes_on() {
+        minimise::minimise(start, runs, |candidate| {
+            if stop() {
                 return Ok(None);
             }
             self.fails_as(&id, candidate)
-        })?;
-        self.replay(&small)
+        })
     }
 
     /// What was really run, where `candidate` fails in this way.
@@ -374,7 +421,7 @@ impl<E: Engine> Worker<E> {
         match self.execute(&mut Tolerant::new(candidate.clone()), true) {
             Ok(run) => Ok((failure_id(&run.ending) == *id).then_some(run.schedule)),
             // Another schedule than the one that fails: no reason to lose that.
-            Err(DriverError::TooLong { .. }) => Ok(None),
+            Err(DriverError::TooLong { .. } | DriverError::Stopped) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -437,10 +484,16 @@ impl<E: Engine> Worker<E> {
         }
         if verifies {
             let mut replay = Replay::new(run.schedule.clone());
-            let again = self.execute(&mut replay, state)?;
-            summary.verified += 1;
-            if let Some(difference) = difference(&run, &again) {
-                return Err(DriverError::Nondeterminism { index, difference });
+            match self.execute(&mut replay, state) {
+                Ok(again) => {
+                    summary.verified += 1;
+                    if let Some(difference) = difference(&run, &again) {
+                        return Err(DriverError::Nondeterminism { index, difference });
+                    }
+                }
+                // The schedule itself has come to its end.
+                Err(DriverError::Stopped) => {}
+                Err(error) => return Err(error),
             }
         }
         // An exhaustive search comes by some failures more than once, with each bound and in each job.

@@ -153,7 +153,10 @@ mod tests {
 
         let dead = judge(
             &whole,
-            &run(&[LockAcquire, FlushAll], Ending::Deadlock(Vec::new())),
+            &run(
+                &[LockAcquire, FlushAll],
+                Ending::Deadlock(Vec::new(), Vec::new()),
+            ),
         );
         assert!(!dead.same_ending && !dead.holds());
         assert!(dead.to_string().contains("deadlock there"), "{dead}");

@@ -59,83 +59,32 @@ fn key((what, address): (u8, u64)) -> u64 {
     address ^ u64::from(what) << 60
 }
 
-/// What events of a kind touch: a resource of sort `what`, named by one argument, and what they do there.
-#[derive(Clone, Copy)]
-struct Touch {
-    what: u8,
-    resource: u8,
-    role: Role,
-}
-
-/// What an event does, apart from its kind.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Role {
-    /// Nothing more.
-    Kind,
-    /// What the argument says.
-    Argument(u8),
-    /// None, one or more.
-    Count,
-    /// Which level, and what was and is there.
-    Entry,
-    Access,
-}
-
-impl Touch {
-    /// None where the order of such events tells nothing.
-    const fn of(kind: EventKind) -> Option<Self> {
-        use EventKind as K;
-        let (what, resource, role) = match kind {
-            K::LockAcquire | K::LockRelease | K::LockWait => (0, 0, Role::Argument(1)),
-            K::PteChange => (1, 1, Role::Entry),
-            K::VmaFound => (1, 2, Role::Kind),
-            K::FrameAlloc | K::FrameFree => (2, 0, Role::Argument(2)),
-            K::MapcountChange | K::RefcountChange => (2, 0, Role::Count),
-            K::Cr3Load => (3, 1, Role::Kind),
-            K::CpumaskSet | K::CpumaskClear | K::TlbGen => (3, 0, Role::Kind),
-            K::LazyEnter | K::LazyLeave | K::FlushAll | K::FlushLocal | K::ShootdownBegin => {
-                (3, 0, Role::Kind)
-            }
-            K::Access => (4, 0, Role::Access),
-            K::VmaAttach | K::VmaDetach | K::VmaChange => (5, 0, Role::Kind),
-            _ => return None,
-        };
-        Some(Self {
-            what,
-            resource,
-            role,
-        })
-    }
-}
-
-/// By the number of a kind.
-const TOUCHES: [Option<Touch>; 64] = {
-    let mut touches = [None; 64];
-    let mut number = 0;
-    while number < touches.len() {
-        if let Some(kind) = EventKind::from_id(number as u32) {
-            touches[number] = Touch::of(kind);
-        }
-        number += 1;
-    }
-    touches
-};
-
 /// What an event touches, and what it is apart from addresses; none where its order tells nothing.
 fn touched(event: &Event) -> Option<((u8, u64), u64)> {
-    let touch = (*TOUCHES.get(event.kind as usize)?)?;
-    let arg = |index: u8| event.args[usize::from(index)];
-    let role = match touch.role {
-        Role::Kind => 0,
-        Role::Argument(index) => arg(index),
-        Role::Count => arg(1).min(2),
-        Role::Entry => {
-            let [_, _, level, old, new] = event.args;
-            level << 2 | (old & 1) << 1 | (new & 1)
+    use EventKind as K;
+    let kind = EventKind::from_id(event.kind)?;
+    let args = event.args;
+    let present = |entry: u64| entry & 1;
+    let (resource, role) = match kind {
+        K::LockAcquire | K::LockRelease | K::LockWait | K::LockWake => ((0, args[0]), args[1]),
+        K::PteChange => {
+            let role = args[2] << 2 | present(args[3]) << 1 | present(args[4]);
+            ((1, args[1]), role)
         }
-        Role::Access => arg(3) & (access::WRITE | access::FAULT),
+        K::VmaFound => ((1, args[2]), 0),
+        K::FrameAlloc | K::FrameFree => ((2, args[0]), args[2]),
+        K::MapcountChange | K::RefcountChange => ((2, args[0]), args[1].min(2)),
+        K::CpumaskSet | K::CpumaskClear | K::TlbGen | K::Cr3Load => {
+            let mm = if kind == K::Cr3Load { args[1] } else { args[0] };
+            ((3, mm), 0)
+        }
+        K::LazyEnter | K::LazyLeave | K::FlushAll | K::FlushLocal | K::ShootdownBegin => {
+            ((3, args[0]), 0)
+        }
+        K::Access => ((4, args[0]), args[3] & (access::WRITE | access::FAULT)),
+        K::VmaAttach | K::VmaDetach | K::VmaChange => ((5, args[0]), 0),
+        _ => return None,
     };
-    let resource = (touch.what, arg(touch.resource));
     Some((resource, u64::from(event.kind) << 32 | role))
 }
 

@@ -16,7 +16,7 @@ use crate::check::stream::{Monitor, Seen};
 use crate::check::{self, Context, Moment, Violation};
 use crate::control::ProbeReport;
 use crate::engine::{Engine, EngineError, GuestCrash, Halt, Limit, PointSet, UNBOUNDED};
-use crate::inspect::{FolioView, Snapshot};
+use crate::inspect::{FolioView, Snapshot, TaskView};
 use crate::scenario::Fail;
 
 /// Points at which a vCPU always stops: it may not be able to go on, or the schedule is over.
@@ -77,10 +77,10 @@ pub enum Ending {
         /// What was found.
         report: ProbeReport,
     },
-    /// Nobody can take a step.
-    Deadlock(Vec<WaitsFor>),
-    /// The execution is longer than any sane one, or all that can run only wait for each other.
-    Livelock(Vec<Standing>),
+    /// Nobody can take a step: what the vCPUs wait for, and the tasks that sleep.
+    Deadlock(Vec<WaitsFor>, Vec<TaskView>),
+    /// All that can run only wait for each other: where the vCPUs are, and the tasks that sleep.
+    Livelock(Vec<Standing>, Vec<TaskView>),
     /// The guest cannot go on.
     Crashed {
         /// On which vCPU.
@@ -158,10 +158,31 @@ pub enum DriverError {
         /// Points so far.
         points: u64,
     },
+    /// It was stopped before its end ([`Driver::stop_when`]), and tells nothing.
+    #[error("stopped before the end of the schedule")]
+    Stopped,
+    /// A vCPU hung in an execution of a campaign.
+    #[error("execution {index} ({strategy}) hangs after schedule = \"{schedule}\"")]
+    Hung {
+        /// Number of the execution.
+        index: u64,
+        /// What had chosen it, with its seed.
+        strategy: String,
+        /// Its steps before the one that does not end.
+        schedule: Box<Schedule>,
+        /// Which vCPU, and where.
+        source: Box<EngineError>,
+    },
     /// The set-up of the program did not get to the start of the schedule.
     #[error("the program's set-up ended early: {0}")]
     SetUp(String),
 }
+
+/// Asked again and again during executions: true once they are to end where they are.
+pub type StopWhen = Arc<dyn Fn() -> bool + Send + Sync>;
+
+/// Steps in which nobody is asked whether to stop: asking is to cost nothing beside them.
+const UNASKED: u64 = 16;
 
 /// Turns of a set-up in which always the first runs who can; then each in turn.
 const UNFAIR_TURNS: u64 = 1_000;
@@ -200,6 +221,9 @@ pub struct Driver<E> {
     armed: Vec<Fail>,
     /// Where the step came to in which a monitor found something.
     cut_short: Option<(usize, Halt)>,
+    stop_when: Option<StopWhen>,
+    /// What was run of the last execution that has no end.
+    unended: Schedule,
 }
 
 impl<E: Engine> Driver<E> {
@@ -255,7 +279,23 @@ impl<E: Engine> Driver<E> {
             fails: Vec::new(),
             armed: Vec::new(),
             cut_short: None,
+            stop_when: None,
+            unended: Schedule::default(),
         }
+    }
+
+    /// What was run of the last execution that ended with an error.
+    pub fn unended(&self) -> &Schedule {
+        &self.unended
+    }
+
+    /// Ends executions in the middle, with [`DriverError::Stopped`], once `stop` says so.
+    pub fn stop_when(&mut self, stop: Option<StopWhen>) {
+        self.stop_when = stop;
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop_when.as_ref().is_some_and(|stop| stop())
     }
 
     /// Lets `fails` fail in every execution from now on. Those executions go on to the exit of the machine,
@@ -452,7 +492,13 @@ impl<E: Engine> Driver<E> {
             ending: Ending::ScheduleOver,
             events: std::mem::take(&mut self.spare),
         };
-        run.ending = self.steps_to_end(scheduler, monitors, on_step, &mut run)?;
+        match self.steps_to_end(scheduler, monitors, on_step, &mut run) {
+            Ok(ending) => run.ending = ending,
+            Err(error) => {
+                self.unended = run.schedule;
+                return Err(error);
+            }
+        }
         scheduler.end(&run.schedule);
         Ok(Some(run))
     }
@@ -523,13 +569,16 @@ impl<E: Engine> Driver<E> {
             self.steps += 1;
             self.find_enabled();
             if self.enabled.is_empty() {
-                return Ok(Ending::Deadlock(self.who_waits()));
+                return Ok(Ending::Deadlock(self.who_waits(), self.who_sleeps()));
             }
             if self.idle_turns > self.limits.idle_turns {
-                return Ok(Ending::Livelock(self.standing.clone()));
+                return Ok(Ending::Livelock(self.standing.clone(), self.who_sleeps()));
             }
             if points > self.limits.points || self.stream.len() > self.limits.events {
                 return Err(DriverError::TooLong { points });
+            }
+            if self.steps.is_multiple_of(UNASKED) && self.is_stopped() {
+                return Err(DriverError::Stopped);
             }
             let view = View {
                 points,
@@ -654,6 +703,10 @@ impl<E: Engine> Driver<E> {
         let target = self.engine.points_passed(vcpu).saturating_add(limit.points);
         let mut runs = 0;
         loop {
+            // A look takes as long as many steps.
+            if self.is_stopped() {
+                return Err(DriverError::Stopped);
+            }
             runs += 1;
             let (one, seen) = (Limit { points: 1, ..limit }, self.stream.len());
             let halt = self.engine.run(vcpu, one, &mut self.stream)?;
@@ -829,6 +882,14 @@ impl<E: Engine> Driver<E> {
                 Some(WaitsFor { vcpu, wait, word })
             })
             .collect()
+    }
+
+    fn who_sleeps(&self) -> Vec<TaskView> {
+        let root = self.engine.kernel_root().unwrap_or(0);
+        let tasks = Snapshot::read(self.engine.memory(), root).map(|snapshot| snapshot.tasks);
+        let mut tasks = tasks.unwrap_or_default();
+        tasks.retain(|task| task.sleeps_for().is_some());
+        tasks
     }
 
     fn impossible(&self, actor: Actor, points: u64) -> DriverError {

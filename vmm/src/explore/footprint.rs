@@ -440,13 +440,20 @@ fn one(print: &mut Footprint, vcpu: usize, event: &Event) -> bool {
             print.touch(Resource::Vmas, Mode::Read);
             print.touch(Resource::Leaf(args[2] >> 12), Mode::Read);
         }
-        K::VmaAttach | K::VmaDetach | K::VmaChange | K::VmaAlloc | K::VmaFree => {
+        // Nobody may still have what was there before.
+        K::VmaAttach | K::VmaChange => {
             print.touch(Resource::Vmas, Mode::Write);
+            print.touch(Resource::Tlbs, Mode::Read);
         }
+        K::VmaDetach | K::VmaAlloc | K::VmaFree => print.touch(Resource::Vmas, Mode::Write),
+        // Onto whose queue is in no event.
+        K::LockWake => return false,
         K::LockAcquire | K::LockRelease | K::LockWait => {
-            // Readers only count themselves.
+            // Readers only count themselves, but for who sleeps, and the last of them who wakes it.
             let class = LockClass::from_u64(args[1]);
-            let reads = matches!(class, Some(LockClass::MmapRead | LockClass::VmaRead));
+            let somebody_sleeps = kind == K::LockWait || kind == K::LockRelease && args[2] != 0;
+            let reads =
+                !somebody_sleeps && matches!(class, Some(LockClass::MmapRead | LockClass::VmaRead));
             let mode = if reads { Mode::Read } else { Mode::Write };
             print.touch(Resource::Lock(args[0]), mode);
             // Whether a fault gets its VMA hangs on the mm's number too.

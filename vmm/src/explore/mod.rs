@@ -29,7 +29,7 @@ mod trace;
 
 pub use coverage::Coverage;
 pub(crate) use driver::holds_up;
-pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, WaitsFor};
+pub use driver::{Driver, DriverError, Ending, Execution, Limits, Standing, StopWhen, WaitsFor};
 pub use minimise::{minimise, switches};
 pub(crate) use rng::Rng;
 pub use sample::{Kept, Sample};

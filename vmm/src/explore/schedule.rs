@@ -43,6 +43,21 @@ pub struct Segment {
     pub points: u64,
 }
 
+/// As a reproducer has it: `0:12 1:5 i1`.
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut gap = "";
+        for Segment { actor, points } in &self.segments {
+            match actor {
+                Actor::Vcpu(_) => write!(f, "{gap}{actor}:{points}")?,
+                Actor::Wire(_) | Actor::Disk(_) => write!(f, "{gap}{actor}")?,
+            }
+            gap = " ";
+        }
+        Ok(())
+    }
+}
+
 /// Who ran when, from the start of the schedule on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Schedule {

@@ -6,6 +6,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::layout::PAGE_SHIFT;
+use abi::lock::LockClass;
 use abi::objects::{
     ASIDS, Asid, Cpu, Folio, FrameKind, KernelRoot, Kswapd, ORDERS, SLABS, Slab, Task, TaskState,
     folio_flags, folio_state, task_flags,
@@ -347,6 +348,8 @@ pub struct TaskView {
     pub status: u32,
     #[serde(with = "serde_hex")]
     pub waits_for: u64,
+    /// The lock that it sleeps for ([`Task::lock`]); of the last one where it does not.
+    pub lock: [u64; 2],
     #[serde(with = "serde_hex")]
     pub stack: u64,
     #[serde(with = "serde_hex")]
@@ -369,6 +372,7 @@ impl TaskView {
             cpu: task.cpu.load(Relaxed),
             status: task.status.load(Relaxed),
             waits_for: task.waits_for.load(Relaxed),
+            lock: task.lock.each_ref().map(|word| word.load(Relaxed)),
             stack: task.stack.load(Relaxed),
             frame: task.frame.load(Relaxed),
             files: task.files.get().0,
@@ -386,6 +390,22 @@ impl TaskView {
     pub fn is_in_wait_for(&self, what: u64) -> bool {
         let waits = matches!(self.state(), Some(TaskState::Blocked | TaskState::Ready));
         waits && self.waits_for == what
+    }
+    /// What it sleeps for, for a person; none where it does not.
+    #[must_use]
+    pub fn sleeps_for(&self) -> Option<String> {
+        (self.state() == Some(TaskState::Blocked)).then(|| match self.waits_for {
+            Task::WAITS_FOR_CHILD => "for a child".into(),
+            Task::WAITS_FOR_DISK => "for the disk".into(),
+            Task::WAITS_FOR_SWAP => "for the swap area".into(),
+            Task::WAITS_FOR_WORK => "for work".into(),
+            Task::WAITS_FOR_LOCK => {
+                let [word, class] = self.lock;
+                let class = LockClass::from_u64(class).map_or("lock", LockClass::name);
+                format!("for the {class} at {word:#x}")
+            }
+            gva => format!("on the futex at {gva:#x}"),
+        })
     }
     /// What it is doing, where the number is a state.
     #[must_use]

@@ -1,17 +1,19 @@
 //! The story of an execution: who did what in which order, one column for each vCPU.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use abi::channel::{EventKind, access, cr3, rcu_object};
 use abi::disk::{DiskOp, DiskStatus};
 use abi::failpoint::Failpoint;
 use abi::lock::LockClass;
-use abi::objects::{FrameKind, VmaRefs, vma_flags};
+use abi::objects::{FrameKind, Task, VmaRefs, vma_flags};
 use abi::pte::{NonPresent, Pte, PteFlags};
 use abi::syscall::{decode, nr};
 
 use crate::check::stream::Seen;
 use crate::explore::{Ending, Execution};
+use crate::inspect::TaskView;
 
 /// Most lines of a story; what lies further back is left out, and said to be.
 const LINES: usize = 48;
@@ -21,19 +23,21 @@ const WIDTH: usize = 52;
 /// Tells the last part of `execution`, with what went wrong at its end.
 #[must_use]
 pub fn tell(execution: &Execution, vcpus: usize) -> String {
+    let subject = Subject::of(&execution.ending);
     let told = |counts: &dyn Fn(&Seen) -> bool| {
-        let events = execution.events.iter().filter(|seen| counts(seen));
-        joined(
-            events
-                .filter_map(|seen| Some((seen.vcpu, line(seen)?)))
-                .collect(),
-        )
+        let events = || execution.events.iter().filter(|seen| counts(seen));
+        let one_mm = mms(events()) < 2;
+        let line = |seen: &Seen| match mm_of(seen) {
+            Some(mm) if !one_mm => Some(format!("mm {mm}: {}", line(seen)?)),
+            _ => line(seen),
+        };
+        let lines = events().filter_map(|seen| Some((seen.vcpu, line(seen)?)));
+        joined(lines.collect())
     };
-    // A long story is told without what has nothing to do with its end.
-    let mut lines = told(&|_| true);
+    // A long story is told without what has nothing to do with its end, and none with every count of every page.
+    let mut lines = told(&|seen| !is_count(seen) || subject.concerns(seen));
     let all = lines.len();
     if all > LINES {
-        let subject = Subject::of(&execution.ending);
         lines = told(&|seen| subject.concerns(seen));
     }
     let skipped = lines.len().saturating_sub(LINES);
@@ -69,7 +73,10 @@ pub fn tell(execution: &Execution, vcpus: usize) -> String {
 }
 
 /// What a failure is about.
+#[derive(Default)]
 struct Subject {
+    mm: Option<u64>,
+    vcpu: Option<usize>,
     gva: Option<u64>,
     frame: Option<u64>,
 }
@@ -77,18 +84,21 @@ struct Subject {
 impl Subject {
     fn of(ending: &Ending) -> Self {
         match ending {
-            Ending::Violation(violation) => Self {
-                gva: violation.finding.where_.gva,
-                frame: violation.finding.where_.frame,
-            },
+            Ending::Violation(violation) => {
+                let place = &violation.finding.where_;
+                let object = place.object.filter(|(kind, _)| *kind == "frame");
+                Self {
+                    mm: place.mm,
+                    vcpu: place.vcpu,
+                    gva: place.gva,
+                    frame: place.frame.or(object.map(|(_, gpa)| gpa >> 12)),
+                }
+            }
             Ending::Report { report, .. } => Self {
                 gva: Some(report.gva & !0xfff),
-                frame: None,
+                ..Self::default()
             },
-            _ => Self {
-                gva: None,
-                frame: None,
-            },
+            _ => Self::default(),
         }
     }
 
@@ -101,7 +111,17 @@ impl Subject {
                     || is_frame(Pte(args[3]).address())
                     || is_frame(Pte(args[4]).address())
             }
-            Some(EventKind::FrameAlloc | EventKind::FrameFree) => is_frame(args[0]),
+            Some(
+                EventKind::FrameAlloc
+                | EventKind::FrameFree
+                | EventKind::MapcountChange
+                | EventKind::RefcountChange,
+            ) => is_frame(args[0]),
+            Some(EventKind::TlbGen) => self.mm == Some(args[0]),
+            // A vCPU that still is in the mask of the mm that it leaves is in the middle of a switch.
+            Some(EventKind::CpumaskSet | EventKind::CpumaskClear) => {
+                self.mm.is_some() && (self.mm == Some(args[0]) || self.vcpu == Some(seen.vcpu))
+            }
             Some(EventKind::LockAcquire | EventKind::LockRelease) => false,
             Some(EventKind::VmaAttach | EventKind::VmaDetach | EventKind::VmaChange) => self
                 .gva
@@ -110,6 +130,39 @@ impl Subject {
             None => false,
         }
     }
+}
+
+/// Counts and masks, which change with every page and every switch.
+fn is_count(seen: &Seen) -> bool {
+    matches!(
+        EventKind::from_id(seen.event.kind),
+        Some(
+            EventKind::MapcountChange
+                | EventKind::RefcountChange
+                | EventKind::TlbGen
+                | EventKind::CpumaskSet
+                | EventKind::CpumaskClear
+        )
+    )
+}
+
+/// The mm of an event whose line does not name it.
+fn mm_of(seen: &Seen) -> Option<u64> {
+    let is_of_mm = matches!(
+        EventKind::from_id(seen.event.kind)?,
+        EventKind::PteChange
+            | EventKind::VmaAttach
+            | EventKind::VmaDetach
+            | EventKind::VmaChange
+            | EventKind::FlushLocal
+            | EventKind::ShootdownBegin
+    );
+    is_of_mm.then_some(seen.event.args[0])
+}
+
+/// How many mms those events are of.
+fn mms<'a>(events: impl Iterator<Item = &'a Seen>) -> usize {
+    events.filter_map(mm_of).collect::<BTreeSet<_>>().len()
 }
 
 /// Lines that say the same several times, as one with a count.
@@ -155,20 +208,20 @@ pub fn ending(ending: &Ending) -> String {
             report.expected,
             report.found
         ),
-        Ending::Deadlock(waits) => {
+        Ending::Deadlock(waits, asleep) => {
             let mut text = "deadlock: nobody can take a step".to_owned();
             for wait in waits {
                 let _ = write!(text, "\n    vCPU {} {}", wait.vcpu, waits_for(wait));
             }
-            text
+            text + &sleepers(asleep)
         }
-        Ending::Livelock(standing) => {
+        Ending::Livelock(standing, asleep) => {
             let mut text = "livelock: whoever can run only waits for the others".to_owned();
             for (vcpu, standing) in standing.iter().enumerate() {
                 let point = standing.point.map_or("its start", |point| point.name());
                 let _ = write!(text, "\n    vCPU {vcpu} stands at {point}");
             }
-            text
+            text + &sleepers(asleep)
         }
         Ending::Crashed { vcpu, crash } => {
             let mut text = format!("the guest crashed on vCPU {vcpu}: {}", crash.reason);
@@ -180,15 +233,29 @@ pub fn ending(ending: &Ending) -> String {
     }
 }
 
+/// The tasks that sleep, a line each.
+fn sleepers(asleep: &[TaskView]) -> String {
+    let line = |task| sleeps_for(task).map(|line| format!("\n    {line}"));
+    asleep.iter().filter_map(line).collect()
+}
+
+/// That a task sleeps and what for; none of one that does not, or is a thread of the kernel with nothing to do.
+pub(crate) fn sleeps_for(task: &TaskView) -> Option<String> {
+    let what = task.sleeps_for()?;
+    if task.is_in_wait_for(Task::WAITS_FOR_WORK) {
+        return None;
+    }
+    let (id, process) = (task.id, task.process);
+    Some(format!("task {id} of process {process} sleeps, {what}"))
+}
+
 /// What a vCPU waits for, after its name.
 pub(crate) fn waits_for(wait: &crate::explore::WaitsFor) -> String {
     use abi::point::Wait;
     match wait.wait {
         Wait::Lock { word, class } => {
             let holder = match class {
-                LockClass::MmapRead | LockClass::MmapWrite => {
-                    format!("its word is {:#x}", wait.word)
-                }
+                class if class.is_of_task() => format!("its word is {:#x}", wait.word),
                 LockClass::VmaWrite => match VmaRefs::readers(wait.word) {
                     1 => "a fault holds it".into(),
                     readers => format!("{readers} faults hold it"),
@@ -272,6 +339,11 @@ pub(crate) fn line(seen: &Seen) -> Option<String> {
         EventKind::FrameAlloc => {
             format!("allocates frame {:#x} ({})", args[0] >> 12, kind(args[2]))
         }
+        EventKind::MapcountChange => count("mapcount", args),
+        EventKind::RefcountChange => count("refcount", args),
+        EventKind::TlbGen => format!("TLB gen of mm {} is {} now", args[0], args[1]),
+        EventKind::CpumaskSet => format!("joins the cpumask of mm {}", args[0]),
+        EventKind::CpumaskClear => format!("leaves the cpumask of mm {}", args[0]),
         EventKind::VmaAttach => format!("maps {:#x}..{:#x}", args[2], args[3]),
         EventKind::VmaDetach => format!("unmaps {:#x}..{:#x}", args[2], args[3]),
         EventKind::VmaChange => format!(
@@ -281,6 +353,10 @@ pub(crate) fn line(seen: &Seen) -> Option<String> {
             rights(args[4])
         ),
         EventKind::LockWait => format!("waits for the {}", lock(args[1])),
+        EventKind::LockWake => match args[2] {
+            1 => format!("wakes a task that sleeps for the {}", lock(args[1])),
+            tasks => format!("wakes {tasks} tasks that sleep for the {}", lock(args[1])),
+        },
         EventKind::LockAcquire if is_telling(args[1]) => format!("takes the {}", lock(args[1])),
         EventKind::LockRelease if is_telling(args[1]) => format!("drops the {}", lock(args[1])),
         EventKind::Switch => format!("switches: task {} → {}", args[0], args[1]),
@@ -355,6 +431,10 @@ pub(crate) fn line(seen: &Seen) -> Option<String> {
         }
         _ => return None,
     })
+}
+
+fn count(what: &str, [gpa, new, old, ..]: [u64; 5]) -> String {
+    format!("frame {:#x}: {what} {old} → {new}", gpa >> 12)
 }
 
 fn disk_op(op: u64) -> &'static str {
@@ -443,5 +523,96 @@ fn call(args: [u64; 5]) -> String {
             format!("{name} {:#x} +{:#x}", args[1], args[2])
         }
         _ => name,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use abi::channel::Event;
+    use abi::pte::PteFlags;
+
+    use super::*;
+    use crate::check::{Finding, Place, Violation};
+    use crate::explore::Schedule;
+
+    const PAGE: u64 = 0x20_0000;
+
+    /// The story that `events` have where a finding about page 0x200000 of mm 1, frame 0x5 and vCPU 1 ends them.
+    fn story(events: &[(usize, EventKind, [u64; 5])]) -> String {
+        let finding = Finding {
+            where_: Place {
+                mm: Some(1),
+                vcpu: Some(1),
+                gva: Some(PAGE),
+                frame: Some(5),
+                ..Place::default()
+            },
+            ..Finding::default()
+        };
+        let seen = |&(vcpu, kind, args): &(usize, EventKind, [u64; 5])| {
+            let event = Event {
+                kind: kind as u32,
+                args,
+                ..Event::default()
+            };
+            Seen { vcpu, event }
+        };
+        let execution = Execution {
+            schedule: Schedule::default(),
+            fails: Vec::new(),
+            ending: Ending::Violation(Box::new(Violation {
+                id: "T-01",
+                predicate: "",
+                finding,
+            })),
+            events: events.iter().map(seen).collect(),
+        };
+        tell(&execution, 2)
+    }
+
+    fn pte(mm: u64) -> (usize, EventKind, [u64; 5]) {
+        let entry = Pte::new(0x5000, PteFlags::PRESENT).0;
+        (0, EventKind::PteChange, [mm, PAGE, 1, 0, entry])
+    }
+
+    #[test]
+    fn counts_are_told_of_the_frame_and_the_mm_that_the_end_is_about() {
+        let [gen_of, set, clear] = [
+            EventKind::TlbGen,
+            EventKind::CpumaskSet,
+            EventKind::CpumaskClear,
+        ];
+        let story = story(&[
+            (0, EventKind::RefcountChange, [0x5000, 1, 2, 0, 0]),
+            (0, EventKind::MapcountChange, [0x5000, 0, 1, 0, 0]),
+            (0, EventKind::RefcountChange, [0x6000, 7, 8, 0, 0]),
+            (0, gen_of, [1, 4, 0, 0, 0]),
+            (0, gen_of, [2, 9, 0, 0, 0]),
+            (1, set, [1, 0, 0, 0, 0]),
+            (1, clear, [2, 0, 0, 0, 0]),
+            (0, set, [2, 0, 0, 0, 0]),
+        ]);
+        for said in [
+            "frame 0x5: refcount 2 → 1",
+            "frame 0x5: mapcount 1 → 0",
+            "TLB gen of mm 1 is 4 now",
+            "joins the cpumask of mm 1",
+            "leaves the cpumask of mm 2",
+        ] {
+            assert!(story.contains(said), "{said}: {story}");
+        }
+        for other in ["frame 0x6", "TLB gen of mm 2", "joins the cpumask of mm 2"] {
+            assert!(!story.contains(other), "{other}: {story}");
+        }
+    }
+
+    #[test]
+    fn the_mm_is_named_where_there_are_two() {
+        assert!(!story(&[pte(1)]).contains("mm 1: PTE"));
+        let both = story(&[pte(1), pte(2)]);
+        assert!(
+            both.contains("mm 1: PTE") && both.contains("mm 2: PTE"),
+            "{both}"
+        );
     }
 }

@@ -12,7 +12,7 @@ use super::values::Refused;
 #[derive(Debug, thiserror::Error, Diagnostic)]
 pub enum ScenarioError {
     /// Neither a file nor a name in `scenarios/`.
-    #[error("no scenario '{}'", name.display())]
+    #[error("no scenario '{}'", name.display().to_string().escape_debug())]
     #[diagnostic(help("{help}"))]
     NotFound {
         /// What was given.

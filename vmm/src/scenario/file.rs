@@ -52,7 +52,7 @@ pub fn parse_within(
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    name: Option<String>,
+    name: Option<Spanned<String>>,
     #[serde(default)]
     description: String,
     #[serde(default)]
@@ -203,7 +203,10 @@ impl Reader<'_> {
             .into_owned();
         let machine = file.machine;
         Ok(Scenario {
-            name: file.name.unwrap_or(stem),
+            name: match file.name {
+                Some(name) => self.at(name.span(), values::scenario_name(name.as_ref()))?,
+                None => self.at(0..0, values::scenario_name(&stem))?,
+            },
             description: file.description.trim().to_owned(),
             path: self.path.to_path_buf(),
             vcpus: match machine.vcpus {

@@ -53,6 +53,26 @@ fn similarity(name: &str, candidate: &str) -> f64 {
     strsim::normalized_damerau_levenshtein(&fold(name), &fold(candidate))
 }
 
+/// Characters of a scenario's name.
+const NAME: usize = 64;
+
+/// The name of a scenario, if it can be one: files are named after it, and commands are printed with them.
+///
+/// # Errors
+/// It cannot.
+pub fn scenario_name(name: &str) -> Result<String, Refused> {
+    let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let begins = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if begins && name.len() <= NAME && name.chars().all(is_known) {
+        return Ok(name.to_owned());
+    }
+    Err(
+        Refused::new(format!("a scenario cannot have the name {name:?}")).with_help(format!(
+            "write name = \"…\": letters, digits, '-', '_' and '.', at most {NAME}, a letter or digit first; without it the name is the file's"
+        )),
+    )
+}
+
 /// `did you mean …?` where one of `candidates` is near, else the list of all of them.
 #[must_use]
 pub fn did_you_mean<'a>(
@@ -300,6 +320,22 @@ mod tests {
                 refused.contains(&bad.to_string()) && refused.contains("1 to 16"),
                 "{refused}"
             );
+        }
+    }
+
+    #[test]
+    fn names_of_scenarios_are_names_of_files_and_words_of_a_shell() {
+        let longest = "a".repeat(NAME);
+        for good in ["unmap-race", "Trace_2.git", "0", longest.as_str()] {
+            assert_eq!(scenario_name(good).as_deref(), Ok(good));
+        }
+        let long = "a".repeat(NAME + 1);
+        for bad in [
+            "", "../x", "/tmp/x", ".x", "-x", "a b", "a\nb", "\x1b[31m", "$(id)", "é", &long,
+        ] {
+            let refused = scenario_name(bad).unwrap_err().to_string();
+            assert!(!refused.contains(char::is_control), "{refused:?}");
+            assert!(refused.contains("at most 64"), "{refused}");
         }
     }
 

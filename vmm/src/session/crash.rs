@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::Crash;
 use crate::control::{self, CrashCause, Machine, MachineError};
 use crate::explore::WaitsFor;
+use crate::inspect::Snapshot;
 use crate::report::crash::CrashReport;
 use crate::report::story;
 
@@ -60,7 +61,10 @@ pub(super) fn hang(
     };
     let told = waits.iter();
     let told = told.map(|wait| format!("vCPU {} {}", wait.vcpu, story::waits_for(wait)));
-    let lines: Vec<String> = told.chain(machine.dropped_ipis()).collect();
+    let tasks = Snapshot::read(machine.ram(), machine.kernel_root().unwrap_or(0));
+    let tasks = tasks.map(|snapshot| snapshot.tasks).unwrap_or_default();
+    let asleep = tasks.iter().filter_map(story::sleeps_for);
+    let lines: Vec<String> = told.chain(asleep).chain(machine.dropped_ipis()).collect();
     let mut crash = describe(machine, &stuck);
     if let Some(fields) = crash.json.as_object_mut() {
         let reason = format!("{}: {}", stuck.cause, lines.join("; "));

@@ -351,6 +351,8 @@ mod tests {
                 ipis: vec!["shootdown:nth20=drop".parse().expect("a rule")],
                 ..Disturb::default()
             },
+            // Nobody sleeps for an mmap_lock.
+            cmdline: format!("lock_spins={}", u64::MAX),
             watchdog: Duration::from_secs(60),
             ..MachineConfig::default()
         })

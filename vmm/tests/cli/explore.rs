@@ -168,7 +168,8 @@ fn a_failure_that_does_not_come_is_not_reproduced() {
 
 #[test]
 fn explore_writes_a_reproducer_that_replay_confirms() {
-    let out = tempfile::tempdir().expect("a directory");
+    let out = tempfile::Builder::new().prefix("a b").tempdir();
+    let out = out.expect("a directory");
     let directory = out.path().to_str().expect("a name");
     let words = [
         "explore",
@@ -188,9 +189,106 @@ fn explore_writes_a_reproducer_that_replay_confirms() {
     let file = std::fs::read_dir(out.path()).expect("listed").next();
     let file = file.expect("a reproducer").expect("readable").path();
     let file = file.to_str().expect("a name");
+    let quoted = format!("replay with: stalemate replay '{file}'\n");
+    assert!(text.contains(&quoted), "{text}");
     let again = stalemate(&["replay", file, "--times", "20", "--expect", "--brief"]);
     assert_eq!(again.status.code(), Some(0));
     assert!(String::from_utf8_lossy(&again.stdout).contains("20 of 20 identical"));
+}
+
+/// A campaign that finds `T-01` again and again, in a directory that `meanwhile` may change once the first is on disk.
+fn while_it_goes_on(
+    more: &[&str],
+    meanwhile: impl FnOnce(&std::process::Child, &std::path::Path),
+) -> std::process::Output {
+    let directory = tempfile::tempdir().expect("a directory");
+    let out = directory.path().join("out");
+    let words = ["explore", "litmus-unmap", "--bug", "free-before-flush"];
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_stalemate"))
+        .args(words)
+        .args(["--seed", "3", "--keep-going", "--out"])
+        .arg(&out)
+        .args(more)
+        .current_dir(super::REPOSITORY)
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    let started = std::time::Instant::now();
+    let first = out.join("litmus-unmap-t-01.repro");
+    while !first.exists() {
+        assert!(started.elapsed().as_secs() < 60, "nothing is written");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    meanwhile(&child, &out);
+    child.wait_with_output().expect("it ends")
+}
+
+#[test]
+fn what_is_found_is_told_where_it_can_no_longer_be_written() {
+    let output = while_it_goes_on(&["--time-limit", "3s"], |_, out| {
+        std::fs::remove_dir_all(out).expect("removed");
+        std::fs::write(out, "").expect("written");
+    });
+    let (text, errors) = (stdout(&output), stderr(&output));
+    assert_eq!(output.status.code(), Some(1), "{text}{errors}");
+    assert!(errors.contains("out: cannot be written"), "{errors}");
+    for words in ["✘ ", "schedules fail", "T-01", "\nschedule = \""] {
+        assert!(text.contains(words), "no '{words}' in {text}");
+    }
+    // What is printed is the reproducer.
+    let from = text.find("# A reproducer").expect("it is printed");
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("saved.repro");
+    std::fs::write(&file, &text[from..]).expect("written");
+    let file = file.to_str().expect("a name");
+    let again = stalemate(&["replay", file, "--expect", "--brief"]);
+    assert_eq!(again.status.code(), Some(0), "{}", stderr(&again));
+}
+
+#[test]
+fn a_campaign_that_is_killed_leaves_what_it_has_found() {
+    while_it_goes_on(&["--schedules", "1000000000"], |child, out| {
+        let pid = child.id().to_string();
+        let killed = std::process::Command::new("kill")
+            .args(["-KILL", &pid])
+            .status();
+        assert!(killed.expect("kill runs").success());
+        let file = out.join("litmus-unmap-t-01.repro");
+        let file = file.to_str().expect("a name");
+        let again = stalemate(&["replay", file, "--expect", "--brief"]);
+        assert_eq!(again.status.code(), Some(0), "{}", stderr(&again));
+    });
+}
+
+#[test]
+fn a_violation_counts_where_its_result_cannot_be_written() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let out = directory.path().to_str().expect("a name");
+    let words = ["explore", "litmus-unmap", "--bug", "free-before-flush"];
+    let more = ["--seed", "3", "--out", out, "--json", "/dev/full"];
+    let output = stalemate(&[&words[..], &more].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("cannot write /dev/full"));
+    assert!(stdout(&output).contains("T-01"), "{}", stdout(&output));
+}
+
+#[test]
+fn where_no_schedule_comes_to_its_end_nothing_is_said_to_be_well() {
+    let started = std::time::Instant::now();
+    let words = ["explore", "unmap-race", "--seed", "1", "--time-limit", "2s"];
+    let output = stalemate(&[&words[..], &["--check", "every-point"]].concat());
+    let (text, errors) = (stdout(&output), stderr(&output));
+    assert_eq!(output.status.code(), Some(2), "{text}{errors}");
+    assert!(
+        text.starts_with("– no schedule came to its end\n"),
+        "{text}"
+    );
+    assert!(!text.contains('✔') && text.contains("explored   0 schedules"));
+    assert!(errors.contains("give a longer --time-limit"), "{errors}");
+    // The limit, and all the time that a busy machine takes to boot.
+    assert!(started.elapsed().as_secs() < 15, "{:?}", started.elapsed());
 }
 
 #[test]

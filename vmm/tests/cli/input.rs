@@ -13,6 +13,39 @@ fn a_missing_scenario_is_refused_with_the_nearest_name() {
     refused(&["run", "--json"], &["<SCENARIO> is missing"]);
 }
 
+/// Reproducers are named after it: it must not lead out of `--out`, nor say anything to a terminal or a shell.
+#[test]
+fn a_scenario_with_another_name_than_a_word_is_refused() {
+    for name in [
+        "../escaped",
+        "/tmp/x/abs",
+        "a b",
+        "$(id)",
+        "a\\nb",
+        "\\u001b[31mred",
+    ] {
+        let (_dir, path) = scenario(&format!(
+            "\nname = \"{name}\"\n[program]\nname = \"smoke\"\n"
+        ));
+        refused(
+            &["explore", &path],
+            &["bad.toml:2:8: a scenario cannot have the name", "letters"],
+        );
+    }
+    let (directory, path) = scenario("[program]\nname = \"smoke\"\n");
+    let blank = directory.path().join("a b.toml");
+    std::fs::rename(path, &blank).expect("renamed");
+    let blank = blank.to_str().expect("UTF-8");
+    refused(
+        &["explore", blank],
+        &["a b.toml:1:1: a scenario cannot have the name", "name = "],
+    );
+    refused(
+        &["explore", "\x1b[31mred\n"],
+        &["no scenario '\\u{1b}[31mred\\n'"],
+    );
+}
+
 #[test]
 fn a_malformed_scenario_is_refused_at_its_line_and_column() {
     let (_dir, path) = scenario("name = \"x\"\n[program\nname = \"smoke\"\n");

@@ -79,7 +79,8 @@ fn check_end(rig: &Rig) {
     audit(k);
 }
 
-fn run(cpus: usize, cmdline: &str, programs: &'static [Program], seed: u64) -> Rig {
+/// Runs the programs to their end, after which everything is given back. With swap, so that there is the thread.
+pub(super) fn run(cpus: usize, cmdline: &str, programs: &'static [Program], seed: u64) -> Rig {
     let mut rig = Rig::new(cpus, cmdline, programs, seed);
     assert_eq!(rig.run(), 0, "{}", rig.kernel.arch.console_text());
     check_end(&rig);

@@ -1,6 +1,6 @@
 //! Tests of the scheduler and of the life of tasks. `bookkeeping` looks at queues and states without
 //! a context switch; `life` runs whole kernels with programs on several CPUs,
-//! `kswapd` and `khugepaged` on the model's coroutines.
+//! `kswapd`, `khugepaged` and `locks` on the model's coroutines.
 
 mod bookkeeping;
 mod direct;
@@ -11,6 +11,8 @@ mod khugepaged;
 #[cfg(feature = "testbed")]
 mod kswapd;
 mod life;
+#[cfg(feature = "testbed")]
+mod locks;
 mod machine;
 #[cfg(feature = "testbed")]
 mod rig;

@@ -288,8 +288,10 @@ impl Folios {
             let finding = finding(seen, title, gpa)
                 .expected("as many mappings more or less as entries")
                 .found(format!(
-                    "{difference:+} entries too many: {} entries now, mapcount {}",
-                    frame.entries, frame.mapcount
+                    "{}: {} now, mapcount {}",
+                    off_by(difference),
+                    entries(frame.entries.into()),
+                    frame.mapcount
                 ));
             found.push(violation(INVARIANTS, TOGETHER, finding));
         }
@@ -460,6 +462,18 @@ fn counts(memory: &dyn PhysMem, kernel_root: u64, gpa: u64) -> Frame {
     }
 }
 
+fn off_by(difference: i64) -> String {
+    let which = if difference > 0 { "many" } else { "few" };
+    format!("{} too {which}", entries(difference.unsigned_abs()))
+}
+
+fn entries(count: u64) -> String {
+    match count {
+        1 => "1 entry".into(),
+        n => format!("{n} entries"),
+    }
+}
+
 fn finding(seen: &Seen, title: &str, gpa: u64) -> Finding {
     Finding::new(format!("{title}: frame {:#x}", gpa / PAGE_SIZE))
         .object("frame", gpa)
@@ -480,6 +494,10 @@ mod tests {
     const TABLE: u64 = LockClass::PageTable as u64;
 
     fn ids(steps: &[(usize, K, [u64; 5])]) -> Vec<&'static str> {
+        found(steps).iter().map(|violation| violation.id).collect()
+    }
+
+    fn found(steps: &[(usize, K, [u64; 5])]) -> Vec<Violation> {
         let mut folios = Folios {
             sections: vec![Section::default(); 2],
             ..Folios::default()
@@ -494,7 +512,25 @@ mod tests {
             };
             folios.observe(&Seen { vcpu, event }, &mut found);
         }
-        found.iter().map(|violation| violation.id).collect()
+        found
+    }
+
+    #[test]
+    fn how_far_mapcount_and_entries_are_apart_is_told_in_words() {
+        let said = |steps: &[(usize, K, [u64; 5])]| found(steps)[0].finding.found.clone();
+        let mapped = [
+            alloc(),
+            lock(),
+            map(),
+            mapcount(0, 1),
+            refcount(1),
+            unlock(),
+        ];
+        let early = [&mapped[..], &[lock(), unmap(), unlock()]].concat();
+        assert_eq!(said(&early), "1 entry too few: 0 entries now, mapcount 1");
+        let uncounted = [alloc(), lock(), map(), unlock()];
+        let told = said(&uncounted);
+        assert_eq!(told, "1 entry too many: 1 entry now, mapcount 0");
     }
 
     fn entry() -> u64 {

@@ -1,4 +1,5 @@
-//! Locks (family K): taken in the documented order, by one holder, and none kept on the way out.
+//! Locks (family K): taken in the documented order, by one holder, and none kept on the way out, or over a sleep that is not
+//! made for that.
 //!
 //! The order is the kernel's own (`guest-kernel/src/sync`, after Linux's
 //! `Documentation/mm/process_addrs.rst`), so a schedule that breaks it is reported whether or not another
@@ -27,14 +28,19 @@ pub const INVARIANTS: &[Rule] = &[
         "a lock has one holder, or only readers, and is released by who holds it",
     ),
     (KEPT, "a system call or fault that is over holds no lock"),
+    (
+        ASLEEP,
+        "a CPU that is given to another task holds no spin lock but the scheduler's",
+    ),
 ];
 
 const ORDER: &str = "K-01";
 const HOLDER: &str = "K-02";
 const KEPT: &str = "K-03";
+const ASLEEP: &str = "K-05";
 
 /// Who holds a lock: spin locks belong to a CPU (the scheduler's is handed over with it at a context
-/// switch), mmap_locks to a task.
+/// switch), others to a task ([`LockClass::is_of_task`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Holder {
     Cpu(usize),
@@ -65,13 +71,18 @@ fn rank(class: LockClass) -> u8 {
 }
 
 /// Two locks of one rank that may be held together: fork holds the mmap_locks of parent and child and locks
-/// of a table of each, migration the locks of the folios of both frames; nobody else can know the child's, or the new
+/// of a table of each, migration the locks of the folios of both frames; who else knows the child's takes no other, and nobody knows the new
 /// frame's.
 fn may_nest(class: LockClass) -> bool {
     matches!(
         class,
         LockClass::MmapRead | LockClass::MmapWrite | LockClass::Folio | LockClass::PageTable
     )
+}
+
+/// True for the locks that a call on a file holds while it copies from and to its program.
+fn is_of_file(class: LockClass) -> bool {
+    matches!(class, LockClass::Position | LockClass::Inode)
 }
 
 /// True where several may hold a lock as `class`.
@@ -133,12 +144,33 @@ impl Locks {
         }
     }
 
-    fn over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+    fn over(
+        &mut self,
+        seen: &Seen,
+        counts: impl Fn(LockClass) -> bool,
+        found: &mut Vec<Violation>,
+    ) {
         let mine = [Holder::Cpu(seen.vcpu), Holder::Task(seen.event.task)];
-        let kept = self.held.iter().find(|(who, ..)| mine.contains(who));
+        let mut held = self.held.iter();
+        let kept = held.find(|(who, _, class)| mine.contains(who) && counts(*class));
         if let Some((_, word, class)) = kept {
             let title = "a lock is still held on the way out of the kernel";
             found.push(violation(KEPT, finding(seen, title, *class, *word)));
+        }
+    }
+}
+
+impl Locks {
+    /// The vCPU goes over to another task (Linux's `schedule_debug`, "scheduling while atomic"): who wants what it holds spins,
+    /// perhaps where the one that sleeps would have to run.
+    fn switched(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let kept = self
+            .held
+            .iter()
+            .find(|(who, _, class)| *who == Holder::Cpu(seen.vcpu) && *class != LockClass::Sched);
+        if let Some((_, word, class)) = kept {
+            let title = "a task gives its CPU away while it holds a spin lock";
+            found.push(violation(ASLEEP, finding(seen, title, *class, *word)));
         }
     }
 }
@@ -149,6 +181,7 @@ impl Locks {
         EventKind::LockRelease,
         EventKind::SyscallExit,
         EventKind::FaultExit,
+        EventKind::Switch,
         EventKind::MmCreate,
         EventKind::FrameAlloc,
     ]);
@@ -177,7 +210,10 @@ impl Monitor for Locks {
         match (kind, class) {
             (EventKind::LockAcquire, Some(class)) => self.acquired(seen, word, class, found),
             (EventKind::LockRelease, Some(class)) => self.released(seen, word, class, found),
-            (EventKind::SyscallExit | EventKind::FaultExit, _) => self.over(seen, found),
+            (EventKind::SyscallExit, _) => self.over(seen, |_| true, found),
+            // A call that copies may fault under the locks of its file.
+            (EventKind::FaultExit, _) => self.over(seen, |class| !is_of_file(class), found),
+            (EventKind::Switch, _) => self.switched(seen, found),
             (EventKind::MmCreate, _) => self.order.mm_created(third),
             (EventKind::FrameAlloc, _) => self.order.frame_allocated(word, third),
             _ => {}
@@ -187,9 +223,10 @@ impl Monitor for Locks {
 }
 
 fn holder(seen: &Seen, class: LockClass) -> Holder {
-    match rank(class) {
-        0 => Holder::Task(seen.event.task),
-        _ => Holder::Cpu(seen.vcpu),
+    if class.is_of_task() {
+        Holder::Task(seen.event.task)
+    } else {
+        Holder::Cpu(seen.vcpu)
     }
 }
 
@@ -244,7 +281,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use EventKind::{LockAcquire, LockRelease, SyscallExit};
+    use EventKind::{LockAcquire, LockRelease, Switch, SyscallExit};
     use LockClass::{
         AnonVma, Buddy, Folio, IMmap, Inode, MmapRead, MmapWrite, PageTable, Position, Sched,
     };
@@ -337,6 +374,44 @@ mod tests {
     fn the_schedulers_lock_goes_with_its_cpu_to_the_next_task() {
         let switch = [(0, 1, LockAcquire, 1, Sched), (0, 2, LockRelease, 1, Sched)];
         assert_eq!(ids(&switch), [""; 0]);
+    }
+
+    #[test]
+    fn a_sleep_under_a_spin_lock_is_k_05() {
+        let switch = |class| {
+            [
+                (0, 1, LockAcquire, 1, class),
+                (0, 1, Switch, 1, class),
+                (1, 1, LockRelease, 1, class),
+            ]
+        };
+        assert_eq!(ids(&switch(PageTable)[..2]), ["K-05"]);
+        // Those of a task go with it, wherever it runs then.
+        for class in [Position, Inode, MmapRead, MmapWrite] {
+            assert_eq!(ids(&switch(class)), [""; 0], "{class:?}");
+        }
+        assert_eq!(ids(&switch(Sched)[..2]), [""; 0]);
+        let elsewhere = [
+            (1, 2, LockAcquire, 1, PageTable),
+            (0, 1, Switch, 1, PageTable),
+        ];
+        assert_eq!(ids(&elsewhere), [""; 0]);
+    }
+
+    #[test]
+    fn a_fault_in_a_copy_may_have_the_locks_of_a_file_around_it() {
+        let fault = |class| {
+            [
+                (0, 1, LockAcquire, 1, class),
+                (0, 1, EventKind::FaultExit, 0, class),
+            ]
+        };
+        for class in [Position, Inode] {
+            assert_eq!(ids(&fault(class)), [""; 0], "{class:?}");
+        }
+        assert_eq!(ids(&fault(MmapRead)), ["K-03"]);
+        let kept = [(0, 1, LockAcquire, 1, Inode), (0, 1, SyscallExit, 0, Inode)];
+        assert_eq!(ids(&kept), ["K-03"]);
     }
 
     #[test]

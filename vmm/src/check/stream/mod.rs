@@ -141,6 +141,7 @@ const SOURCES: &[(&str, &str)] = &[
         "K-04",
         "Linux Documentation/locking/lockdep-design.rst; kernel/locking/lockdep.c, check_noncircular",
     ),
+    ("K-05", "Linux kernel/sched/core.c, __schedule_bug"),
     (
         "O-01",
         "Linux Documentation/mm/process_addrs.rst; mm/mmap_lock.c, lock_vma_under_rcu",

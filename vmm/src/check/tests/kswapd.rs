@@ -1,6 +1,6 @@
 use std::sync::atomic::Ordering::Relaxed;
 
-use abi::objects::{Kswapd, Pa, SlabId, SwapSlot, Task, TaskState, task_flags};
+use abi::objects::{File, Kswapd, Pa, SlabId, SwapSlot, Task, TaskState, task_flags};
 
 use super::fires;
 use crate::check::world::{DATA, World};
@@ -116,6 +116,31 @@ fn moving(world: &World) {
     let array = world.mapped_frame(world.child, DATA + abi::layout::PAGE_SIZE) << 12;
     world.update::<SwapSlot, _>(array, |slot| slot.count.store(0, Relaxed));
     world.root(|root| root.swap.requests[0].folio.store(array, Relaxed));
+}
+
+/// Who sleeps holds what goes with a task over a sleep, and nothing else.
+#[test]
+fn the_lock_of_a_file_may_be_held_over_a_sleep() {
+    let locked = |world: &World| {
+        world.update::<File, _>(world.file, |file| file.inode_lock.store(1 << 63, Relaxed));
+    };
+    fires(&["L-14"], |world| locked(world));
+    for what in [Task::WAITS_FOR_SWAP, Task::WAITS_FOR_LOCK] {
+        let world = World::new();
+        locked(&world);
+        let task = world.root(|root| root.tasks.get());
+        world.update::<Task, _>(task.0, |task| {
+            task.state.store(TaskState::Blocked as u32, Relaxed);
+            task.waits_for.store(what, Relaxed);
+        });
+        assert!(world.violated().is_empty(), "{what}");
+        world.root(|root| root.buddy_lock.store(1, Relaxed));
+        assert_eq!(
+            world.violated().into_keys().collect::<Vec<_>>(),
+            ["L-14"],
+            "{what}"
+        );
+    }
 }
 
 /// Who sleeps has folios in hand: what is counted may be off. A transfer that nobody waits for is nobody's.

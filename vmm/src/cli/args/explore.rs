@@ -163,7 +163,8 @@ pub struct Replay {
     /// Reproducers that explore wrote
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// What executes the kernel [default: model, and kvm where instructions were scheduled]
+    /// What executes the kernel [default: model, and kvm for what only vCPUs can run: scheduled instructions, traces,
+    /// tlb=hw or tlb=both, the program crash]
     #[arg(long, value_enum)]
     pub engine: Option<Engines>,
     /// Replay this often and compare

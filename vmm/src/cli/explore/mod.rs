@@ -7,6 +7,7 @@ mod search;
 mod trace;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -28,7 +29,7 @@ use crate::report::verdict::Detail;
 use crate::scenario::{CheckWhen, Fail, Scenario, fail};
 use crate::snapshot::{SavedMachine, SnapshotError};
 
-use aftermath::Aftermath;
+use aftermath::{Aftermath, Early};
 use both::{DEFAULT_CONFIRM, Second};
 pub(super) use replay::replay;
 
@@ -44,6 +45,11 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     check_out(&options.out)?;
     let second = both.then(|| Second::new(scenario)).transpose()?;
     let seed = options.machine.seed.unwrap_or_else(fresh_seed);
+    let sample = match options.confirm {
+        Some(confirm) => confirm,
+        None if both => DEFAULT_CONFIRM,
+        None => usize::from(options.trace.is_some()),
+    };
     let plan = Plan {
         strategy: match options.strategy {
             ExploreStrategy::Random => Strategy::Random { mean: 8 },
@@ -60,34 +66,34 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
             _ => DEFAULT_SCHEDULES,
         }),
         seed,
-        time_limit: options.time_limit,
+        time_limit: options
+            .time_limit
+            .map(|limit| if sample > 0 && both { limit / 2 } else { limit }),
         state_every: options.state_every,
         everywhere: scenario.check == CheckWhen::EveryPoint,
         verify_every: options.verify,
         jobs: options.jobs.max(1),
         first: !options.keep_going,
-        sample: match options.confirm {
-            Some(confirm) => confirm,
-            None if both => DEFAULT_CONFIRM,
-            None => usize::from(options.trace.is_some()),
-        },
+        sample,
         fails: scenario.fails.clone(),
         fail_any: options.fail_any.clone(),
     };
+    let early = Early::new(&source, options, &plan);
     let counts = Counts::default();
-    let stop = AtomicBool::new(false);
+    let stop = Arc::new(AtomicBool::new(false));
     let mut summary = with_progress(output, &plan, &counts, &stop, || {
-        campaign::run(|| source.driver(), &plan, &counts, &stop)
+        let tell = |found: &Found| early.keep(found);
+        campaign::run_and_tell(|| source.driver(), &plan, &counts, &stop, tell)
     })?;
     let stopped = stop.load(Ordering::Relaxed);
     let sample = std::mem::take(&mut summary.sample).take();
-    let found = Aftermath::of(&source, options, &plan, &summary.found, &sample, second)?;
+    let found = Aftermath::of(&early, &summary.found, &sample, second);
     let headline = headline(&source, &plan, &summary, both, stopped);
     output.say(&match output.detail {
         Detail::Headline => format!("{}\n{}", verdict(&summary, stopped), found.files()),
         Detail::Normal | Detail::Full => headline + &found.text,
     });
-    output.json(&json!({
+    let written = output.json(&json!({
         "schema": crate::report::SCHEMA,
         "kind": "explore",
         "scenario": scenario.name,
@@ -115,18 +121,37 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "reproducers": found.reproducers,
         "confirmed": found.confirmed,
         "trace": found.traced,
-    }))?;
+    }));
+    let late = || Failure::Usage {
+        problem: "no schedule came to its end within --time-limit".into(),
+        help: "give a longer --time-limit, or explore a shorter scenario".into(),
+    };
+    let nothing = (summary.executions == 0 && !stopped).then(late);
+    let failed = found.failed.into_iter().chain(written.err()).chain(nothing);
     if !found.engines_agree {
         // What a testbed says that contradicts itself is not to be believed.
-        return Ok(Exit::Internal);
+        return settle(Exit::Internal, failed);
     }
     let crashed = |found: &Found| matches!(found.execution.ending, Ending::Crashed { .. });
-    Ok(match summary.found.as_slice() {
-        [] if stop.load(Ordering::Relaxed) => Exit::Interrupted,
+    let exit = match summary.found.as_slice() {
+        [] if stopped => Exit::Interrupted,
         [] => Exit::Held,
         found if found.iter().all(crashed) => Exit::GuestFailed,
         _ => Exit::Violation,
-    })
+    };
+    settle(exit, failed)
+}
+
+/// What was found counts, whatever of it could not be written; where nothing was, that does.
+fn settle(exit: Exit, failed: impl IntoIterator<Item = Failure>) -> Result<Exit, Failure> {
+    let mut failed = failed.into_iter();
+    if let Exit::Held | Exit::Interrupted = exit
+        && let Some(first) = failed.next()
+    {
+        return Err(first);
+    }
+    failed.for_each(|failure| output::report(&failure));
+    Ok(exit)
 }
 
 /// What is explored: a scenario, or a machine that was saved.
@@ -201,7 +226,7 @@ pub(super) fn snapshot(
         saved.scenario.name,
         saved.scenario.vcpus,
         bytes >> 10,
-        options.out.display(),
+        output::shell_word(&options.out),
     ));
     Ok(Exit::Held)
 }
@@ -300,6 +325,7 @@ fn progress_bar(plan: &Plan) -> ProgressBar {
 
 fn verdict(summary: &Summary, interrupted: bool) -> String {
     match summary.found.len() {
+        0 if summary.executions == 0 => "– no schedule came to its end".to_owned(),
         0 if interrupted => "– interrupted; nothing wrong was seen so far".to_owned(),
         0 => "✔ nothing wrong was seen".to_owned(),
         n => format!("✘ {n} of {} schedules fail", summary.executions),

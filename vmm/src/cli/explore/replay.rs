@@ -14,6 +14,7 @@ use crate::cli::failure::Failure;
 use crate::cli::interrupt;
 use crate::cli::output::{self, Output};
 use crate::engine::Engine;
+use crate::engine::model::ModelEngine;
 use crate::explore::campaign::{Plan, Worker, failure_id};
 use crate::explore::confirm::Confirmation;
 use crate::explore::probe::{Shown, belongs};
@@ -89,6 +90,15 @@ impl Case {
         })
     }
 
+    /// Where it runs unless told otherwise: the model steps no instructions, and not every scenario is for it.
+    fn engine(&self) -> Engines {
+        if self.reproducer.window().is_some() || ModelEngine::cannot_run(&self.scenario).is_some() {
+            Engines::Kvm
+        } else {
+            Engines::Model
+        }
+    }
+
     /// Replays it as often as asked, or until Ctrl-C; how that ends, and what the result says of it.
     fn run(
         &self,
@@ -103,10 +113,7 @@ impl Case {
             source,
         };
         let window = reproducer.window();
-        let engines = options.engine.unwrap_or(match window {
-            Some(_) => Engines::Kvm,
-            None => Engines::Model,
-        });
+        let engines = options.engine.unwrap_or_else(|| self.engine());
         let source = Source::new(engine_of(engines), scenario.clone()).with_window(window);
         let driver = source.driver().map_err(failed)?;
         let mut worker = Worker::new(driver, &Plan::replay_of(scenario)).map_err(failed)?;
@@ -166,8 +173,8 @@ impl Case {
 fn is_used_up(file: &Path, schedule: &Schedule, run: &Execution) -> Result<(), Failure> {
     let end = match run.ending {
         Ending::Finished { .. } => "the end of the test",
-        Ending::Livelock(_) => "all that can run only wait",
-        Ending::Deadlock(_) => "nobody can run",
+        Ending::Livelock(..) => "all that can run only wait",
+        Ending::Deadlock(..) => "nobody can run",
         _ => return Ok(()),
     };
     let (wanted, passed) = (schedule.points(), run.schedule.points());
@@ -282,7 +289,17 @@ impl Again {
     fn reproduction(&self, reproducer: &Reproducer) -> String {
         let (ending, same, runs) = (self.ending(), self.identical, self.runs);
         if !self.reproduced(reproducer) {
-            return format!("✔ not reproduced: {ending}, not {}", reproducer.ending);
+            let is_short =
+                matches!(&self.last, Some(run) if matches!(run.ending, Ending::ScheduleOver));
+            let early = if is_short {
+                "; the schedule ended before the program did"
+            } else {
+                ""
+            };
+            return format!(
+                "✔ not reproduced: {ending}, not {}{early}",
+                reproducer.ending
+            );
         }
         let events = reproducer.events;
         format!(
@@ -337,6 +354,55 @@ mod tests {
     }
 
     #[test]
+    fn a_schedule_that_ends_before_the_program_is_told_to() {
+        let text = "[program]\nname = \"litmus\"\n";
+        let scenario = crate::scenario::parse(Path::new("a.toml"), text).unwrap();
+        let schedule = Schedule::default();
+        let recorded = (0, String::new());
+        let reproducer = Reproducer::new(&scenario, &schedule, "".into(), "T-01".into(), recorded);
+        let said = |ending| {
+            let mut again = Again::default();
+            let run = Execution {
+                schedule: Schedule::default(),
+                fails: Vec::new(),
+                ending,
+                events: Vec::new(),
+            };
+            again.take(run, &reproducer);
+            again.text(&reproducer)
+        };
+        let early = "the schedule ended before the program did";
+        assert!(said(Ending::ScheduleOver).contains(early));
+        assert!(!said(Ending::Finished { status: None }).contains(early));
+    }
+
+    #[test]
+    fn what_only_vcpus_can_run_is_replayed_there() {
+        let engine = |program: &str, tlb: &str, window: Option<&str>| {
+            let text =
+                format!("[program]\nname = {program:?}\n[kernel]\nparams = {{ tlb = {tlb:?} }}\n");
+            let scenario = crate::scenario::parse(Path::new("a.toml"), &text).unwrap();
+            let schedule = Schedule::default();
+            let recorded = (0, String::new());
+            let reproducer =
+                Reproducer::new(&scenario, &schedule, "".into(), "T-01".into(), recorded)
+                    .with_window(window.map(|text| crate::scenario::values::window(text).unwrap()));
+            let case = Case {
+                reproducer,
+                scenario,
+                schedule,
+            };
+            case.engine()
+        };
+        assert_eq!(engine("litmus", "soft", None), Engines::Model);
+        assert_eq!(engine("litmus", "hw", None), Engines::Kvm);
+        assert_eq!(engine("litmus", "both", None), Engines::Kvm);
+        assert_eq!(engine("crash", "soft", None), Engines::Kvm);
+        let window = Some("flush-issue:1");
+        assert_eq!(engine("litmus", "soft", window), Engines::Kvm);
+    }
+
+    #[test]
     fn points_behind_the_end_of_the_test_are_none_but_those_behind_a_failure_may_be() {
         let schedule = |points| {
             let mut schedule = Schedule::default();
@@ -363,8 +429,8 @@ mod tests {
             text.contains("10 that there are until the end of the test"),
             "{text}"
         );
-        assert!(judged(11, Ending::Deadlock(Vec::new())).is_err());
-        assert!(judged(11, Ending::Livelock(Vec::new())).is_err());
+        assert!(judged(11, Ending::Deadlock(Vec::new(), Vec::new())).is_err());
+        assert!(judged(11, Ending::Livelock(Vec::new(), Vec::new())).is_err());
         let crash = crate::engine::GuestCrash {
             reason: "r".into(),
             details: Vec::new(),

@@ -203,7 +203,20 @@ impl KvmEngine {
     fn no_point(&mut self, vcpu: usize, time: Duration) -> EngineError {
         self.broken = true;
         let at = match self.machine.vcpu_state(vcpu) {
-            Ok(state) => format!("rip {:#x}, CPL {}", state.regs.rip, state.cpl()),
+            Ok(state) => {
+                let (rip, cpl) = (state.regs.rip, state.cpl());
+                let elf = match cpl {
+                    0 => self.machine.kernel_elf(),
+                    _ => self.machine.user_elf(),
+                };
+                let functions = Symbols::of(elf).resolve(rip);
+                let own = functions
+                    .iter()
+                    .find(|location| !location.function.starts_with("core::"));
+                let name = own.or(functions.first());
+                let name = name.map_or(String::new(), |it| format!(" in {}", it.function));
+                format!("rip {rip:#x}{name}, CPL {cpl}")
+            }
             Err(error) => error.to_string(),
         };
         EngineError::NoPoint {

@@ -94,13 +94,26 @@ impl ModelEngine {
     /// # Errors
     /// What no machine can have, and `tlb=hw` or `tlb=both`: there is no processor to ask.
     pub fn new(scenario: &Scenario) -> Result<Self, EngineError> {
-        if scenario.program.trace.is_some() {
-            return Err(EngineError::Unsupported(
-                "the model engine runs no traces, whose data lies in guest memory: use --engine kvm"
-                    .into(),
-            ));
-        }
         Self::with_data(scenario, None, u64::MAX)
+    }
+
+    /// Why only vCPUs can run `scenario`, where that is so.
+    #[must_use]
+    pub fn cannot_run(scenario: &Scenario) -> Option<&'static str> {
+        if scenario.program.trace.is_some() {
+            return Some(
+                "the model engine runs no traces, whose data lies in guest memory: use --engine kvm",
+            );
+        }
+        let config = abi::param::Config::parse(&scenario.cmdline()).expect("scenarios are checked");
+        if config.tlb != abi::param::TlbBackEnd::Soft {
+            return Some(
+                "the model engine has no processor that translates: set the kernel parameter tlb=soft",
+            );
+        }
+        (scenario.program.name == "crash").then_some(
+            "the model engine does not run 'crash', which would take this process with it: use --engine kvm",
+        )
     }
 
     /// The same with a data blob for the program, and with these kinds of events only.
@@ -112,20 +125,10 @@ impl ModelEngine {
         data: Option<Vec<u8>>,
         events: u64,
     ) -> Result<Self, EngineError> {
+        if let Some(why) = Self::cannot_run(scenario) {
+            return Err(EngineError::Unsupported(why.into()));
+        }
         let cmdline = scenario.cmdline();
-        let config = abi::param::Config::parse(&cmdline).expect("scenarios are checked");
-        if config.tlb != abi::param::TlbBackEnd::Soft {
-            return Err(EngineError::Unsupported(
-                "the model engine has no processor that translates: set the kernel parameter tlb=soft"
-                    .into(),
-            ));
-        }
-        if scenario.program.name == "crash" {
-            return Err(EngineError::Unsupported(
-                "the model engine does not run 'crash', which would take this process with it: use --engine kvm"
-                    .into(),
-            ));
-        }
         let ram = GuestRam::new(scenario.memory_bytes).map_err(MachineError::from)?;
         let image = KernelImage::Embedded.bytes().map_err(MachineError::from)?;
         let program = ProgramSpec {

@@ -112,7 +112,7 @@ fn threads_that_only_wait_for_each_other_are_a_livelock_at_any_grain() {
     for mut strategy in strategies {
         let run = once(&mut driver(&scripts), strategy.as_mut());
         assert!(
-            matches!(run.ending, Ending::Livelock(_)),
+            matches!(run.ending, Ending::Livelock(..)),
             "{:?}",
             run.ending
         );
@@ -146,7 +146,7 @@ fn a_deadlock_says_who_waits_for_whom() {
         vec![Op::Lock(1), Op::Lock(0), Op::Unlock(0), Op::Unlock(1)],
     ];
     let run = once(&mut driver(&scripts), &mut RoundRobin::new(2));
-    let Ending::Deadlock(waits) = &run.ending else {
+    let Ending::Deadlock(waits, _) = &run.ending else {
         panic!("{:?}", run.ending);
     };
     let told: Vec<_> = waits.iter().map(|wait| (wait.vcpu, wait.word)).collect();

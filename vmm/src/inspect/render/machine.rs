@@ -2,7 +2,6 @@
 
 use std::fmt::{self, Display};
 
-use abi::objects::{Task, TaskState};
 use abi::pte::Pte;
 use serde::Serialize;
 
@@ -194,15 +193,7 @@ impl MachineReport {
         let mut table = Table::new(&[0, 1, 2, 4], &heading);
         for task in &self.tasks {
             let mm = self.mms.iter().find(|mm| mm.mm.gpa == task.mm);
-            let waits = match task.waits_for {
-                0 => String::new(),
-                _ if task.state() != Some(TaskState::Blocked) => String::new(),
-                Task::WAITS_FOR_CHILD => ", for a child".into(),
-                Task::WAITS_FOR_DISK => ", for the disk".into(),
-                Task::WAITS_FOR_SWAP => ", for the swap area".into(),
-                Task::WAITS_FOR_WORK => ", for work".into(),
-                gva => format!(", on the futex at {gva:#x}"),
-            };
+            let waits = task.sleeps_for().map(|what| format!(", {what}"));
             table.row([
                 task.id.to_string(),
                 task.process.to_string(),
@@ -210,7 +201,7 @@ impl MachineReport {
                 mm.map_or("-".into(), |mm| format!("mm {}", mm.mm.id)),
                 task.cpu.to_string(),
                 affinity(task.affinity),
-                format!("{}{waits}", task.state_name()),
+                task.state_name() + &waits.unwrap_or_default(),
             ]);
         }
         write!(f, "{table}")

@@ -56,7 +56,7 @@ pub const INVARIANTS: &[Rule] = &[
     ),
     (
         ATTACHED,
-        "when a VMA is linked in, no vCPU that runs user code may hold translations of what was there before",
+        "when a VMA is linked in, or has new bounds, no vCPU that runs user code may hold translations of what was there before",
     ),
     (
         LAZY,
@@ -304,6 +304,7 @@ const JUDGED: Kinds = Kinds::of(&[
     EventKind::FrameAlloc,
     EventKind::FrameFree,
     EventKind::VmaAttach,
+    EventKind::VmaChange,
     EventKind::SyscallEnter,
     EventKind::SyscallExit,
     EventKind::FaultEnter,
@@ -340,6 +341,7 @@ impl TlbModel {
                 self.remember(seen, true);
             }
             EventKind::VmaAttach => self.attach(seen, found),
+            EventKind::VmaChange => self.resized(seen, found),
             EventKind::SyscallEnter => {
                 self.now.calls.insert(task.into(), self.begun(seen));
             }

@@ -5,10 +5,10 @@ use abi::disk::DiskOp;
 use abi::layout::PAGE_SIZE;
 use abi::objects::FrameKind;
 use abi::pte::Pte;
-use abi::syscall::{advice, clone, decode, mremap, nr};
+use abi::syscall::{advice, clone, decode, map, mremap, nr};
 
 use super::held::{Change, Held, Rights};
-use super::state::exceeds;
+use super::state::{State, exceeds};
 use super::tell::{describe, who};
 use super::vcpu::Vcpu;
 use super::{
@@ -138,43 +138,53 @@ impl TlbModel {
         self.now.state.table_freed(gpa, change);
     }
 
-    /// The range and what counts in it, of a call that has succeeded.
+    /// The range and what counts in it, of a call that takes something away.
     pub(super) fn call_over(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let [number, result, ..] = seen.event.args;
         let Some(call) = self.now.calls.remove(seen.event.task.into()) else {
             return;
         };
         let [_, start, len, third, fourth] = call.args;
-        let Ok(returned) = decode(result) else {
-            return;
-        };
         let from = |start: u64, len: u64| (start, start.saturating_add(len));
-        let (range, also) = match number {
-            nr::MUNMAP | nr::MPROTECT | nr::TESTBED_MIGRATE => (from(start, len), None),
-            nr::MADVISE if TAKES_AWAY.contains(&third) => (from(start, len), None),
+        let (range, also) = match (number, decode(result)) {
+            // It may have gone half its way.
+            (nr::MPROTECT, Err(_)) => (from(start, len), None),
+            (_, Err(_)) => return,
+            (nr::MUNMAP | nr::MPROTECT | nr::TESTBED_MIGRATE, _) => (from(start, len), None),
+            (nr::MADVISE, _) if TAKES_AWAY.contains(&third) => (from(start, len), None),
             // Where it shrinks or moves the old place is gone, and what a fixed place held.
-            nr::MREMAP => {
+            (nr::MREMAP, Ok(returned)) => {
                 let fixed = fourth & mremap::FIXED != 0;
                 (from(start, len), fixed.then(|| from(returned, third)))
             }
-            nr::FORK => (EVERYTHING, None),
-            nr::CLONE if start & clone::VM == 0 => (EVERYTHING, None),
+            (nr::MMAP, Ok(returned)) if fourth & map::FIXED != 0 => (from(returned, len), None),
+            (nr::FORK | nr::BRK, _) => (EVERYTHING, None),
+            (nr::CLONE, _) if start & clone::VM == 0 => (EVERYTHING, None),
             _ => return,
         };
         let mm = self.now.state.vcpus[seen.vcpu].loaded().mm;
         let task = seen.event.task;
         // What a concurrent operation took away after this call began is that operation's to flush. Who moves pages does not answer
-        // for those that it found gone already either: it promises nothing of them (Linux's migrate_pages).
-        let answers_for_gone = number != nr::TESTBED_MIGRATE;
+        // for those that it found gone already either: it promises nothing of them (Linux's migrate_pages). Nor does who has failed, and brk
+        // does not say here what it took.
+        let answers_for_gone =
+            decode(result).is_ok() && !matches!(number, nr::TESTBED_MIGRATE | nr::BRK);
+        let faults = &self.now.faults;
         let blamed = |held: &Held, change: Change| {
-            held.mm == mm && (change.task == task || answers_for_gone && change.at < call.at)
+            // What a fault of another task is replacing is its own to flush, whenever it began (T-05).
+            let is_of_fault = faults
+                .get(change.task.into())
+                .is_some_and(|fault| change.at > fault.at);
+            let is_gone = answers_for_gone && change.at < call.at && !is_of_fault;
+            held.mm == mm && (change.task == task || is_gone)
         };
         let mut ranges = [Some(range), also].into_iter().flatten();
-        let holder = ranges.find_map(|range| self.holder(range, |_| true, blamed));
-        if let Some((index, held)) = holder {
+        let found_at =
+            ranges.find_map(|range| holder(&mut self.now.state, range, |_| true, blamed));
+        if let Some((index, held)) = found_at {
             found.push(violation(
                 RETURNED,
-                self.tell(index, &held, "has left the tables")
+                self.tell(index, &held, &self.gone(&held))
                     .detail(format!("the call returned on {}", who(seen))),
             ));
         }
@@ -186,8 +196,13 @@ impl TlbModel {
             return;
         };
         let blamed = |_: &Held, change: Change| change.task == task && change.at > fault.at;
-        let holder = self.holder(EVERYTHING, |index| index != seen.vcpu, blamed);
-        if let Some((index, held)) = holder {
+        let found_at = holder(
+            &mut self.now.state,
+            EVERYTHING,
+            |index| index != seen.vcpu,
+            blamed,
+        );
+        if let Some((index, held)) = found_at {
             found.push(violation(
                 REPLACED,
                 self.tell(index, &held, "was replaced by a fault")
@@ -201,7 +216,7 @@ impl TlbModel {
         // What is unmapped by its folio, and not yet flushed, belongs to the mapping still, which may be linked in anew,
         // merged or split.
         let blamed = |held: &Held, change: Change| held.mm == mm && change.guarded;
-        if let Some((index, held)) = self.holder((start, end), |_| true, blamed) {
+        if let Some((index, held)) = holder(&mut self.now.state, (start, end), |_| true, blamed) {
             found.push(violation(
                 ATTACHED,
                 self.tell(index, &held, "belongs to a mapping that is gone")
@@ -210,24 +225,31 @@ impl TlbModel {
         }
     }
 
-    /// The first vCPU that runs user code, of those asked for, that may use in `range` what `counts`, though the
-    /// tables no longer say so. Those that cannot use it now have missed it.
-    fn holder(
-        &mut self,
-        range: (u64, u64),
-        asked: impl Fn(usize) -> bool,
-        counts: impl Fn(&Held, Change) -> bool,
-    ) -> Option<(usize, Held)> {
-        let state = &mut self.now.state;
-        let tables = &state.tables;
-        first(&mut state.vcpus, |index, vcpu| {
-            let held = miss(vcpu.leaves_mut(), |held| {
-                held.overlaps(range.0, range.1)
-                    && held.change().is_some_and(|change| counts(held, change))
-                    && exceeds(tables, held.mm, held, range, Rights::PROGRAM)
-            });
-            held.filter(|_| asked(index))
-        })
+    /// A VMA has new bounds or other rights: what is mapped next to it may have become part of it, so the same holds as
+    /// where one is linked in. But the call that does it may be in the middle of a change of its own, which it has yet to flush.
+    pub(super) fn resized(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
+        let [mm, _, start, end, _] = seen.event.args;
+        let task = seen.event.task;
+        let run = &self.now;
+        let begun = run
+            .calls
+            .get(task.into())
+            .or_else(|| run.faults.get(task.into()));
+        let since = begun.map_or(0, |begun| begun.at);
+        let blamed = |held: &Held, change: Change| {
+            let is_own = change.task == task && change.at >= since;
+            held.mm == mm && change.guarded && !is_own
+        };
+        if let Some((index, held)) = holder(&mut self.now.state, (start, end), |_| true, blamed) {
+            found.push(violation(
+                ATTACHED,
+                self.tell(index, &held, "belongs to a mapping that is gone")
+                    .detail(format!(
+                        "a mapping was put in its place or changed by {}",
+                        who(seen)
+                    )),
+            ));
+        }
     }
 
     pub(super) fn cr3_load(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
@@ -348,6 +370,25 @@ impl TlbModel {
             ));
         }
     }
+}
+
+/// The first vCPU that runs user code, of those asked for, that may use in `range` what `counts`, though the
+/// tables no longer say so. Those that cannot use it now have missed it.
+fn holder(
+    state: &mut State,
+    range: (u64, u64),
+    asked: impl Fn(usize) -> bool,
+    counts: impl Fn(&Held, Change) -> bool,
+) -> Option<(usize, Held)> {
+    let tables = &state.tables;
+    first(&mut state.vcpus, |index, vcpu| {
+        let held = miss(vcpu.leaves_mut(), |held| {
+            held.overlaps(range.0, range.1)
+                && held.change().is_some_and(|change| counts(held, change))
+                && exceeds(tables, held.mm, held, range, Rights::PROGRAM)
+        });
+        held.filter(|_| asked(index))
+    })
 }
 
 /// Asks every vCPU, and gives the first answer.

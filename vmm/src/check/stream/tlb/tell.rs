@@ -34,6 +34,37 @@ impl TlbModel {
         .details(self.fates(held))
     }
 
+    /// What the tables no longer say of `held` (a clause): where the page is mapped still, it is rights that are gone.
+    pub(super) fn gone(&self, held: &Held) -> String {
+        let tables = &self.now.state.tables;
+        let root = tables.roots.get(held.mm);
+        let leaf = root.and_then(|&root| tables.leaf(root, held.gva).ok());
+        let rights = leaf.filter(|leaf| {
+            let at = held.gva & (abi::pte::level_size(leaf.level) - 1);
+            leaf.pte.leaf_address(leaf.level) + at == held.entry.leaf_address(held.level)
+        });
+        let Some(now) = rights.map(|leaf| leaf.rights) else {
+            return "has left the tables".into();
+        };
+        let lost: Vec<&str> = [
+            (Rights::USER, "reached by programs"),
+            (Rights::WRITE, "written"),
+            (Rights::FETCH, "executed"),
+        ]
+        .into_iter()
+        .filter(|(right, _)| held.rights.contains(*right) && !now.contains(*right))
+        .map(|(_, done)| done)
+        .collect();
+        match &lost[..] {
+            // Another part of a larger page is what has changed.
+            [] => "has left the tables".into(),
+            lost => format!(
+                "is mapped still, and may no longer be {}",
+                lost.join(" or ")
+            ),
+        }
+    }
+
     /// What became of the frame since the entry changed.
     fn fates(&self, held: &Held) -> Vec<String> {
         let since = held.change().map_or(held.since, |change| change.at);

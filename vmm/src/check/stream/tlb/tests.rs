@@ -1,16 +1,18 @@
 use std::mem::offset_of;
+use std::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::{Event, EventKind, access, cr3, flush};
 use abi::layout::{HUGE_PAGE_SIZE, PAGE_SIZE};
 use abi::lock::LockClass;
 use abi::objects::{FrameKind, Mm};
 use abi::pte::{Pte, PteFlags};
-use abi::syscall::nr;
+use abi::syscall::{map, nr};
 use proptest::prelude::*;
 
 use super::state::State;
 use super::*;
 use crate::check::stream::merge;
+use crate::check::world::{ROOT_GPA, World};
 
 mod huge;
 mod past;
@@ -269,6 +271,23 @@ fn a_call_that_returns_too_early_is_t_04() {
 }
 
 #[test]
+fn t_04_says_whether_the_page_is_gone_or_only_a_right() {
+    let said = |new| {
+        let enter = call(EventKind::SyscallEnter, nr::MPROTECT);
+        let exit = call(EventKind::SyscallExit, nr::MPROTECT);
+        let found = found(&[enter, pte(rw(), new), invlpg(0), exit]);
+        found[0].finding.summary.clone()
+    };
+    let protected = said(ro());
+    assert!(
+        protected.ends_with("to a frame that is mapped still, and may no longer be written"),
+        "{protected}"
+    );
+    let gone = said(0);
+    assert!(gone.ends_with("that has left the tables"), "{gone}");
+}
+
+#[test]
 fn mremap_and_madv_free_answer_for_what_they_took_too() {
     let enter = |nr, third, fourth| {
         seen(
@@ -317,6 +336,19 @@ fn what_another_call_took_away_meanwhile_is_not_this_calls_to_flush() {
     assert_eq!(ids(&[enter, pte(rw(), 0), exit]), ["T-04"]);
 }
 
+/// Another thread's fault has replaced the page and not flushed yet; mprotect finds the rights as they are to be.
+#[test]
+fn what_a_fault_has_not_flushed_yet_is_not_a_calls_to_flush() {
+    let new = Pte::new(0x6000, RW).0;
+    let fault = seen(1, EventKind::FaultEnter, [PAGE, 7, 0, 0, 0]);
+    let replaced = seen(1, EventKind::PteChange, [1, PAGE, 1, rw(), new]);
+    let over = seen(1, EventKind::FaultExit, [PAGE, 0, 0, 0, 0]);
+    let [enter, exit] =
+        [EventKind::SyscallEnter, EventKind::SyscallExit].map(|kind| call(kind, nr::MPROTECT));
+    assert_eq!(ids(&[fault, replaced, enter, exit]), [""; 0]);
+    assert_eq!(ids(&[fault, replaced, enter, over, exit]), ["T-05", "T-04"]);
+}
+
 #[test]
 fn a_fault_that_replaces_a_page_too_early_is_t_05() {
     let new = Pte::new(0x6000, RW).0;
@@ -355,6 +387,71 @@ fn a_mapping_over_what_may_still_be_cached_is_t_06() {
         [0x100, LockClass::MmapWrite as u64, 0, 0, 0],
     );
     assert_eq!(ids(&[other, pte(rw(), 0), invlpg(0), attach]), [""; 0]);
+}
+
+/// mmap that merges links nothing in: its neighbour grows.
+#[test]
+fn a_mapping_that_grows_over_what_may_still_be_cached_is_t_06() {
+    let lock = MM + offset_of!(Mm, mmap_lock) as u64;
+    let locked = |vcpu, kind| seen(vcpu, kind, [lock, LockClass::MmapWrite as u64, 0, 0, 0]);
+    let (take, release) = (EventKind::LockAcquire, EventKind::LockRelease);
+    let bounds = [1, 0x9000, PAGE - PAGE_SIZE, PAGE + PAGE_SIZE, 3];
+    let grown = |vcpu| seen(vcpu, EventKind::VmaChange, bounds);
+    let enter = |vcpu, nr| seen(vcpu, EventKind::SyscallEnter, [nr, PAGE, PAGE_SIZE, 3, 0]);
+    let unmapped = [
+        enter(0, nr::MUNMAP),
+        locked(0, take),
+        pte(rw(), 0),
+        locked(0, release),
+        enter(1, nr::MMAP),
+    ];
+    assert_eq!(ids(&[&unmapped[..], &[grown(1)]].concat()), ["T-06"]);
+    let flushed = [&unmapped[..], &[invlpg(0), invlpg(1), grown(1)]].concat();
+    assert_eq!(ids(&flushed), [""; 0]);
+    // What a call changes itself it flushes before it is over.
+    let own = [
+        enter(0, nr::MPROTECT),
+        locked(0, take),
+        pte(rw(), ro()),
+        grown(0),
+    ];
+    assert_eq!(ids(&own), [""; 0]);
+    let before = [
+        enter(0, nr::MADVISE),
+        locked(0, take),
+        pte(rw(), 0),
+        locked(0, release),
+        enter(0, nr::MPROTECT),
+        grown(0),
+    ];
+    assert_eq!(ids(&before), ["T-06"], "of an earlier call");
+}
+
+#[test]
+fn calls_answer_for_what_they_took_by_the_way() {
+    let call = |nr, flags, result| {
+        let enter = seen(0, EventKind::SyscallEnter, [nr, PAGE, PAGE_SIZE, 3, flags]);
+        let exit = seen(0, EventKind::SyscallExit, [nr, result, 0, 0, 0]);
+        let taken = [enter, pte(rw(), 0), invlpg(0)];
+        let flushed = [&taken[..], &[invlpg(1), exit]].concat();
+        assert_eq!(ids(&flushed), [""; 0]);
+        ids(&[&taken[..], &[exit]].concat())
+    };
+    let failed = abi::syscall::encode(Err(abi::syscall::Errno::ENOMEM));
+    assert_eq!(call(nr::MMAP, map::FIXED, PAGE), ["T-04"]);
+    assert_eq!(call(nr::MMAP, 0, PAGE), [""; 0], "nothing was there");
+    assert_eq!(call(nr::BRK, 0, PAGE), ["T-04"]);
+    assert_eq!(call(nr::MPROTECT, 0, failed), ["T-04"], "half its way");
+    assert_eq!(call(nr::MUNMAP, 0, failed), [""; 0]);
+    // A call that has failed does not answer for others.
+    let other = seen(1, EventKind::PteChange, [1, PAGE, 1, rw(), 0]);
+    let enter = seen(
+        0,
+        EventKind::SyscallEnter,
+        [nr::MPROTECT, PAGE, PAGE_SIZE, 1, 0],
+    );
+    let exit = seen(0, EventKind::SyscallExit, [nr::MPROTECT, failed, 0, 0, 0]);
+    assert_eq!(ids(&[other, enter, exit]), [""; 0]);
 }
 
 #[test]
@@ -537,6 +634,32 @@ fn a_change_that_no_event_explains_is_t_10() {
     model.compare(&empty, 0x1000, &mut found);
     assert_eq!(found[0].id, "T-10");
     assert!(found[0].finding.summary.contains("unexplained PTE change"));
+}
+
+#[test]
+fn an_mm_that_is_about_to_leave_the_list_explains_itself() {
+    let world = World::new();
+    let id = world.object::<Mm>(world.child).id.load(Relaxed);
+    let mut model = TlbModel::default();
+    model.start(&world.memory, ROOT_GPA, 2);
+    let mut compared = |count: u32| {
+        world.update::<Mm, _>(world.child, |mm| mm.count.store(count, Relaxed));
+        let mut found = Vec::new();
+        let destroyed = Event {
+            kind: EventKind::MmDestroy as u32,
+            args: [id, 0, 0, 0, 0],
+            ..Event::default()
+        };
+        let seen = Seen {
+            vcpu: 0,
+            event: destroyed,
+        };
+        model.observe(&seen, &mut found);
+        model.compare(&world.memory, ROOT_GPA, &mut found);
+        found.iter().map(|it| it.id).collect::<Vec<_>>()
+    };
+    assert_eq!(compared(0), [""; 0]);
+    assert_eq!(compared(1), ["T-10"], "somebody counts on it");
 }
 
 proptest! {

@@ -96,6 +96,8 @@ pub struct Exhaustive {
     counted: Within,
     /// It has a part to explore, of which `nodes` are the path.
     busy: bool,
+    /// An execution has begun and is not over.
+    runs: bool,
     nodes: Vec<Node>,
     /// Preemptions that executions of the part may have.
     preemptions: Option<u32>,
@@ -140,6 +142,7 @@ impl Exhaustive {
             shared,
             counted: Within::default(),
             busy: false,
+            runs: false,
             nodes: Vec::new(),
             preemptions: None,
             at: 0,
@@ -418,6 +421,7 @@ impl Scheduler for Exhaustive {
             return false;
         }
         self.counted.executions += 1;
+        self.runs = true;
         // The last step is taken anew.
         self.prefix = self.nodes.len().saturating_sub(1);
         self.at = 0;
@@ -460,6 +464,7 @@ impl Scheduler for Exhaustive {
     }
 
     fn end(&mut self, _ran: &Schedule) {
+        self.runs = false;
         // A step that ended the execution stays without a footprint: it is not known what it did. But it
         // does the same in the same state.
         let last = self.under_way.take().map(|(actor, _)| actor);
@@ -474,7 +479,9 @@ impl Drop for Exhaustive {
     /// Whoever waits for a part of this worker's waits in vain, unless it was through with it.
     fn drop(&mut self) {
         if self.busy {
-            let given_up = self.backtrack();
+            // One that was stopped counts for nothing, and is still to be explored.
+            self.counted.executions -= u64::from(self.runs);
+            let given_up = self.runs || self.backtrack();
             self.shared.put_back(&mut self.counted, given_up);
         }
     }

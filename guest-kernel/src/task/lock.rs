@@ -13,6 +13,7 @@ use crate::Kernel;
 use crate::arch::Arch;
 use crate::mm::Field;
 use crate::sync::rwsem;
+use crate::testbed::told;
 
 impl<A: Arch> Kernel<A> {
     /// The running task sleeps until it may try again to get the lock `word` as `class`; not at all where it may at once.
@@ -44,13 +45,13 @@ impl<A: Arch> Kernel<A> {
         let Some(first) = self.queue_take(queue, |_, task| sleeps(task)) else {
             return;
         };
-        let class = self.obj(first).lock[1].get();
+        let class = told(|| self.obj(first).lock[1].get());
         self.wake(first);
-        let mut woken = 1;
+        let mut woken = told(|| 1);
         if reads(self.obj(first)) {
             while let Some(next) = self.queue_take(queue, |_, task| sleeps(task) && reads(task)) {
                 self.wake(next);
-                woken += 1;
+                woken += told(|| 1);
             }
         }
         rwsem::let_readers_in(word);

@@ -44,7 +44,15 @@ struct Shared {
     /// Bit by bit: the pages that somebody has read.
     read: AtomicU64,
     go: AtomicU64,
+    /// Not 0 once a call did not move all that it was to, as where memory is short: then nothing is said of what is where.
+    failed: AtomicU64,
     findings: Findings,
+}
+
+impl Shared {
+    fn is_well(&self) -> bool {
+        self.failed.load(Ordering::Relaxed) == 0
+    }
 }
 
 /// Buffer of thread `me`.
@@ -74,6 +82,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
         is_regular,
         read: AtomicU64::new(0),
         go: AtomicU64::new(0),
+        failed: AtomicU64::new(0),
         findings: Findings::default(),
     };
     let findings = &shared.findings;
@@ -113,7 +122,7 @@ pub(super) fn run<S: Sys>(sys: &S, args: &Args<'_>) -> i32 {
     must(sys, findings, 0, 0, result.map(|()| 0));
     let all = (1 << pages) - 1;
     let read = shared.read.load(Ordering::Relaxed);
-    if read != all {
+    if shared.is_well() && read != all {
         findings.report(sys, WrongResult, 0, all, read);
     }
     read_back(sys, &shared);
@@ -131,7 +140,9 @@ fn use_file<S: Sys>(sys: &S, shared: &Shared, me: u64) {
         sys.yield_now();
     }
     while read_next(sys, shared, me) {}
-    write_file(sys, shared, me, me + 1);
+    if shared.is_well() {
+        write_file(sys, shared, me, me + 1);
+    }
 }
 
 fn page_out<S: Sys>(sys: &S, shared: &Shared, me: u64) {
@@ -147,7 +158,7 @@ fn read_next<S: Sys>(sys: &S, shared: &Shared, me: u64) -> bool {
     let (findings, at) = (&shared.findings, buffer(me));
     page_out(sys, shared, me);
     let got = sys.syscall(nr::READ, [shared.fd, at, PAGE_SIZE, 0, 0, 0]);
-    if got == Ok(0) || !must(sys, findings, at, PAGE_SIZE, got) {
+    if got == Ok(0) || !moved(sys, shared, (at, PAGE_SIZE), got) {
         return false;
     }
     let Ok(found) = sys.read(at) else {
@@ -162,7 +173,7 @@ fn read_next<S: Sys>(sys: &S, shared: &Shared, me: u64) -> bool {
             }
         }
         // Else the other one may have come to the end and be writing.
-        None if shared.is_regular => {
+        None if shared.is_regular && shared.is_well() => {
             findings.report(sys, DiskData, at, value(0, SET_UP), found);
         }
         None => {}
@@ -183,14 +194,34 @@ fn write_file<S: Sys>(sys: &S, shared: &Shared, me: u64, writer: u64) {
     }
     page_out(sys, shared, me);
     let written = sys.syscall(nr::PWRITE64, [shared.fd, at, bytes, 0, 0, 0]);
-    must(sys, findings, at, bytes, written);
+    moved(sys, shared, (at, bytes), written);
+}
+
+/// True where a call has moved all `bytes`. One that did less has come to a page that could not be had.
+fn moved<S: Sys>(
+    sys: &S,
+    shared: &Shared,
+    (at, bytes): (u64, u64),
+    result: Result<u64, Errno>,
+) -> bool {
+    let result = match result {
+        Ok(some) if some < bytes => Err(Errno::EFAULT),
+        result => result,
+    };
+    let all = must(sys, &shared.findings, at, bytes, result);
+    if !all {
+        shared.failed.store(1, Ordering::Relaxed);
+    }
+    all
 }
 
 /// One of the two has written all of it.
 fn read_back<S: Sys>(sys: &S, shared: &Shared) {
     let (findings, at, bytes) = (&shared.findings, buffer(0), shared.pages * PAGE_SIZE);
     let got = sys.syscall(nr::PREAD64, [shared.fd, at, bytes, 0, 0, 0]);
-    must(sys, findings, at, bytes, got);
+    if !moved(sys, shared, (at, bytes), got) || !shared.is_well() {
+        return;
+    }
     let found = |page| sys.read(address(at, page, 0)).unwrap_or(0);
     let writer = if found(0) == value(0, 1) { 1 } else { 2 };
     for page in 0..shared.pages {

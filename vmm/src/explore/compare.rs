@@ -241,7 +241,7 @@ mod tests {
         let text = first_difference(&left, &[same]).unwrap();
         assert_eq!(
             text,
-            "event 1: vCPU 1 task 0 lock-release lock=0x10 class=0x6 here, the end there\n    \
+            "event 1: vCPU 1 task 0 lock-release lock=0x10 class=0x6 asleep=0x0 here, the end there\n    \
              after event 0: vCPU 1 task 0 lock-acquire lock=0x10 class=0x6 tried=0x0 mm=0x0"
         );
         let mut late = same;

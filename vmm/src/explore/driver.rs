@@ -755,7 +755,9 @@ impl<E: Engine> Driver<E> {
     /// which a failpoint took it.
     fn is_asked_for(&self, report: &ProbeReport) -> bool {
         let killed = abi::syscall::signal::SIGKILL;
-        let is_want = [abi::syscall::encode(Err(Errno::ENOMEM)), killed].contains(&report.found);
+        // A copy from or to a page that cannot be had is EFAULT.
+        let failed = [Errno::ENOMEM, Errno::EFAULT].map(|errno| abi::syscall::encode(Err(errno)));
+        let is_want = report.found == killed || failed.contains(&report.found);
         let is_hit = |event: &Event| event.kind == EventKind::FailpointHit as u32;
         report.kind == ReportKind::WrongResult && is_want && self.stream.iter().any(is_hit)
     }

@@ -3,6 +3,10 @@
 //! same function and lists the table ([`PARAMS`]).
 
 use crate::bug::{Bug, BugSet};
+use crate::objects::ASIDS;
+
+/// Frames that munmap can collect: bounds what it has on the kernel's stack.
+pub const MAX_GATHER_BATCH: usize = 128;
 
 /// What a parameter's value looks like, for help texts.
 #[derive(Clone, Copy, Debug)]
@@ -106,8 +110,12 @@ choices! {
     }
 }
 
+fn is_power_up_to(number: u64, most: u64) -> bool {
+    number.is_power_of_two() && number <= most
+}
+
 macro_rules! params {
-    ($($name:ident: $type:ty = $default:literal, $form:literal, $help:literal;)+) => {
+    ($($name:ident: $type:ty = $default:literal, $form:literal $(if $is_valid:expr)?, $help:literal;)+) => {
         /// The kernel's configuration: one field a parameter.
         #[derive(Clone, Copy, Debug)]
         pub struct Config {
@@ -140,7 +148,8 @@ macro_rules! params {
             pub fn set<'a>(&mut self, name: &'a str, value: &'a str) -> Result<(), ParamError<'a>> {
                 match name {
                     $(stringify!($name) => {
-                        self.$name = <$type as Value>::parse(value).ok_or(ParamError::BadValue {
+                        let parsed = <$type as Value>::parse(value)$(.filter($is_valid))?;
+                        self.$name = parsed.ok_or(ParamError::BadValue {
                             name: stringify!($name), value, form: $form })?;
                     })+
                     "bug" => self.bugs.insert(value.parse::<Bug>().map_err(|()| {
@@ -157,16 +166,16 @@ macro_rules! params {
 params! {
     flush_ceiling: u64 = "33", "PAGES",
         "ranges of more pages are flushed as a whole address space (Linux's tlb_single_page_flush_ceiling)";
-    gather_batch: u64 = "128", "FRAMES",
-        "frames that munmap collects before it must flush and free them (at most 128)";
+    gather_batch: u64 = "128", "1 to 128" if |n| (1..=MAX_GATHER_BATCH as u64).contains(n),
+        "frames that munmap collects before it must flush and free them";
     pcp_batch: u64 = "16", "FRAMES",
         "frames that a CPU's list takes from or gives back to the buddy allocator at once (0: no per-CPU lists)";
     poison: bool = "on", "on|off",
         "freed user frames are filled with a pattern, so that a use after free is seen";
-    fault_around: u64 = "1", "PAGES",
-        "pages that one read or write fault of an anonymous VMA maps at once, power of two up to 16";
-    file_fault_around: u64 = "16", "PAGES",
-        "pages of a file's page cache that one read fault maps at once, power of two up to 512 (Linux's fault_around_bytes)";
+    fault_around: u64 = "1", "1|2|4|8|16" if |n| is_power_up_to(*n, 16),
+        "pages that one read or write fault of an anonymous VMA maps at once";
+    file_fault_around: u64 = "16", "1|2|4|…|512" if |n| is_power_up_to(*n, 512),
+        "pages of a file's page cache that one read fault maps at once (Linux's fault_around_bytes)";
     thp: Thp = "madvise", "never|madvise|always",
         "where a fault of anonymous memory maps 2 MiB at once: nowhere, where MADV_HUGEPAGE asks for it, or wherever it fits";
     khugepaged: bool = "off", "on|off",
@@ -175,14 +184,14 @@ params! {
         "how programs reach memory under test: by the processor, through a TLB in the kernel that keeps every entry until a flush covers it, or by both, compared";
     pcid: Pcid = "auto", "auto|on|off",
         "translations of an mm survive a switch to another one, told apart by PCID: auto is with tlb=hw where the processor has them";
-    asids: u64 = "6", "1 to 6",
+    asids: u64 = "6", "1 to 6" if |n| (1..=ASIDS as u64).contains(n),
         "mms whose translations a CPU keeps with PCIDs (Linux's TLB_NR_DYN_ASIDS)";
     swap_slots: u64 = "0", "PAGES",
         "pages of the swap area on the disk; 0: anonymous memory is never reclaimed";
     swap_sector: u64 = "1024", "SECTOR",
         "where the swap area begins on the disk";
-    swap_readahead: u64 = "8", "PAGES",
-        "slots that a fault reads around the one it needs, power of two up to 8 (Linux's page_cluster)";
+    swap_readahead: u64 = "8", "1|2|4|8" if |n| is_power_up_to(*n, 8),
+        "slots that a fault reads around the one it needs (Linux's page_cluster)";
     lock_spins: u64 = "1000", "TURNS",
         "turns that a task spins for an mmap_lock before it sleeps (Linux's optimistic spinning; 0: it sleeps at once)";
     kswapd: bool = "on", "on|off",

@@ -12,7 +12,6 @@
 
 use abi::bug::Bug;
 use abi::channel::cr3;
-use abi::objects::ASIDS;
 use abi::param::{Config, Pcid, TlbBackEnd};
 
 use super::Field;
@@ -91,7 +90,7 @@ impl<A: Arch> Kernel<A> {
         }
         let cpu = self.this_cpu();
         let bugs = self.config.bugs;
-        let slots = self.config.asids.clamp(1, ASIDS as u64);
+        let slots = self.config.asids;
         let known = (0..slots).find(|&slot| cpu.asids[slot as usize].mm.get() == id);
         let (slot, is_good) = if let Some(slot) = known {
             let is_behind = cpu.asids[slot as usize].tlb_gen.get() < tlb_gen;

@@ -7,7 +7,7 @@ use core::fmt;
 
 use abi::boot::{BootInfo, MAGIC, MAX_CMDLINE};
 use abi::layout::{ENTRIES_PER_TABLE, MAX_CPUS, MIN_MEMORY, PAGE_SHIFT};
-use abi::objects::{Folio, FrameKind, KernelRoot, ORDERS, Pa};
+use abi::objects::{Folio, FrameKind, KernelRoot, ORDERS, Pa, SwapSlot};
 use abi::param::{Config, ParamError};
 
 use super::page_table::Slot;
@@ -40,6 +40,8 @@ pub enum BootError<'a> {
     Param(ParamError<'a>),
     /// `pcid=on`, and the processor has none.
     NoPcid,
+    /// There is no room for the descriptors of `swap_slots`.
+    SwapSlots(u64),
 }
 
 impl fmt::Display for BootError<'_> {
@@ -69,6 +71,11 @@ impl fmt::Display for BootError<'_> {
             Self::Param(ParamError::BadValue { name, value, form }) => {
                 write!(f, "command line: {name}={value}, expected {form}")
             }
+            Self::SwapSlots(slots) => write!(
+                f,
+                "swap_slots={slots}: their descriptors, {} bytes each in one piece, do not fit into memory: use fewer, or more memory",
+                size_of::<SwapSlot>()
+            ),
             Self::NoPcid => f.write_str(
                 "pcid=on: the processor has no PCID (CPUID.01H:ECX bit 17): use pcid=auto, or tlb=soft, which has its own",
             ),
@@ -121,7 +128,10 @@ impl<A: Arch> Kernel<A> {
         kernel.count_kernel_half();
         kernel.groups_init().map_err(|_| memory)?;
         kernel.zero_page_init().map_err(|_| memory)?;
-        kernel.swap_init().map_err(|_| memory)?;
+        let slots = kernel.config.swap_slots;
+        kernel
+            .swap_init()
+            .map_err(|_| BootError::SwapSlots(slots))?;
         #[cfg(feature = "testbed")]
         kernel.soft_tlb_init().map_err(|_| memory)?;
         Ok(kernel)

@@ -214,7 +214,7 @@ impl<A: Arch> Kernel<A> {
 
     /// Maps the pages around a first touch too (parameter `fault_around`), as far as memory lasts.
     fn fault_around(&self, fault: Faulting, error: u64) {
-        let window = self.config.fault_around.clamp(1, 16).next_power_of_two() << PAGE_SHIFT;
+        let window = self.config.fault_around << PAGE_SHIFT;
         if window == PAGE_SIZE {
             return;
         }

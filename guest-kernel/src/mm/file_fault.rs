@@ -55,8 +55,7 @@ impl<A: Arch> Kernel<A> {
     /// Maps what the page cache has around a read fault too, inside the VMA, the file and the table (Linux's
     /// do_fault_around and filemap_map_pages; parameter `file_fault_around`).
     fn map_around(&self, fault: Faulting) {
-        let pages_around = self.config.file_fault_around.clamp(1, 512);
-        let window = pages_around.next_power_of_two() << PAGE_SHIFT;
+        let window = self.config.file_fault_around << PAGE_SHIFT;
         if window == PAGE_SIZE {
             return;
         }

@@ -13,6 +13,7 @@ use abi::bug::Bug;
 use abi::channel::{Walker, cause};
 use abi::layout::{PAGE_SHIFT, PAGE_SIZE};
 use abi::objects::{AnonVmaChain, Mm, Pa};
+use abi::param::MAX_GATHER_BATCH;
 use abi::point::Point;
 use abi::pte::Pte;
 
@@ -21,9 +22,6 @@ use super::zero::is_uncounted;
 use super::{Field, FreedTables, Slot};
 use crate::Kernel;
 use crate::arch::Arch;
-
-/// Most frames that a gather collects: bounds its size on the kernel stack.
-pub(super) const MAX_BATCH: usize = 128;
 
 /// Who unmaps: the seeded bugs are those of system calls.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -54,7 +52,7 @@ pub(super) struct Gather {
     pub(super) by: Unmap,
     changed: Changed,
     /// Addresses, each with what `zap_order` notes in it.
-    frames: [u64; MAX_BATCH],
+    frames: [u64; MAX_GATHER_BATCH],
     nr_frames: usize,
     room: usize,
     /// Some of them still count the mapping that is gone.
@@ -109,9 +107,9 @@ impl<A: Arch> Kernel<A> {
             mm,
             by,
             changed: Changed::NOTHING,
-            frames: [0; MAX_BATCH],
+            frames: [0; MAX_GATHER_BATCH],
             nr_frames: 0,
-            room: (self.config.gather_batch as usize).clamp(1, MAX_BATCH),
+            room: self.config.gather_batch as usize,
             delayed_rmap: false,
             tables: 0,
             chains: Pa::NULL,

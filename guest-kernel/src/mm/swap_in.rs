@@ -28,9 +28,6 @@ use super::{FaultError, Field, pages};
 use crate::Kernel;
 use crate::arch::Arch;
 
-/// Most slots that are read at once.
-const MAX_READAHEAD: u64 = 8;
-
 /// In the code of a fault: its caller can let go of the mmap_lock and wait (Linux's FAULT_FLAG_ALLOW_RETRY). Beside the
 /// architecture's bits.
 pub(super) const MAY_RETRY: u64 = 1 << 33;
@@ -142,8 +139,7 @@ impl<A: Arch> Kernel<A> {
     }
 
     fn readahead_window(&self, slot: u64) -> Range<u64> {
-        let each = self.config.swap_readahead.clamp(1, MAX_READAHEAD);
-        let each = each.next_power_of_two();
+        let each = self.config.swap_readahead;
         let first = slot & !(each - 1);
         first..(first + each).min(self.root().swap.nr_slots.get())
     }

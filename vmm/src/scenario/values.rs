@@ -374,6 +374,17 @@ mod tests {
                 .to_string()
                 .contains("poison=on|off")
         );
+        for (name, value) in [
+            ("asids", "0"),
+            ("asids", "7"),
+            ("fault_around", "3"),
+            ("file_fault_around", "1024"),
+            ("gather_batch", "129"),
+            ("swap_readahead", "0"),
+        ] {
+            let refused = param(name, value).unwrap_err().to_string();
+            assert!(refused.contains(&format!("write {name}=1")), "{refused}");
+        }
         assert!(
             point("flush-synk")
                 .unwrap_err()

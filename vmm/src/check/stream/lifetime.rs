@@ -5,11 +5,11 @@
 
 use abi::channel::{EventKind, Walker};
 use abi::pte::Pte;
-use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::locks::KEEP_VMAS;
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
+use crate::map::{Map, Set};
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -66,12 +66,13 @@ struct User {
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Lifetime {
-    vmas: FxHashMap<u64, Vma>,
-    freed_mms: FxHashSet<u64>,
-    /// By mm and kind of count: its last value.
-    counts: FxHashMap<(u64, EventKind), u64>,
+    vmas: Map<Vma>,
+    freed_mms: Set,
+    /// By mm: the last value of its count, and of its users.
+    counts: Map<u64>,
+    users: Map<u64>,
     /// By VMA: its generation since it was allocated or freed last.
-    generations: FxHashMap<u64, u64>,
+    generations: Map<u64>,
     /// Who uses which VMA.
     in_use: Vec<User>,
     /// Tasks that walk back from a folio, and the mms that they have come to.
@@ -102,7 +103,12 @@ impl Lifetime {
 
     fn counted(&mut self, seen: &Seen, kind: EventKind, found: &mut Vec<Violation>) {
         let [mm, new, ..] = seen.event.args;
-        if self.counts.insert((mm, kind), new) == Some(0) && new > 0 {
+        let counts = if kind == EventKind::MmUsers {
+            &mut self.users
+        } else {
+            &mut self.counts
+        };
+        if counts.insert(mm, new) == Some(0) && new > 0 {
             let finding = Finding::new(format!("{} of mm {mm} rises from 0", kind.name()))
                 .found(new.to_string())
                 .mm(mm)
@@ -113,9 +119,13 @@ impl Lifetime {
 
     fn mm_freed(&mut self, seen: &Seen, found: &mut Vec<Violation>) {
         let mm = seen.event.args[0];
-        self.freed_mms.insert(mm);
-        for kind in [EventKind::MmCount, EventKind::MmUsers] {
-            let left = self.counts.remove(&(mm, kind)).unwrap_or(0);
+        self.freed_mms.insert(mm, ());
+        let counts = [
+            (EventKind::MmCount, &mut self.counts),
+            (EventKind::MmUsers, &mut self.users),
+        ];
+        for (kind, counts) in counts {
+            let left = counts.remove(mm).unwrap_or(0);
             if left > 0 {
                 let title = format!("mm {mm} is freed with {left} left of its {}", kind.name());
                 let finding = Finding::new(title).mm(mm).vcpu(seen.vcpu);
@@ -194,7 +204,12 @@ impl Lifetime {
             }
             _ => return,
         };
-        if self.counts.get(&(mm, count)) == Some(&0) {
+        let counts = if count == EventKind::MmUsers {
+            &self.users
+        } else {
+            &self.counts
+        };
+        if counts.get(mm) == Some(&0) {
             let title = format!("mm {mm} {does} and its {} is 0", count.name());
             let finding = Finding::new(title).mm(mm).vcpu(seen.vcpu);
             found.push(violation(
@@ -214,10 +229,10 @@ impl Lifetime {
             lock,
             walks: false,
         });
-        match self.vmas.get(&gpa) {
+        match self.vmas.get(gpa) {
             None => {}
             Some(Vma::Attached(owner))
-                if *owner == mm && self.generations.get(&gpa) == Some(&generation) => {}
+                if *owner == mm && self.generations.get(gpa) == Some(&generation) => {}
             Some(state) => {
                 let finding = Finding::new(format!(
                     "task {} uses a VMA for {gva:#x} that is not linked in its mm",
@@ -270,6 +285,7 @@ impl Monitor for Lifetime {
         self.vmas.clear();
         self.freed_mms.clear();
         self.counts.clear();
+        self.users.clear();
         self.generations.clear();
         self.in_use.clear();
         self.walking_back.clear();
@@ -290,7 +306,7 @@ impl Monitor for Lifetime {
             | EventKind::ShootdownBegin => args[0],
             _ => 0,
         };
-        if mm != 0 && self.freed_mms.contains(&mm) {
+        if mm != 0 && !self.freed_mms.is_empty() && self.freed_mms.contains(mm) {
             let title = format!("{} of mm {mm}, which was freed", kind.name());
             let finding = Finding::new(title).mm(mm).vcpu(seen.vcpu);
             found.push(violation(MM_USED, finding));

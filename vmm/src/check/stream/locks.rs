@@ -94,6 +94,9 @@ impl Locks {
     fn acquired(&mut self, seen: &Seen, word: u64, class: LockClass, found: &mut Vec<Violation>) {
         let me = holder(seen, class);
         self.known.insert(word, ());
+        if self.held.is_empty() {
+            return self.held.push((me, word, class));
+        }
         let other = self
             .held
             .iter()

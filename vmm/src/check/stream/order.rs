@@ -11,7 +11,6 @@ use std::mem::offset_of;
 use abi::layout::PAGE_SHIFT;
 use abi::lock::LockClass;
 use abi::objects::{Folio, FrameKind, KernelRoot};
-use rustc_hash::FxHashMap;
 
 use super::locks::mmap_lock;
 use super::words::Word as _;
@@ -60,8 +59,8 @@ impl fmt::Display for Edge {
 pub(super) struct Order {
     /// Between classes; kept from schedule to schedule.
     classes: Vec<Edge>,
-    /// By class, those that were taken under it: each set has a bit for each number of a class.
-    under: FxHashMap<LockClass, u64>,
+    /// By the number of a class, those that were taken under it: each set has a bit for each number of a class.
+    under: Vec<u64>,
     /// Between locks of one class; of this schedule.
     locks: Vec<Edge>,
     schedule: u64,
@@ -100,6 +99,10 @@ impl Order {
         found: &mut Vec<Violation>,
     ) {
         let (from, to) = (class_of(held.0), class_of(taken.0));
+        let under = self.under.get(from as usize).copied().unwrap_or(0);
+        if from != to && under >> to as u64 & 1 != 0 {
+            return;
+        }
         let edge = Edge {
             held,
             taken,
@@ -110,12 +113,11 @@ impl Order {
         let closed = if from == to {
             add(&mut self.locks, edge, |(_, word)| word)
         } else {
-            let under = self.under.entry(from).or_default();
-            if *under >> to as u64 & 1 != 0 {
-                return;
-            }
             let closed = add(&mut self.classes, edge, |(class, _)| class_of(class) as u64);
-            *under |= u64::from(closed.is_none()) << to as u64;
+            if self.under.len() <= from as usize {
+                self.under.resize(from as usize + 1, 0);
+            }
+            self.under[from as usize] |= u64::from(closed.is_none()) << to as u64;
             closed
         };
         if let Some(rest) = closed {

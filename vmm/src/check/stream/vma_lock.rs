@@ -10,12 +10,12 @@ use std::mem::offset_of;
 use abi::channel::{EventKind, Walker};
 use abi::lock::LockClass;
 use abi::objects::{Mm, VMA_NODE_SLOTS, Vma, VmaNode, VmaSlot};
-use rustc_hash::FxHashMap;
 
 use super::locks::{mmap_lock, vma_of};
 use super::words::{Word as _, mms};
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
+use crate::map::Map;
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -59,7 +59,7 @@ struct Known {
 /// What is linked in.
 #[derive(Clone, Debug, Default)]
 struct Vmas {
-    by_object: FxHashMap<u64, Known>,
+    by_object: Map<Known>,
     /// By mm and start.
     by_place: BTreeMap<(u64, u64), u64>,
 }
@@ -72,7 +72,7 @@ impl Vmas {
     }
 
     fn remove(&mut self, vma: u64) -> Option<Known> {
-        let known = self.by_object.remove(&vma)?;
+        let known = self.by_object.remove(vma)?;
         let place = (known.mm, known.start);
         // One that has grown over it is there already.
         if self.by_place.get(&place) == Some(&vma) {
@@ -84,7 +84,7 @@ impl Vmas {
     /// The one that holds `gva`.
     fn at(&self, mm: u64, gva: u64) -> Option<(u64, Known)> {
         let (_, vma) = self.by_place.range((mm, 0)..=(mm, gva)).next_back()?;
-        let known = *self.by_object.get(vma)?;
+        let known = *self.by_object.get(*vma)?;
         (gva < known.end).then_some((*vma, known))
     }
 }
@@ -102,8 +102,8 @@ pub struct VmaLocks {
     /// Tasks, and the mmap_locks that they hold for writing.
     writers: Vec<(u32, u64)>,
     /// By number: where each mm's mmap_lock is.
-    locks: FxHashMap<u64, u64>,
-    first_locks: FxHashMap<u64, u64>,
+    locks: Map<u64>,
+    first_locks: Map<u64>,
 }
 
 impl VmaLocks {
@@ -113,7 +113,7 @@ impl VmaLocks {
         match LockClass::from_u64(class) {
             Some(LockClass::MmapWrite) => self.writers.push((me, word)),
             Some(LockClass::VmaRead) => {
-                if let Some(writer) = self.vmas.by_object.get(&vma).and_then(|known| known.writer) {
+                if let Some(writer) = self.vmas.by_object.get(vma).and_then(|known| known.writer) {
                     let title = "a fault gets a VMA that is locked for writing";
                     let finding = finding(seen, title, vma).found(format!("by task {writer}"));
                     found.push(violation(APART, finding));
@@ -126,7 +126,7 @@ impl VmaLocks {
                     let finding = finding(seen, title, vma).found(format!("task {reader}"));
                     found.push(violation(APART, finding));
                 }
-                if let Some(known) = self.vmas.by_object.get_mut(&vma) {
+                if let Some(known) = self.vmas.by_object.get_mut(vma) {
                     known.writer = Some(me);
                     self.written.push(vma);
                 }
@@ -143,10 +143,10 @@ impl VmaLocks {
                 self.writers.retain(|held| *held != (me, word));
                 let (locks, vmas) = (&self.locks, &mut self.vmas.by_object);
                 self.written.retain(|vma| {
-                    let Some(known) = vmas.get_mut(vma) else {
+                    let Some(known) = vmas.get_mut(*vma) else {
                         return false;
                     };
-                    if known.writer == Some(me) && locks.get(&known.mm) == Some(&word) {
+                    if known.writer == Some(me) && locks.get(known.mm) == Some(&word) {
                         known.writer = None;
                     }
                     known.writer.is_some()
@@ -196,7 +196,7 @@ impl VmaLocks {
 
     fn found(&self, seen: &Seen, found: &mut Vec<Violation>) {
         let [mm, vma, gva, _, lock] = seen.event.args;
-        let Some(known) = self.vmas.by_object.get(&vma) else {
+        let Some(known) = self.vmas.by_object.get(vma) else {
             return; // O-01's.
         };
         if lock == LockClass::VmaRead as u64
@@ -223,7 +223,7 @@ impl VmaLocks {
             Walker::from_u64(walker),
             Some(Walker::Unmap | Walker::Protect | Walker::Fork | Walker::Move)
         );
-        let lock = self.locks.get(&mm).copied().unwrap_or(0);
+        let lock = self.locks.get(mm).copied().unwrap_or(0);
         if !changes || !self.writers.contains(&(me, lock)) {
             return;
         }
@@ -304,7 +304,7 @@ impl Monitor for VmaLocks {
             EventKind::VmaFound => self.found(seen, found),
             EventKind::WalkBegin => self.walk(seen, found),
             EventKind::MmCreate => drop(self.locks.insert(a, mmap_lock(c))),
-            EventKind::MmFree => drop(self.locks.remove(&a)),
+            EventKind::MmFree => drop(self.locks.remove(a)),
             _ => {}
         }
     }

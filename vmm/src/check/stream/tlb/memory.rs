@@ -184,8 +184,12 @@ fn compare(
     };
     // A table is empty but for a few entries.
     let ignores_none = tables.none_is_silent();
-    let all_of = |line: &[AtomicU64]| line.iter().fold(0, |all, entry| all | entry.load(Relaxed));
-    let lines = entries[..used(level)].chunks(LINE).enumerate();
+    let all_of = |line: &[AtomicU64; LINE]| {
+        let words = line.iter();
+        words.fold(0, |all, entry| all | entry.load(Relaxed))
+    };
+    let (lines, _) = entries[..used(level)].as_chunks::<LINE>();
+    let lines = lines.iter().enumerate();
     let told_or_there = lines
         .filter(|(_, line)| !ignores_none || all_of(line) != 0)
         .flat_map(|(number, line)| (number * LINE..).zip(line));

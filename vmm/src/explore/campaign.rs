@@ -108,103 +108,69 @@ pub fn run<E: Engine>(
     counts: &Counts,
     stop: &Arc<AtomicBool>,
 ) -> Result<Summary, DriverError> {
-    run_and_tell(make, plan, counts, stop, |_| ())
+    run_and_tell(make, plan, counts, stop, |_| ()).map_err(|broken| broken.error)
+}
+
+/// A campaign that could not go on.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Broken {
+    /// Why.
+    pub error: DriverError,
+    /// What it had come to.
+    pub summary: Box<Summary>,
 }
 
 /// As [`run`]; `tell` is told at once of what is found.
 ///
 /// # Errors
-/// As of [`run`].
+/// As of [`run`], with what was found before.
 pub fn run_and_tell<E: Engine>(
     make: impl Fn() -> Result<Driver<E>, DriverError> + Sync,
     plan: &Plan,
     counts: &Counts,
     stop: &Arc<AtomicBool>,
     tell: impl Fn(&Found) + Sync,
-) -> Result<Summary, DriverError> {
+) -> Result<Summary, Broken> {
     let started = Instant::now();
-    let pairs = Mutex::new(FxHashSet::default());
-    let next = AtomicU64::new(0);
-    let over = AtomicBool::new(false);
     let until = plan.time_limit.and_then(|limit| started.checked_add(limit));
     let stop = Arc::clone(stop);
-    let stop_when: StopWhen = Arc::new(move || {
-        stop.load(Ordering::Relaxed) || until.is_some_and(|until| Instant::now() >= until)
-    });
     let search = plan.search();
-    let work = || -> Result<Summary, DriverError> {
-        let mut driver = make()?;
-        driver.stop_when(Some(Arc::clone(&stop_when)));
-        let mut worker = match Worker::new(driver, plan) {
-            Err(DriverError::Stopped) => return Ok(Summary::default()),
-            worker => worker?,
-        };
-        worker.search = search.as_ref().map(Exhaustive::worker);
+    let jobs = Jobs {
+        plan,
+        counts,
+        tell,
+        stop_when: Arc::new(move || {
+            stop.load(Ordering::Relaxed) || until.is_some_and(|until| Instant::now() >= until)
+        }),
+        next: AtomicU64::new(0),
+        over: AtomicBool::new(false),
+        pairs: Mutex::new(FxHashSet::default()),
+    };
+    let job = || {
         let mut summary = Summary {
             sample: Sample::new(plan.sample),
             ..Summary::default()
         };
-        let before = worker.driver.engine().costs();
-        worker.checks = Duration::ZERO;
-        let begun = Instant::now();
-        loop {
-            if stop_when() || over.load(Ordering::Relaxed) {
-                break;
-            }
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= plan.executions {
-                break;
-            }
-            match worker.one(index, plan, &pairs, &mut summary) {
-                Ok(false) | Err(DriverError::Stopped) => break,
-                Err(DriverError::Engine(source @ EngineError::NoPoint { .. })) => {
-                    return Err(DriverError::Hung {
-                        index,
-                        strategy: format!("{:?} seed {}", plan.strategy, plan.seed),
-                        schedule: Box::new(worker.driver.unended().clone()),
-                        source: Box::new(source),
-                    });
-                }
-                went_on => went_on?,
-            };
-            counts.executions.fetch_add(1, Ordering::Relaxed);
-            if let Some(search) = &worker.search {
-                *counts.within.lock().expect("no job panics") = Some(search.reached());
-            }
-            let found = summary.found.last();
-            if let Some(found) = found.filter(|found| found.index == index) {
-                tell(found);
-                counts.found.fetch_add(1, Ordering::Relaxed);
-                if plan.first {
-                    over.store(true, Ordering::Relaxed);
-                }
-            }
-            if index.is_multiple_of(64) {
-                let known = pairs.lock().expect("no job panics").len() as u64;
-                counts.pairs.store(known, Ordering::Relaxed);
-            }
-        }
-        summary.worked = begun.elapsed();
-        summary.costs = worker.driver.engine().costs().since(&before);
-        summary.checks = worker.checks + worker.driver.checks();
-        Ok(summary)
+        let ended = make().and_then(|driver| jobs.work(driver, search.as_ref(), &mut summary));
+        // One that fails ends all.
+        jobs.over.fetch_or(ended.is_err(), Ordering::Relaxed);
+        (summary, ended.err())
     };
-    // One that fails ends all.
-    let job = || work().inspect_err(|_| over.store(true, Ordering::Relaxed));
-    let jobs = plan.jobs.max(1);
-    let parts: Vec<Result<Summary, DriverError>> = if jobs == 1 {
+    let parts: Vec<(Summary, Option<DriverError>)> = if plan.jobs <= 1 {
         vec![job()]
     } else {
         std::thread::scope(|scope| {
-            let jobs: Vec<_> = (0..jobs).map(|_| scope.spawn(job)).collect();
+            let jobs: Vec<_> = (0..plan.jobs).map(|_| scope.spawn(job)).collect();
             jobs.into_iter()
                 .map(|job| job.join().expect("a job does not panic"))
                 .collect()
         })
     };
     let mut whole = Summary::default();
-    for part in parts {
-        let part = part?;
+    let mut failed = None;
+    for (part, error) in parts {
+        failed = failed.or(error);
         whole.executions += part.executions;
         whole.points += part.points;
         whole.events += part.events;
@@ -222,9 +188,96 @@ pub fn run_and_tell<E: Engine>(
         // Executions are begun in order, so every one before this was run.
         whole.found.truncate(1);
     }
-    whole.pairs = pairs.into_inner().expect("no job panics").len();
+    whole.pairs = jobs.pairs.into_inner().expect("no job panics").len();
     whole.elapsed = started.elapsed();
-    Ok(whole)
+    match failed {
+        Some(error) => Err(Broken {
+            error,
+            summary: Box::new(whole),
+        }),
+        None => Ok(whole),
+    }
+}
+
+/// What the jobs of a campaign share.
+struct Jobs<'a, T> {
+    plan: &'a Plan,
+    counts: &'a Counts,
+    tell: T,
+    stop_when: StopWhen,
+    /// The next execution.
+    next: AtomicU64,
+    /// Nobody begins another one.
+    over: AtomicBool,
+    pairs: Pairs,
+}
+
+impl<T: Fn(&Found)> Jobs<'_, T> {
+    /// Works until there is nothing more to do: adds to `summary` what that comes to, whatever ends it.
+    fn work<E: Engine>(
+        &self,
+        mut driver: Driver<E>,
+        search: Option<&Exhaustive>,
+        summary: &mut Summary,
+    ) -> Result<(), DriverError> {
+        driver.stop_when(Some(Arc::clone(&self.stop_when)));
+        let mut worker = match Worker::new(driver, self.plan) {
+            Err(DriverError::Stopped) => return Ok(()),
+            worker => worker?,
+        };
+        worker.search = search.map(Exhaustive::worker);
+        let before = worker.driver.engine().costs();
+        worker.checks = Duration::ZERO;
+        let begun = Instant::now();
+        let ended = self.executions(&mut worker, summary);
+        summary.worked = begun.elapsed();
+        summary.costs = worker.driver.engine().costs().since(&before);
+        summary.checks = worker.checks + worker.driver.checks();
+        ended
+    }
+
+    fn executions<E: Engine>(
+        &self,
+        worker: &mut Worker<E>,
+        summary: &mut Summary,
+    ) -> Result<(), DriverError> {
+        let Self { plan, counts, .. } = self;
+        while !(self.stop_when)() && !self.over.load(Ordering::Relaxed) {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= plan.executions {
+                break;
+            }
+            match worker.one(index, plan, &self.pairs, summary) {
+                Ok(false) | Err(DriverError::Stopped) => break,
+                Err(DriverError::Engine(source @ EngineError::NoPoint { .. })) => {
+                    return Err(DriverError::Hung {
+                        index,
+                        strategy: format!("{:?} seed {}", plan.strategy, plan.seed),
+                        schedule: Box::new(worker.driver.unended().clone()),
+                        source: Box::new(source),
+                    });
+                }
+                went_on => went_on?,
+            };
+            counts.executions.fetch_add(1, Ordering::Relaxed);
+            if let Some(search) = &worker.search {
+                *counts.within.lock().expect("no job panics") = Some(search.reached());
+            }
+            let found = summary.found.last();
+            if let Some(found) = found.filter(|found| found.index == index) {
+                (self.tell)(found);
+                counts.found.fetch_add(1, Ordering::Relaxed);
+                if plan.first {
+                    self.over.store(true, Ordering::Relaxed);
+                }
+            }
+            if index.is_multiple_of(64) {
+                let known = self.pairs.lock().expect("no job panics").len() as u64;
+                counts.pairs.store(known, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
 }
 
 type Pairs = Mutex<FxHashSet<u64>>;

@@ -21,7 +21,7 @@ use super::output::{self, Output};
 use super::{interrupt, run};
 use crate::boot;
 use crate::engine::EngineKind;
-use crate::explore::campaign::{self, Counts, Found, Plan, Strategy, Summary, failure_id};
+use crate::explore::campaign::{self, Broken, Counts, Found, Plan, Strategy, Summary, failure_id};
 use crate::explore::strategy::Explored;
 use crate::explore::{Ending, Source};
 use crate::report::story;
@@ -81,10 +81,15 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     let early = Early::new(&source, options, &plan);
     let counts = Counts::default();
     let stop = Arc::new(AtomicBool::new(false));
-    let mut summary = with_progress(output, &plan, &counts, &stop, || {
+    let ended = with_progress(output, &plan, &counts, &stop, || {
         let tell = |found: &Found| early.keep(found);
         campaign::run_and_tell(|| source.driver(), &plan, &counts, &stop, tell)
-    })?;
+    });
+    let (mut summary, broken) = match ended {
+        Ok(summary) => (summary, None),
+        Err(Broken { error, summary }) if summary.found.is_empty() => return Err(error.into()),
+        Err(Broken { error, summary }) => (*summary, Some(error)),
+    };
     let stopped = stop.load(Ordering::Relaxed);
     let sample = std::mem::take(&mut summary.sample).take();
     let found = Aftermath::of(&early, &summary.found, &sample, second);
@@ -121,6 +126,7 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
         "reproducers": found.reproducers,
         "confirmed": found.confirmed,
         "trace": found.traced,
+        "error": broken.as_ref().map(ToString::to_string),
     }));
     let late = || Failure::Usage {
         problem: "no schedule came to its end within --time-limit".into(),
@@ -128,6 +134,11 @@ pub(super) fn explore(name: &Path, options: &Explore, output: &Output) -> Result
     };
     let nothing = (summary.executions == 0 && !stopped).then(late);
     let failed = found.failed.into_iter().chain(written.err()).chain(nothing);
+    if let Some(error) = broken {
+        // It has the last word and the exit code.
+        failed.for_each(|failure| output::report(&failure));
+        return Err(error.into());
+    }
     if !found.engines_agree {
         // What a testbed says that contradicts itself is not to be believed.
         return settle(Exit::Internal, failed);

@@ -2,6 +2,7 @@
 //! part of exploration that listens comes to an end, within its bounds, without a panic.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use abi::channel::{Event, EventKind, ReportKind};
@@ -14,7 +15,7 @@ use crate::check::Violation;
 use crate::check::stream::{self, Seen, merge};
 use crate::control::ProbeReport;
 use crate::engine::{Costs, Engine, EngineError, EngineKind, GuestCrash, Halt, Limit, Window};
-use crate::explore::campaign::{self, Plan, Strategy, Worker};
+use crate::explore::campaign::{self, Found, Plan, Strategy, Worker};
 use crate::explore::strategy::Random;
 use crate::explore::{Driver, DriverError, Ending, Execution, Limits, Rng, Standing, compare};
 use crate::inspect::{MemoryImage, VcpuFacts};
@@ -63,6 +64,8 @@ struct Liar {
     memory: MemoryImage,
     /// It says one thing only: that it passes a harmless point, and that it has passed none.
     still: bool,
+    /// Resets until it fails.
+    lasts: u64,
 }
 
 impl Liar {
@@ -77,6 +80,7 @@ impl Liar {
             rng,
             memory,
             still: false,
+            lasts: u64::MAX,
         }
     }
 
@@ -159,6 +163,8 @@ impl Engine for Liar {
     }
     fn reset(&mut self) -> Result<(), EngineError> {
         self.rng = Rng::new(self.seed, 0);
+        let broken = || EngineError::Unsupported("it is broken".into());
+        self.lasts = self.lasts.checked_sub(1).ok_or_else(broken)?;
         Ok(())
     }
     fn snapshot(&self) -> Option<Arc<Snapshot>> {
@@ -195,13 +201,18 @@ impl Engine for Liar {
 
 /// A driver whose vCPUs stand anywhere.
 fn driver(seed: u64) -> Driver<Liar> {
+    driver_of(Liar::new(seed))
+}
+
+fn driver_of(liar: Liar) -> Driver<Liar> {
+    let seed = liar.seed;
     let mut rng = Rng::new(!seed, 0);
     let mut anywhere = || Standing {
         point: Point::from_id(rng.below(Point::ALL.len() as u64 + 1)),
         args: [number(&mut rng), number(&mut rng)],
     };
     let standing = (0..VCPUS).map(|_| anywhere()).collect();
-    Driver::resume(Liar::new(seed), LIMITS, standing, [].into())
+    Driver::resume(liar, LIMITS, standing, [].into())
 }
 
 /// Everything that shows an execution to somebody; it is within its bounds.
@@ -340,4 +351,36 @@ fn a_count_that_stands_still_does_not_hold_up_a_look_at_every_point() {
 
     let set_up = Driver::new(Liar::still(), LIMITS, true).err().unwrap();
     assert!(set_up.to_string().contains("for ever"), "{set_up}");
+}
+
+#[test]
+fn what_was_found_is_not_lost_where_the_engine_fails() {
+    for jobs in [1, 3] {
+        let plan = Plan {
+            strategy: Strategy::Random { mean: 4 },
+            executions: 1_000,
+            jobs,
+            first: false,
+            verify_every: 0,
+            ..Plan::replay()
+        };
+        let (counts, stop) = Default::default();
+        let make = || {
+            let lasts = 20;
+            Ok(driver_of(Liar {
+                lasts,
+                ..Liar::new(3)
+            }))
+        };
+        let told = AtomicU64::new(0);
+        let tell = |_: &Found| {
+            told.fetch_add(1, Relaxed);
+        };
+        let broken = campaign::run_and_tell(make, &plan, &counts, &stop, tell).unwrap_err();
+        assert_eq!(broken.to_string(), "it is broken");
+        let summary = broken.summary;
+        assert!((1..=20 * jobs as u64).contains(&summary.executions));
+        assert!(!summary.found.is_empty());
+        assert_eq!(summary.found.len() as u64, told.into_inner());
+    }
 }

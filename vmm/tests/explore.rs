@@ -331,14 +331,19 @@ fn a_vcpu_that_hangs_is_told_with_its_function_and_the_schedule_before() {
         "[program]\nname = \"crash\"\nargs = { how = \"hang\" }\n[limits]\nwatchdog = \"1s\"\n";
     std::fs::write(&file, text).expect("written");
     let file = file.to_str().expect("UTF-8");
-    let words = ["explore", file, "--engine", "kvm", "--strategy", "random"];
-    says(
-        4,
-        &[&words[..], &["--seed", "7", "--out", &out]].concat(),
-        &[
-            "execution 0 (Random { mean: 8 } seed 7) hangs after schedule = \"",
-            "has not reached a scheduling point in 1 s (at rip 0xffff",
-            " in guest_kernel::",
-        ],
-    );
+    let words = ["explore", file, "--engine", "kvm", "--seed", "7"];
+    for (strategy, which) in [
+        ("random", "execution 0 (Random { mean: 8 } seed 7)"),
+        ("pct", "the execution that measures (round robin)"),
+    ] {
+        says(
+            4,
+            &[&words[..], &["--strategy", strategy, "--out", &out]].concat(),
+            &[
+                &format!("{which} hangs after schedule = \""),
+                "has not reached a scheduling point in 1 s (at rip 0xffff",
+                " in guest_kernel::",
+            ],
+        );
+    }
 }

@@ -247,17 +247,10 @@ impl<T: Fn(&Found)> Jobs<'_, T> {
             if index >= plan.executions {
                 break;
             }
+            let which = || format!("execution {index} ({:?} seed {})", plan.strategy, plan.seed);
             match worker.one(index, plan, &self.pairs, summary) {
                 Ok(false) | Err(DriverError::Stopped) => break,
-                Err(DriverError::Engine(source @ EngineError::NoPoint { .. })) => {
-                    return Err(DriverError::Hung {
-                        index,
-                        strategy: format!("{:?} seed {}", plan.strategy, plan.seed),
-                        schedule: Box::new(worker.driver.unended().clone()),
-                        source: Box::new(source),
-                    });
-                }
-                went_on => went_on?,
+                went_on => went_on.map_err(|error| worker.of_execution(error, which))?,
             };
             counts.executions.fetch_add(1, Ordering::Relaxed);
             if let Some(search) = &worker.search {
@@ -319,15 +312,34 @@ impl<E: Engine> Worker<E> {
             let vcpus = worker.driver.engine().nr_vcpus();
             let counting = failing::counting(&plan.fail_any, vcpus, &plan.fails);
             worker.arm(&counting);
-            worker.execute(&mut RoundRobin::new(8), false)?;
+            worker.measured()?;
             worker.passages = Passages::read(worker.driver.engine().memory(), &counting);
         }
         worker.arm(&plan.fails);
         if let Strategy::Pct { .. } = plan.strategy {
-            let run = worker.execute(&mut RoundRobin::new(8), false)?;
+            let run = worker.measured()?;
             worker.length = run.schedule.points().max(1);
         }
         Ok(worker)
+    }
+
+    /// An execution of which one only looks how long it is.
+    fn measured(&mut self) -> Result<Execution, DriverError> {
+        let which = || "the execution that measures (round robin)".to_owned();
+        let run = self.execute(&mut RoundRobin::new(8), false);
+        run.map_err(|error| self.of_execution(error, which))
+    }
+
+    /// With the execution in which it came up, where that tells something.
+    fn of_execution(&self, error: DriverError, which: impl FnOnce() -> String) -> DriverError {
+        match error {
+            DriverError::Engine(source @ EngineError::NoPoint { .. }) => DriverError::Hung {
+                which: which(),
+                schedule: Box::new(self.driver.unended().clone()),
+                source: Box::new(source),
+            },
+            other => other,
+        }
     }
 
     /// Lets `fails` fail in every execution from now on.

@@ -162,12 +162,10 @@ pub enum DriverError {
     #[error("stopped before the end of the schedule")]
     Stopped,
     /// A vCPU hung in an execution of a campaign.
-    #[error("execution {index} ({strategy}) hangs after schedule = \"{schedule}\"")]
+    #[error("{which} hangs after schedule = \"{schedule}\"")]
     Hung {
-        /// Number of the execution.
-        index: u64,
-        /// What had chosen it, with its seed.
-        strategy: String,
+        /// The execution, and what had chosen it.
+        which: String,
         /// Its steps before the one that does not end.
         schedule: Box<Schedule>,
         /// Which vCPU, and where.

@@ -119,6 +119,8 @@ pub enum CrashCause {
     DidNotFinish {
         /// The time it had, in seconds.
         seconds: f64,
+        /// How long no vCPU had got anywhere by then, in seconds; 0 where one still did.
+        still: f64,
     },
     /// The CPU refused to enter the guest (KVM_EXIT_FAIL_ENTRY).
     FailEntry {
@@ -181,7 +183,7 @@ impl fmt::Display for CrashCause {
             ),
             Self::KernelPanic { message } => write!(f, "kernel panic: {message}"),
             Self::NoProgress { seconds } => write!(f, "no progress for {seconds} s"),
-            Self::DidNotFinish { seconds } => {
+            Self::DidNotFinish { seconds, .. } => {
                 write!(f, "the run did not finish in {seconds} s")
             }
             Self::FailEntry { reason } => write!(f, "failed VM entry, reason {reason:#x}"),

@@ -27,14 +27,19 @@ pub(super) fn describe(machine: &Machine, crash: &control::Crash) -> Crash {
     Crash { json, text }
 }
 
-/// The paused `machine` of a run that was not over after `timeout`.
-pub(super) fn did_not_finish(machine: &Machine, timeout: Duration) -> Result<Crash, MachineError> {
+/// The paused `machine` of a run that was not over after `timeout`, and in which nobody had got anywhere for `still`.
+pub(super) fn did_not_finish(
+    machine: &Machine,
+    timeout: Duration,
+    still: Duration,
+) -> Result<Crash, MachineError> {
     let snapshots = (0..machine.nr_vcpus())
         .map(|vcpu| machine.vcpu_state(vcpu))
         .collect::<Result<_, _>>()?;
     let late = control::Crash {
         cause: CrashCause::DidNotFinish {
             seconds: timeout.as_secs_f64(),
+            still: still.as_secs_f64(),
         },
         vcpu: None,
         snapshots,

@@ -416,7 +416,7 @@ impl Subject for Live {
     }
 
     fn did_not_finish(&mut self, timeout: Duration) -> Result<Crash, MachineError> {
-        super::crash::did_not_finish(&self.machine, timeout)
+        super::crash::did_not_finish(&self.machine, timeout, self.lookout.still())
     }
 
     fn console(&self) -> String {

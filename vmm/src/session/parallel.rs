@@ -137,6 +137,7 @@ fn violation(shown: &Shown, confirmed: Option<&WrongValue>) -> Violation {
 pub(super) struct Lookout {
     patience: Duration,
     since: Instant,
+    still: Duration,
     progress: Vec<u64>,
 }
 
@@ -145,6 +146,7 @@ impl Lookout {
         Self {
             patience,
             since: Instant::now(),
+            still: Duration::ZERO,
             progress: Vec::new(),
         }
     }
@@ -164,8 +166,16 @@ impl Lookout {
     pub(super) fn is_suspicious(&mut self, progress: Vec<u64>) -> bool {
         if progress != self.progress {
             (self.progress, self.since) = (progress, Instant::now());
+            self.still = Duration::ZERO;
+        } else {
+            self.still = self.since.elapsed();
         }
-        self.since.elapsed() >= self.patience
+        self.still >= self.patience
+    }
+
+    /// How long nobody had got anywhere when it was looked last; zero where somebody just did.
+    pub(super) fn still(&self) -> Duration {
+        self.still
     }
 
     /// It was looked into and is none.

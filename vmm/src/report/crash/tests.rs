@@ -69,16 +69,27 @@ fn a_run_that_did_not_finish_shows_where_each_vcpu_stands() {
         rip: TEXT,
         ..Registers::default()
     };
-    let late = Crash {
-        cause: CrashCause::DidNotFinish { seconds: 0.6 },
+    let late = |still| Crash {
+        cause: CrashCause::DidNotFinish {
+            seconds: 0.6,
+            still,
+        },
         vcpu: None,
         snapshots: vec![snapshot(0, cr3, regs), snapshot(1, cr3, regs)],
     };
-    let report = report_of(&ram, &late, &[]);
+    let stuck = report_of(&ram, &late(7.3), &[]).body().to_string();
+    assert!(
+        stuck.starts_with("  for the last 7 s no vCPU got anywhere;"),
+        "{stuck}"
+    );
+    let report = report_of(&ram, &late(0.0), &[]);
     assert_eq!(report.summary, "the run did not finish in 0.6 s");
     let text = report.body().to_string();
     assert!(!text.contains("did not finish"), "{text}");
-    assert!(text.starts_with("  --timeout gives it more\n"), "{text}");
+    assert!(
+        text.starts_with("  it was getting on to the end: --timeout gives it more\n"),
+        "{text}"
+    );
     assert_eq!(text.matches("backtrace:").count(), 2, "{text}");
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!(json["cause"], "did-not-finish");

@@ -35,7 +35,13 @@ impl Display for Body<'_> {
                 f,
                 "  no system call, fault, interrupt, switch or exit on any vCPU; limits.watchdog gives it longer"
             )?,
-            CrashCause::DidNotFinish { .. } => writeln!(f, "  --timeout gives it more")?,
+            CrashCause::DidNotFinish { still, .. } if *still < 1.0 => {
+                writeln!(f, "  it was getting on to the end: --timeout gives it more")?;
+            }
+            CrashCause::DidNotFinish { still, .. } => writeln!(
+                f,
+                "  for the last {still:.0} s no vCPU got anywhere; --timeout gives it more"
+            )?,
             _ => {}
         }
         for vcpu in &report.vcpus {

@@ -15,7 +15,7 @@ use super::locks::{mmap_lock, vma_of};
 use super::words::{Word as _, mms};
 use super::{Kinds, Monitor, Rule, Seen};
 use crate::check::{Finding, Violation};
-use crate::map::Map;
+use crate::map::{Map, Set};
 use crate::memory::PhysMem;
 
 /// IDs and predicates.
@@ -43,8 +43,8 @@ const UNLOCKED: &str = "N-02";
 const ELSEWHERE: &str = "N-03";
 const BEHIND: &str = "N-04";
 
-/// Most VMAs that are read at the start.
-const MAX_VMAS: usize = 1 << 17;
+/// Most nodes of trees that are read at the start.
+const MAX_NODES: usize = 1 << 17;
 
 /// A VMA that is linked in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,10 +267,11 @@ impl Monitor for VmaLocks {
     fn start(&mut self, memory: &dyn PhysMem, kernel_root: u64, _: usize) {
         self.first = Vmas::default();
         self.first_locks.clear();
+        let mut nodes = Set::default();
         for mm in mms(memory, kernel_root) {
             let id = memory.field(mm, offset_of!(Mm, id));
             self.first_locks.insert(id, mmap_lock(mm));
-            read(memory, (mm, id), &mut self.first);
+            read(memory, (mm, id), &mut nodes, &mut self.first);
         }
         self.reset();
     }
@@ -311,15 +312,14 @@ impl Monitor for VmaLocks {
     fn compare(&mut self, _: &dyn PhysMem, _: u64, _: &mut Vec<Violation>) {}
 }
 
-/// The VMAs of the tree of the mm at `mm`, which nobody is changing. A guest may have tied it into a loop.
-fn read(memory: &dyn PhysMem, (mm, id): (u64, u64), vmas: &mut Vmas) {
+/// The VMAs of the tree of the mm at `mm`, which nobody is changing. `seen`: nodes that were read, of all mms. A guest may have
+/// tied trees into loops, and into each other.
+fn read(memory: &dyn PhysMem, (mm, id): (u64, u64), seen: &mut Set, vmas: &mut Vmas) {
     let mut nodes = vec![memory.field(mm, offset_of!(Mm, vmas))];
-    let mut left = MAX_VMAS;
     while let Some(node) = nodes.pop() {
-        if node == 0 || left == 0 {
+        if node == 0 || seen.len() == MAX_NODES || seen.insert(node, ()).is_some() {
             continue;
         }
-        left -= 1;
         let used = memory.half(node, offset_of!(VmaNode, count)) as usize;
         let is_leaf = memory.half(node, offset_of!(VmaNode, level)) == 0;
         for slot in 0..used.min(VMA_NODE_SLOTS) {
@@ -353,15 +353,69 @@ fn violation(id: &'static str, finding: Finding) -> Violation {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::sync::atomic::Ordering::Relaxed;
+
     use abi::channel::Event;
+    use abi::layout::ENTRIES_PER_TABLE;
+    use abi::objects::KernelRoot;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::inspect::MemoryImage;
+    use crate::memory::OutOfRange;
     use EventKind::{LockAcquire, LockRelease, VmaAttach, VmaChange, VmaDetach, VmaFound};
 
     /// The object of mm 1, and a VMA of its.
     const MM: u64 = 0x1000;
     const VMA: u64 = 0x2000;
+
+    /// Counts who asks for a page.
+    struct Counting {
+        image: MemoryImage,
+        asked: AtomicU64,
+    }
+
+    impl PhysMem for Counting {
+        fn bytes(&self) -> u64 {
+            self.image.bytes()
+        }
+        fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), OutOfRange> {
+            self.image.read(gpa, buf)
+        }
+        fn table(&self, gpa: u64) -> Result<&[AtomicU64; ENTRIES_PER_TABLE], OutOfRange> {
+            self.asked.fetch_add(1, Relaxed);
+            self.image.table(gpa)
+        }
+    }
+
+    /// The list of mms leads back to its first, and a node of its tree has only itself below it.
+    #[test]
+    fn what_a_guest_has_tied_into_loops_is_read_once() {
+        let (root, node) = (0x3000, 0x4000);
+        let image = MemoryImage::new(0x5000);
+        let write = |gpa: u64, offset: usize, value: u64| {
+            let word = image.word(gpa + offset as u64).unwrap();
+            word.store(value, Relaxed);
+        };
+        write(root, offset_of!(KernelRoot, mms), MM);
+        write(MM, offset_of!(Mm, next), MM);
+        write(MM, offset_of!(Mm, vmas), node);
+        let count_and_level = offset_of!(VmaNode, count).min(offset_of!(VmaNode, level));
+        write(node, count_and_level, 0x0000_0010_0000_0010);
+        for slot in 0..VMA_NODE_SLOTS {
+            let slot = offset_of!(VmaNode, slots) + slot * size_of::<VmaSlot>();
+            write(node, slot + offset_of!(VmaSlot, child), node);
+        }
+        let memory = Counting {
+            image,
+            asked: AtomicU64::new(0),
+        };
+        let mut locks = VmaLocks::default();
+        locks.start(&memory, root, 1);
+        let asked = memory.asked.into_inner();
+        assert!((20..10_000).contains(&asked), "{asked} reads");
+    }
 
     fn ids(steps: &[(u32, EventKind, [u64; 5])]) -> Vec<&'static str> {
         let mut locks = VmaLocks::default();
